@@ -1,0 +1,1 @@
+"""Conversion of the released FlexiCodec files into repositories that `from_pretrained` loads."""
