@@ -1,0 +1,388 @@
+"""Feature extractor of FlexiCodec: the waveform, and the filterbank features of its semantic encoder."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import PaddingStrategy, TensorType, is_torch_available, logging
+
+
+if is_torch_available():
+    import torch
+    import torch.nn.functional as F
+
+
+logger = logging.get_logger(__name__)
+
+# Frames whose spectra are computed at once: few enough to stay in a processor's cache and to bound the memory.
+_FRAMES_PER_BLOCK = 512
+
+# Samples beyond this are no audio in [-1, 1] that overshoots, but integer PCM turned to floats without scaling.
+_LARGEST_PEAK = 100.0
+
+
+class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
+    r"""
+    Constructs a FlexiCodec feature extractor: it turns mono audio into the two inputs of
+    [FlexiCodec](https://arxiv.org/abs/2510.00981), the waveform for the acoustic encoder and filterbank features for
+    the semantic encoder.
+
+    This feature extractor inherits from [`SequenceFeatureExtractor`] which contains most of the main methods. Users
+    should refer to this superclass for more information regarding those methods.
+
+    The features are Kaldi's log-mel filterbank (Hamming window, pre-emphasis 0.97, 20 Hz to the Nyquist frequency), in
+    stacks of `num_stacked_frames` frames every `stack_stride` frames, normalised as `(x + cmvn_shift) * cmvn_scale`.
+    By default a clip of `n` samples has `1 + (n - 400) // 160` frames, one if it is shorter than a window, and one
+    stack for every six of them or part of six: 560 values every 60 ms.
+
+    Args:
+        feature_size (`int`, *optional*, defaults to 1):
+            The number of channels of `input_values`, always one.
+        sampling_rate (`int`, *optional*, defaults to 16000):
+            The sampling rate of the audio in hertz (Hz).
+        padding_value (`float`, *optional*, defaults to 0.0):
+            The value that fills `input_values` and `input_features` beyond the end of a clip.
+        num_mel_bins (`int`, *optional*, defaults to 80):
+            The number of mel filters.
+        frame_length_ms (`float`, *optional*, defaults to 25.0):
+            The length of the analysis window in milliseconds. A clip that is shorter is its own window.
+        frame_shift_ms (`float`, *optional*, defaults to 10.0):
+            The distance between windows in milliseconds.
+        num_stacked_frames (`int`, *optional*, defaults to 7):
+            The number of consecutive frames in one stack; the first and the last frame are repeated beyond the edges.
+        stack_stride (`int`, *optional*, defaults to 6):
+            The distance between stacks in frames.
+        cmvn_shift (`list[float]`, *optional*):
+            What is added to the stacked features, of length `num_stacked_frames * num_mel_bins`. Without it and
+            `cmvn_scale`, the features are not normalised.
+        cmvn_scale (`list[float]`, *optional*):
+            What the shifted features are multiplied by, of the same length.
+        dither (`float`, *optional*, defaults to 0.0):
+            The standard deviation of Gaussian noise added to every window, in units of 16-bit PCM. The original
+            FlexiCodec uses 1.0, so its features and codes change from call to call.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from flexicodec_hf import FlexiCodecFeatureExtractor
+
+    >>> feature_extractor = FlexiCodecFeatureExtractor()
+    >>> audio = 0.1 * np.sin(np.arange(16_000))
+    >>> inputs = feature_extractor(audio, sampling_rate=16_000, return_tensors="pt")
+    >>> inputs.input_values.shape, inputs.input_features.shape
+    (torch.Size([1, 1, 16000]), torch.Size([1, 17, 560]))
+    ```
+    """
+
+    model_input_names = ["input_values", "padding_mask", "input_features", "input_features_mask"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        feature_size: int = 1,
+        sampling_rate: int = 16_000,
+        padding_value: float = 0.0,
+        num_mel_bins: int = 80,
+        frame_length_ms: float = 25.0,
+        frame_shift_ms: float = 10.0,
+        num_stacked_frames: int = 7,
+        stack_stride: int = 6,
+        cmvn_shift: Sequence[float] | None = None,
+        cmvn_scale: Sequence[float] | None = None,
+        dither: float = 0.0,
+        **kwargs: Any,
+    ):
+        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        if feature_size != 1:
+            raise ValueError(f"`feature_size` must be 1, since FlexiCodec hears one channel, got {feature_size}.")
+        if self.padding_side != "right":
+            raise ValueError(f"`padding_side` must be 'right' for FlexiCodec, got {self.padding_side!r}.")
+        self.num_mel_bins = num_mel_bins
+        self.frame_length_ms = frame_length_ms
+        self.frame_shift_ms = frame_shift_ms
+        self.num_stacked_frames = num_stacked_frames
+        self.stack_stride = stack_stride
+        self.dither = dither
+
+        if (cmvn_shift is None) != (cmvn_scale is None):
+            missing = "cmvn_shift" if cmvn_shift is None else "cmvn_scale"
+            raise ValueError(f"`cmvn_shift` and `cmvn_scale` belong together, but `{missing}` is missing.")
+        self.cmvn_shift = self._checked_cmvn("cmvn_shift", cmvn_shift)
+        self.cmvn_scale = self._checked_cmvn("cmvn_scale", cmvn_scale)
+
+    @property
+    def frame_length(self) -> int:
+        """The length of the analysis window in samples."""
+        return round(self.sampling_rate * self.frame_length_ms / 1000)
+
+    @property
+    def frame_shift(self) -> int:
+        """The distance between analysis windows in samples."""
+        return round(self.sampling_rate * self.frame_shift_ms / 1000)
+
+    def __call__(
+        self,
+        audio: np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]],
+        sampling_rate: int | None = None,
+        padding: bool | str | PaddingStrategy = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        downmix: bool = False,
+        return_tensors: str | TensorType | None = None,
+        device: str | torch.device = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> BatchFeature:
+        """
+        Prepare one or several clips for the model. What a clip gives does not depend on the clips beside it.
+
+        Args:
+            audio (`np.ndarray`, `torch.Tensor`, `list[float]`, or a `list` of such clips):
+                A clip, or a list of clips. A clip is an array, a tensor or a list of floats in [-1, 1] of shape
+                `(num_samples,)` or `(1, num_samples)`, or `(num_channels, num_samples)` with `downmix=True`. One
+                sample is enough.
+            sampling_rate (`int`, *optional*):
+                The sampling rate of `audio`. Pass it, so that audio at another rate than the model's is refused.
+            padding (`bool`, `str` or [`~utils.PaddingStrategy`], *optional*, defaults to `True`):
+                How the clips are made equally long, on the right:
+
+                - `True` or `'longest'`: as long as the longest clip.
+                - `'max_length'`: `max_length` samples long.
+                - `False` or `'do_not_pad'`: not at all. Clips of different lengths then need `return_tensors=None`.
+            max_length (`int`, *optional*):
+                The largest number of samples of a clip. A longer clip is an error, unless `truncation` is set.
+            truncation (`bool`, *optional*, defaults to `False`):
+                Whether to cut clips longer than `max_length`, before their features are computed.
+            pad_to_multiple_of (`int`, *optional*):
+                If set, pads the clips to the next multiple of this number of samples.
+            downmix (`bool`, *optional*, defaults to `False`):
+                Whether to average the channels of a clip. Without it, a clip of several channels is an error.
+            return_tensors (`str` or [`~utils.TensorType`], *optional*):
+                `'pt'` returns batched tensors on `device`, `'np'` batched arrays, `None` lists with one array a clip.
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+                Where the features are computed.
+            generator (`torch.Generator`, *optional*):
+                The source of the dither's noise, drawn on the generator's device.
+
+        Returns:
+            [`BatchFeature`] with
+
+            - **input_values** (`torch.FloatTensor` of shape `(batch_size, 1, num_samples)`) -- The waveforms.
+            - **padding_mask** (`torch.IntTensor` of shape `(batch_size, num_samples)`) -- 1 for samples, 0 for
+              padding.
+            - **input_features** (`torch.FloatTensor` of shape
+              `(batch_size, num_stacks, num_stacked_frames * num_mel_bins)`) -- The features, with as many stacks as a
+              clip of `num_samples` samples has.
+            - **input_features_mask** (`torch.IntTensor` of shape `(batch_size, num_stacks)`) -- 1 for stacks, 0 for
+              padding.
+
+        Raises:
+            ValueError: `audio` is empty, not of floats, not finite, not scaled to [-1, 1], of another shape or of
+                another sampling rate, or longer than `max_length` without `truncation`; or the padding arguments do
+                not fit together.
+        """
+        if sampling_rate is None:
+            logger.warning_once(
+                f"It is strongly recommended to pass the `sampling_rate` argument to `{type(self).__name__}()`. "
+                "Failing to do so can result in silent errors that might be hard to debug."
+            )
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"`sampling_rate` is {sampling_rate}, but this feature extractor works at {self.sampling_rate} Hz: "
+                f"resample the audio to {self.sampling_rate} Hz."
+            )
+
+        strategy = self._get_padding_strategies(padding=padding, max_length=max_length)
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least one sample, got {value}.")
+        if truncation and max_length is None:
+            raise ValueError("`truncation=True` needs `max_length`, the number of samples to keep.")
+        if pad_to_multiple_of is not None and strategy == PaddingStrategy.DO_NOT_PAD:
+            raise ValueError(
+                "`pad_to_multiple_of` needs `padding`: pass `padding=True` or leave `pad_to_multiple_of` out."
+            )
+
+        clips = _split_clips(audio)
+        with torch.no_grad():
+            waveforms = []
+            for i, clip in enumerate(clips):
+                name = "`audio`" if len(clips) == 1 else f"`audio[{i}]`"
+                waveform = _as_waveform(clip, name, downmix)
+                if max_length is not None and len(waveform) > max_length:
+                    if not truncation:
+                        raise ValueError(
+                            f"{name} has {len(waveform)} samples, more than `max_length`={max_length}. "
+                            "Pass `truncation=True` to cut it."
+                        )
+                    waveform = waveform[:max_length]
+                waveforms.append(waveform.to(device))
+
+            lengths = [len(waveform) for waveform in waveforms]
+            if strategy != PaddingStrategy.DO_NOT_PAD:
+                length = max_length if max_length and strategy == PaddingStrategy.MAX_LENGTH else max(lengths)
+                multiple = pad_to_multiple_of or 1
+                lengths = [math.ceil(length / multiple) * multiple] * len(waveforms)
+
+            batch = BatchFeature({name: [] for name in self.model_input_names})
+            for waveform, length in zip(waveforms, lengths, strict=True):
+                features = self._extract_features(waveform, generator)
+                mask = torch.ones(1, dtype=torch.int32, device=device)
+                missing, missing_stacks = length - len(waveform), self._num_stacks(length) - len(features)
+                batch["input_values"].append(F.pad(waveform[None], (0, missing), value=self.padding_value))
+                batch["padding_mask"].append(F.pad(mask.expand(len(waveform)), (0, missing)))
+                batch["input_features"].append(F.pad(features, (0, 0, 0, missing_stacks), value=self.padding_value))
+                batch["input_features_mask"].append(F.pad(mask.expand(len(features)), (0, missing_stacks)))
+
+        if return_tensors is None or TensorType(return_tensors) != TensorType.PYTORCH:
+            for name, tensors in batch.items():
+                batch[name] = [tensor.cpu().numpy() for tensor in tensors]
+        return batch.convert_to_tensors(return_tensors)
+
+    def _num_stacks(self, num_samples: int) -> int:
+        num_frames = 1 + max(num_samples - self.frame_length, 0) // self.frame_shift
+        return math.ceil(num_frames / self.stack_stride)
+
+    def _extract_features(self, waveform: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """`(num_samples,)` -> `(num_stacks, num_stacked_frames * num_mel_bins)`."""
+        fbank = []
+        for frames in self._frames(waveform).split(_FRAMES_PER_BLOCK):
+            if self.dither:
+                noise_device = waveform.device if generator is None else generator.device
+                noise = torch.randn(frames.shape, generator=generator, device=noise_device)
+                frames = frames + noise.to(frames.device) * (self.dither / 32768)
+            fbank.append(self._log_mel(frames))
+        return self._normalize(self._stack(torch.cat(fbank)))
+
+    def _frames(self, waveform: torch.Tensor) -> torch.Tensor:
+        """`(num_samples,)` -> `(num_frames, window_length)`, a view: whole windows only, the clip if it is shorter."""
+        return waveform.unfold(0, min(self.frame_length, len(waveform)), self.frame_shift)
+
+    def _log_mel(self, frames: torch.Tensor) -> torch.Tensor:
+        """`(num_frames, window_length)` -> `(num_frames, num_mel_bins)`, as `compute-fbank-feats` of Kaldi."""
+        window_length = frames.shape[1]
+        # A spectrum needs two points, even of a single sample.
+        fft_length = max(2, 1 << (window_length - 1).bit_length())
+        window = torch.hamming_window(window_length, periodic=False, dtype=torch.float32, device=frames.device)
+        filters = _mel_filters(fft_length, self.num_mel_bins, self.sampling_rate, frames.device)
+
+        frames = frames * 32768  # Kaldi's unit is the step of 16-bit PCM: the floor of the logarithm depends on it.
+        frames = frames - frames.mean(dim=1, keepdim=True)
+        previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+        spectrum = torch.fft.rfft((frames - 0.97 * previous) * window, n=fft_length)
+        power = spectrum[:, :-1].abs().square()
+        # Autocast would round the powers to half precision.
+        with torch.autocast(frames.device.type, enabled=False):
+            energies = power @ filters
+        return energies.clamp(min=torch.finfo(torch.float32).eps).log()
+
+    def _stack(self, fbank: torch.Tensor) -> torch.Tensor:
+        """`(num_frames, num_mel_bins)` -> `(num_stacks, num_stacked_frames * num_mel_bins)`."""
+        num_frames = len(fbank)
+        first = (
+            torch.arange(0, num_frames, self.stack_stride, device=fbank.device) - (self.num_stacked_frames - 1) // 2
+        )
+        indices = first[:, None] + torch.arange(self.num_stacked_frames, device=fbank.device)
+        return fbank[indices.clamp(0, num_frames - 1)].flatten(1)
+
+    def _normalize(self, features: torch.Tensor) -> torch.Tensor:
+        if self.cmvn_shift is None:
+            return features
+        return (features + features.new_tensor(self.cmvn_shift)) * features.new_tensor(self.cmvn_scale)
+
+    def _checked_cmvn(self, name: str, values: Sequence[float] | None) -> list[float] | None:
+        if values is None:
+            return None
+        expected = self.num_stacked_frames * self.num_mel_bins
+        if len(values) != expected:
+            raise ValueError(
+                f"`{name}` has {len(values)} values, expected `num_stacked_frames * num_mel_bins` = {expected}."
+            )
+        return [float(value) for value in values]
+
+
+@lru_cache(maxsize=16)
+def _mel_filters(fft_length: int, num_mel_bins: int, sampling_rate: int, device: torch.device) -> torch.Tensor:
+    """`(fft_length / 2, num_mel_bins)`: triangles on the mel scale, the last of which ends where the spectrum does.
+
+    In float32, as Kaldi computes them: where a triangle only grazes a bin, its rounding moves the log-mel energies by
+    more than 1e-4. So `transformers.audio_utils.mel_filter_bank`, which is in float64, does not serve.
+    """
+    frequencies = torch.arange(fft_length // 2, dtype=torch.float32, device="cpu") * (sampling_rate / fft_length)
+    mels = 1127 * torch.log(1 + frequencies[:, None] / 700)
+    lowest, highest = (1127 * math.log(1 + frequency / 700) for frequency in (20, sampling_rate / 2))
+    steps = torch.arange(num_mel_bins + 2, dtype=torch.float32, device="cpu")
+    edges = lowest + steps * ((highest - lowest) / (num_mel_bins + 1))
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    rising, falling = (mels - left) / (centre - left), (right - mels) / (right - centre)
+    return torch.minimum(rising, falling).clamp(min=0).to(device)
+
+
+def _split_clips(audio: Any) -> list[Any]:
+    """A list or tuple is one clip if it holds numbers, otherwise as many clips as it is long."""
+    if not isinstance(audio, (list, tuple)):
+        return [audio]
+    if not audio:
+        raise ValueError("`audio` is an empty list: pass at least one clip.")
+    return [audio] if isinstance(audio[0], numbers.Number) else list(audio)
+
+
+def _as_waveform(clip: Any, name: str, downmix: bool) -> torch.Tensor:
+    """The clip as a checked `torch.float32` tensor of shape `(num_samples,)`."""
+    if isinstance(clip, torch.Tensor):
+        is_float, dtype = clip.is_floating_point(), clip.dtype
+    else:
+        try:
+            clip = np.asarray(clip)
+        except ValueError as error:
+            raise ValueError(f"{name} is not a regular array of samples: {error}") from error
+        is_float, dtype = clip.dtype.kind == "f", clip.dtype
+    if not is_float:
+        raise ValueError(
+            f"{name} must hold floats in [-1, 1], got {dtype}. "
+            "Divide integer PCM by its full scale, 32768 for 16 bits."
+        )
+    if not isinstance(clip, torch.Tensor):
+        clip = torch.from_numpy(clip.astype(np.float32))
+    clip = clip.to(torch.float32)
+
+    shape = tuple(clip.shape)
+    if clip.ndim not in (1, 2):
+        raise ValueError(
+            f"{name} must have the shape (num_samples,) or (num_channels, num_samples), got {shape}. "
+            "Pass several clips as a list."
+        )
+    if clip.numel() == 0:
+        raise ValueError(f"{name} is empty: it has the shape {shape}, at least one sample is needed.")
+    if clip.ndim == 2:
+        if shape[0] > max(1, shape[1]):
+            raise ValueError(
+                f"{name} must have the shape (num_samples,) or (num_channels, num_samples), got {shape}, which has "
+                "more channels than samples: transpose it."
+            )
+        if shape[0] > 1 and not downmix:
+            raise ValueError(
+                f"{name} has {shape[0]} channels (shape {shape}), but the model hears one: pass `downmix=True` to "
+                "average them. If these are several clips, pass them as a list."
+            )
+        clip = clip.mean(dim=0)
+
+    peak = torch.stack(clip.aminmax()).abs().max().item()
+    if not math.isfinite(peak):
+        raise ValueError(f"{name} has NaN or infinite samples.")
+    if peak > _LARGEST_PEAK:
+        raise ValueError(
+            f"{name} must hold floats in [-1, 1], but reaches {peak:g}. "
+            "Divide PCM by its full scale, 32768 for 16 bits."
+        )
+    return clip
+
+
+__all__ = ["FlexiCodecFeatureExtractor"]
