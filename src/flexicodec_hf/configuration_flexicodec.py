@@ -1,6 +1,7 @@
 """FlexiCodec codec configuration."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -105,7 +106,7 @@ class FlexiCodecConfig(PreTrainedConfig):
     sub_configs = {"semantic_model_config": AutoConfig}
 
     sampling_rate: int = 16_000
-    semantic_model_config: dict | PreTrainedConfig | None = None
+    semantic_model_config: Any = None
     num_semantic_queries: int = 16
     semantic_query_ids: list[int] | tuple[int, ...] = (0, 1, 2, 15)
     semantic_downsampling_factor: float = 1.33333
@@ -142,7 +143,7 @@ class FlexiCodecConfig(PreTrainedConfig):
     distillation_loss_weight: float = 15.0
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         semantic = self.semantic_model_config
         if not isinstance(semantic, PreTrainedConfig):
             defaults = {
@@ -156,7 +157,7 @@ class FlexiCodecConfig(PreTrainedConfig):
             self.semantic_model_config = CONFIG_MAPPING[semantic["model_type"]](**semantic)
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of the `@strict` validation of the configuration."""
         if math.prod(self.downsampling_ratios) != math.prod(self.upsampling_ratios):
             raise ValueError(

@@ -82,7 +82,7 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
     ```
     """
 
-    model_input_names = ["input_values", "padding_mask", "input_features", "input_features_mask"]  # noqa: RUF012
+    model_input_names = ["input_values", "padding_mask", "input_features", "input_features_mask"]
 
     def __init__(
         self,

@@ -36,9 +36,9 @@ class FlexiCodecEncoderOutput(ModelOutput):
             The threshold that merged each item: the given one, or the one found for `target_frame_rate`.
     """
 
-    audio_codes: torch.LongTensor | None = None
-    token_lengths: torch.LongTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
+    audio_codes: Tensor | None = None
+    token_lengths: Tensor | None = None
+    audio_codes_mask: Tensor | None = None
     latents: Tensor | None = None
     frame_similarities: Tensor | None = None
     merging_threshold: Tensor | None = None
@@ -55,7 +55,7 @@ class FlexiCodecDecoderOutput(ModelOutput):
     """
 
     audio_values: Tensor | None = None
-    padding_mask: torch.BoolTensor | None = None
+    padding_mask: Tensor | None = None
 
 
 @dataclass
@@ -88,9 +88,9 @@ class FlexiCodecOutput(ModelOutput):
 
     loss: Tensor | None = None
     audio_values: Tensor | None = None
-    audio_codes: torch.LongTensor | None = None
-    token_lengths: torch.LongTensor | None = None
-    audio_codes_mask: torch.BoolTensor | None = None
+    audio_codes: Tensor | None = None
+    token_lengths: Tensor | None = None
+    audio_codes_mask: Tensor | None = None
     latents: Tensor | None = None
     commitment_loss: Tensor | None = None
     codebook_loss: Tensor | None = None
@@ -323,6 +323,8 @@ class FlexiCodecConvNeXtLayer(GradientCheckpointingLayer):
 class FlexiCodecFiniteScalarQuantizer(nn.Module):
     """Finite scalar quantization (arXiv:2309.15505): a code is a point of a small fixed grid."""
 
+    levels: Tensor
+
     def __init__(self, config: FlexiCodecConfig):
         super().__init__()
         levels = torch.tensor(config.semantic_quantization_levels)
@@ -421,11 +423,10 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
             residual = residual - output
             codes.append(indices)
 
-            used = 1.0
+            used = torch.ones_like(output[:, 0, 0])
             if isinstance(num_quantizers, Tensor):
                 used = (i < num_quantizers).to(output.dtype)
-                output = output * used[:, None, None]
-            quantized = quantized + output
+            quantized = quantized + output * used[:, None, None]
             commitment_loss = commitment_loss + (_item_mse(projected, entries.detach(), token_mask) * used).mean()
             codebook_loss = codebook_loss + (_item_mse(entries, projected.detach(), token_mask) * used).mean()
         if not codes:
@@ -439,10 +440,11 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """Sum `(batch_size, num_tokens, hidden_size)` of the vectors of codes `(batch_size, n, num_tokens)`, n >= 1."""
-        return sum(
+        vectors = [
             quantizer.out_proj(quantizer.codebook(codes[:, i]))
             for i, quantizer in enumerate(self.quantizers[: codes.shape[1]])
-        )
+        ]
+        return torch.stack(vectors).sum(dim=0)
 
 
 def _item_mse(prediction: Tensor, target: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -771,14 +773,14 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         unknown = kwargs.keys() - {field.name for field in fields(FlexiCodecEncoderOutput)}
         if unknown:
             raise TypeError(f"`decode` got unexpected arguments: {', '.join(sorted(unknown))}.")
-        if audio_codes is None and latents is None:
-            raise ValueError("`decode` needs `audio_codes` or `latents`.")
-        source = audio_codes if audio_codes is not None else latents
-        token_lengths, token_mask = self._check_tokens(source, token_lengths, audio_codes_mask)
         if audio_codes is not None:
+            token_lengths, token_mask = self._check_tokens(audio_codes, token_lengths, audio_codes_mask)
             latents = self._latents_from_codes(self._check_codes(audio_codes, token_mask), token_mask)
-        else:
+        elif latents is not None:
+            token_lengths, token_mask = self._check_tokens(latents, token_lengths, audio_codes_mask)
             latents = latents.transpose(1, 2)
+        else:
+            raise ValueError("`decode` needs `audio_codes` or `latents`.")
 
         if token_lengths is None:
             frames, lengths = latents, None
@@ -939,17 +941,16 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         hop, factor = self.config.hop_length, self.config.semantic_downsampling_factor
         acoustic_lengths = [-(-length // hop) for length in sample_lengths]
         semantic_lengths = [max(int(length / factor), 1) for length in feature_lengths]
-        for acoustic, semantic in zip(acoustic_lengths, semantic_lengths, strict=True):
-            if not 0 <= acoustic - semantic <= 2:
+        for num_acoustic, num_semantic in zip(acoustic_lengths, semantic_lengths, strict=True):
+            if not 0 <= num_acoustic - num_semantic <= 2:
                 raise ValueError(
-                    f"`input_features` and `input_values` do not belong together: the features of an item last {semantic} "
-                    f"frames, its waveform {acoustic}. Make both with one call of the feature extractor."
+                    "`input_features` and `input_values` do not belong together: the features of an item last "
+                    f"{num_semantic} frames, its waveform {num_acoustic}. Make both with one call of the feature extractor."
                 )
-        lengths = semantic_lengths  # the acoustic stream is 0 to 2 frames longer
 
         # The similarities that decide the merging are taken in float32 even where the model runs in less.
-        semantic = self._encode_semantic(input_features, feature_lengths, chunk).float()
-        semantic = _resample(semantic, feature_lengths, semantic_lengths)
+        semantic_frames = self._encode_semantic(input_features, feature_lengths, chunk).float()
+        semantic_frames = _resample(semantic_frames, feature_lengths, semantic_lengths)
 
         num_samples = max(acoustic_lengths) * hop
         values = F.pad(input_values[:, 0], (0, max(num_samples - input_values.shape[-1], 0)))[:, :num_samples]
@@ -962,17 +963,18 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             padded = None if padded is None else padded * hop
             return self.acoustic_encoder(window[:, None], padded).transpose(1, 2)
 
-        acoustic = _in_windows(run, values, acoustic_lengths, chunk, in_hop=hop)
-        return semantic, acoustic[:, : semantic.shape[1]], lengths
+        acoustic_frames = _in_windows(run, values, acoustic_lengths, chunk, in_hop=hop)
+        # The acoustic stream is 0 to 2 frames longer.
+        return semantic_frames, acoustic_frames[:, : semantic_frames.shape[1]], semantic_lengths
 
     @torch.no_grad()
     def _encode_semantic(self, input_features: Tensor, lengths: list[int], chunk: tuple[int, int] | None) -> Tensor:
         """The semantic encoder's output `(batch_size, num_features, size)`, without its query positions."""
         query_ids = torch.tensor(self.config.semantic_query_ids, device=input_features.device)
         queries = self.semantic_query_embedding(query_ids)
-        if chunk is not None:
-            # Codec frames to features, so that chunks last what they were asked to.
-            chunk = tuple(round(size * self.config.semantic_downsampling_factor) for size in chunk)
+        if chunk is not None:  # in codec frames; here in features, of which there are 4 for 3 frames
+            factor = self.config.semantic_downsampling_factor
+            chunk = round(chunk[0] * factor), round(chunk[1] * factor)
         longest = max(lengths) if chunk is None else min(max(lengths), chunk[0] + 2 * chunk[1])
         limit = self.config.semantic_model_config.max_position_embeddings - 1 - len(query_ids)
         if longest > limit:
@@ -1193,13 +1195,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         if token_lengths is None:
             mask = mask.bool()
             token_lengths = mask.long()
-        elif token_lengths.is_floating_point():
-            raise ValueError(f"`token_lengths` must be integers, got {token_lengths.dtype}.")
-        elif mask is None:
-            mask = token_lengths.flip(1).cummax(dim=1).values.flip(1) > 0
         else:
-            mask = mask.bool()
-        token_lengths = token_lengths.long() * mask
+            if token_lengths.is_floating_point():
+                raise ValueError(f"`token_lengths` must be integers, got {token_lengths.dtype}.")
+            mask = token_lengths.flip(1).cummax(dim=1).values.flip(1) > 0 if mask is None else mask.bool()
+            token_lengths = token_lengths.long() * mask
         if not torch.compiler.is_compiling():
             if shape[1] == 0 or not bool((token_lengths.sum(dim=1) > 0).all()):
                 raise ValueError("There is nothing to decode: an item has no tokens.")
