@@ -315,8 +315,8 @@ def reverse_diffusion(
 ) -> torch.Tensor:
     """`voicebox.reverse_diffusion(cond, prompt, **kwargs)` started from `noise` `(batch, target_frames, mel_dim)`.
 
-    `cond` is `(batch, prompt_frames + target_frames, hidden_size)`: `voicebox.cond_emb` of the codes, each repeated up to
-    the frame rate of the mel.
+    `cond` is `(batch, prompt_frames + target_frames, hidden_size)`: `voicebox.cond_emb` of the codes, repeated up
+    to the frame rate of the mel.
     """
     with mock.patch.object(torch, "randn", lambda *_, **__: noise), torch.no_grad():
         return voicebox.reverse_diffusion(cond, prompt, **kwargs)
