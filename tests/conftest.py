@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
+
+from flexicodec_hf.conversion.codec import convert_codec
 
 
 TESTS = Path(__file__).parent
@@ -29,14 +32,14 @@ def device(request: pytest.FixtureRequest) -> str:
 class Fixture:
     """Golden tensors of the reference `flexicodec==0.1.2` (see tests/fixtures/README.md).
 
-    `fixture.spec` is the JSON; `fixture["run/name"]` a tensor under `io/`; `fixture.weights` the reference's state dict.
+    `fixture.spec` is the JSON, `fixture["run/name"]` a tensor under `io/`, `fixture.weights` the reference's weights.
     """
 
     def __init__(self, name: str):
         self.spec = json.loads((FIXTURES / f"{name}.json").read_text())
         tensors = {}
-        for path in sorted(FIXTURES.glob(f"{name}*.safetensors")):
-            tensors |= load_file(path)
+        for path in (FIXTURES / f"{name}.safetensors", FIXTURES / f"{name}.io.safetensors"):
+            tensors |= load_file(path) if path.exists() else {}
         self.weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
         self._io = {k.removeprefix("io/"): v for k, v in tensors.items() if k.startswith("io/")}
 
@@ -62,3 +65,20 @@ def golden():
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-4, rtol: float = 0.0) -> None:
     torch.testing.assert_close(actual.detach().cpu(), expected, atol=atol, rtol=rtol, check_dtype=False)
+
+
+@pytest.fixture(scope="session")
+def codec_dir(golden, tmp_path_factory):
+    """`codec_dir("codec_tiny")`: the reference's codec of a fixture, converted to a repository on disk."""
+    converted: dict[str, Path] = {}
+
+    def convert(name: str = "codec_tiny") -> Path:
+        if name not in converted:
+            folder = tmp_path_factory.mktemp(name)
+            save_file(golden(name).weights, folder / "source.safetensors")
+            (folder / "source.yaml").write_text(yaml.safe_dump({"model": golden(name).spec["config"]}))
+            convert_codec(folder / "source.safetensors", folder / "codec", folder / "source.yaml")
+            converted[name] = folder / "codec"
+        return converted[name]
+
+    return convert

@@ -1,7 +1,8 @@
 """FlexiCodec: a speech codec whose frame rate follows the speech (https://huggingface.co/papers/2510.00981)."""
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -692,7 +693,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 break at a seam; attention sees `chunk_context_s` beyond the chunk, so that codes may differ from those of
                 the whole, most likely near seams.
             chunk_context_s (`float`, *optional*, defaults to 5.0):
-                Context on each side of a chunk, in seconds. The convolutions reach 1.9 s: not less, for them to be exact.
+                Context on each side of a chunk, in seconds. The convolutions reach 2.1 s: not less, for them to be exact.
 
         Returns:
             [`FlexiCodecEncoderOutput`]
@@ -739,7 +740,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         chunk_length_s: float | None = None,
         chunk_context_s: float = 5.0,
         num_frames: int | None = None,
-        **kwargs: object,
+        frame_similarities: Tensor | None = None,
+        merging_threshold: Tensor | None = None,
     ) -> FlexiCodecDecoderOutput:
         r"""
         Turns tokens back into speech. Takes what `encode` returns: `model.decode(**encoded)`.
@@ -759,10 +761,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 convolutions see what they see in one piece; the attention sees `chunk_context_s` beyond the chunk. Chunks
                 are cross-faded over one frame (80 ms), so that there is no step at a seam.
             chunk_context_s (`float`, *optional*, defaults to 5.0):
-                Context on each side of a chunk, in seconds. The convolutions reach 1.9 s: not less, for them to be exact.
+                Context on each side of a chunk, in seconds. The convolutions reach 2.1 s: not less, for them to be exact.
             num_frames (`int`, *optional*):
                 Frames of the longest item, the largest row sum of `token_lengths`, if known: with it `decode` waits for
                 nothing on the device, and `torch.compile(model.decode, fullgraph=True)` works.
+            frame_similarities, merging_threshold (*optional*):
+                Not used: what else `encode` returns, so that all of it can be passed on.
 
         Returns:
             [`FlexiCodecDecoderOutput`] with 1280 samples a frame, less 16.
@@ -770,9 +774,6 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         Raises:
             ValueError: A tensor has a wrong shape or dtype, a code or length is out of its range, or an item has no token.
         """
-        unknown = kwargs.keys() - {field.name for field in fields(FlexiCodecEncoderOutput)}
-        if unknown:
-            raise TypeError(f"`decode` got unexpected arguments: {', '.join(sorted(unknown))}.")
         if audio_codes is not None:
             token_lengths, token_mask = self._check_tokens(audio_codes, token_lengths, audio_codes_mask)
             latents = self._latents_from_codes(self._check_codes(audio_codes, token_mask), token_mask)
@@ -1044,7 +1045,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             low = torch.where(enough, low, (middle + 1).clamp(max=high))
         below = (high - 1).clamp(min=0)
         best = torch.where((target - count(below)).abs() < (count(high) - target).abs(), below, high)
-        return candidates.gather(1, best[:, None])[:, 0]
+        chosen = candidates.gather(1, best[:, None])[:, 0]
+        # Half way to the next similarity, so that the threshold still merges alike where rounding differs a little.
+        following = F.pad(candidates, (0, 1), value=1.0).gather(1, best[:, None] + 1)[:, 0]
+        middle = (chosen + following) / 2
+        return torch.where(middle < following, middle, chosen)
 
     def _token_starts(self, similarities: Tensor, threshold: Tensor, frame_mask: Tensor | None) -> Tensor:
         """Whether each frame `(batch_size, num_frames)` is the first of a token."""
@@ -1171,7 +1176,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             )
         # A multiple of three frames is a whole number of the semantic encoder's features.
         size = max(round(chunk_length_s * self.config.frame_rate / 3), 1) * 3
-        return size, -(-int(chunk_context_s * self.config.frame_rate) // 3) * 3
+        return size, math.ceil(chunk_context_s * self.config.frame_rate / 3) * 3
 
     def _check_tokens(
         self, tokens: Tensor, token_lengths: Tensor | None, mask: Tensor | None

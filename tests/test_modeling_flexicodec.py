@@ -1,0 +1,659 @@
+"""FlexiCodecModel against the reference, stage by stage, and what a model of transformers must do."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoModelForAudioTokenization
+
+from conftest import assert_close
+from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
+from flexicodec_hf.conversion.codec import _module_names, _source_name, _to_target
+from flexicodec_hf.modeling_flexicodec import FlexiCodecTransformerLayer, frame_to_token, mean_by_token
+
+
+TINY_RUNS = ["mid_nq5", "1.0_nq5", "low_nq5", "mid_nq1", "mid_nq3", "allmerge_nq5"]
+PROJECTED_RUNS = ["mid_nq5", "1.0_nq5", "low_nq5"]
+RUNS = [("codec_tiny", f"b1_thr_{run}") for run in TINY_RUNS] + [
+    ("codec_proj", f"b1_thr_{run}") for run in PROJECTED_RUNS
+]
+
+
+@pytest.fixture(scope="module")
+def load(codec_dir):
+    """`load("codec_tiny", device)`: a converted model in eval mode; `copy.deepcopy` it before changing it."""
+    models = {}
+
+    def get(name: str = "codec_tiny", device: str = "cpu") -> FlexiCodecModel:
+        if (name, device) not in models:
+            models[name, device] = FlexiCodecModel.from_pretrained(codec_dir(name)).eval().to(device)
+        return models[name, device]
+
+    return get
+
+
+@pytest.fixture
+def codec(load, device):
+    return load("codec_tiny", device)
+
+
+def clip(golden, name: str, device: str) -> dict[str, torch.Tensor]:
+    """The first clip of a codec fixture, as the feature extractor would give it."""
+    fixture = golden(name)
+    features = fixture["x_b2"][:1] if "x_b2" in fixture else golden("codec_tiny")["x_b2"][:1]
+    return {"input_values": fixture["in/audio_b1"][:, None].to(device), "input_features": features.to(device)}
+
+
+def noise_batch(device: str, num_samples: list[int], seed: int = 0) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Clips of noise with features of noise: each alone, and all in one padded batch."""
+    generator = torch.Generator().manual_seed(seed)
+    singles = []
+    for n in num_samples:
+        num_features = math.ceil(max(1 + (n - 400) // 160, 1) / 6)
+        singles.append(
+            {
+                "input_values": torch.randn(1, 1, n, generator=generator).mul(0.1).to(device),
+                "input_features": torch.randn(1, num_features, 560, generator=generator).to(device),
+            }
+        )
+    batch = {}
+    for key, mask_key, dim in (
+        ("input_values", "padding_mask", 2),
+        ("input_features", "input_features_mask", 1),
+    ):
+        lengths = [single[key].shape[dim] for single in singles]
+        pad = (0, 0) if dim == 1 else ()
+        batch[key] = torch.cat(
+            [F.pad(single[key], (*pad, 0, max(lengths) - n)) for single, n in zip(singles, lengths, strict=True)]
+        )
+        batch[mask_key] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
+    return singles, batch
+
+
+# ------------------------------------------------------------------------------------------------- the reference
+
+
+def record(stages: dict, module: torch.nn.Module, name: str, inputs: bool = False):
+    if inputs:
+        return module.register_forward_pre_hook(lambda _, args: stages.update({name: args[0]}))
+    return module.register_forward_hook(
+        lambda _, __, output: stages.update({name: output[0] if isinstance(output, tuple) else output})
+    )
+
+
+@pytest.mark.parametrize(("name", "run"), RUNS)
+def test_stages_match_the_reference(golden, load, device, name, run):
+    """Every intermediate tensor that the fixture holds: features and audio to 1e-4, decisions exactly."""
+    fixture, model = golden(name), load(name, device)
+    spec = fixture.spec["runs"][run]
+    stages: dict[str, torch.Tensor] = {}
+    channels_last = {
+        "semantic_agg_interleaved": (model.semantic_aggregator.transformer, True),
+        "semantic_agg_transformer_out": (model.semantic_aggregator.transformer, False),
+        "acoustic_agg_interleaved": (model.acoustic_aggregator.transformer, True),
+        "semantic_aggregated": (model.semantic_aggregator, False),
+        "acoustic_aggregated": (model.acoustic_aggregator, False),
+        "convnext_encoder_0": (model.semantic_quantizer.in_proj, False),
+        "convnext_encoder_out": (model.semantic_quantizer.encoder[-1], False),
+        "semantic_vq": (model.semantic_quantizer.fsq, False),
+        "semantic_decoded": (model.semantic_quantizer, False),
+        "acoustic_vq_input": (model.acoustic_quantizer, True),
+        "acoustic_final_before_bottleneck": (model.bottleneck, True),
+        "acoustic_final_after_bottleneck": (model.bottleneck, False),
+        **{f"rvq{i}_z_e": (quantizer, False) for i, quantizer in enumerate(model.acoustic_quantizer.quantizers)},
+    }
+    as_is = {
+        "sensevoice_hidden_out": model.semantic_encoder.layers[-1],
+        "acoustic_features": model.acoustic_encoder,
+        **{f"dac_encoder_block{i + 1}": block.conv1 for i, block in enumerate(model.acoustic_encoder.block)},
+        "dac_decoder_0": model.acoustic_decoder.conv1,
+        **{f"dac_decoder_{i + 1}": block.res_unit3 for i, block in enumerate(model.acoustic_decoder.block)},
+        **{f"semantic_agg_layer{i}": layer for i, layer in enumerate(model.semantic_aggregator.transformer.layers)},
+        **{f"bottleneck_layer{i}": layer for i, layer in enumerate(model.bottleneck.layers)},
+    }
+    hooks = [record(stages, module, key, inputs) for key, (module, inputs) in channels_last.items()]
+    hooks += [record(stages, module, key) for key, module in as_is.items()]
+    try:
+        with torch.no_grad():
+            encoded = model.encode(
+                **clip(golden, name, device),
+                merging_threshold=spec["threshold"],
+                num_quantizers=spec["num_quantizers"],
+            )
+            semantic_stages = dict(stages)
+            decoded = model.decode(**encoded)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    # The quantizers and the semantic path run again in `decode`, on codes.
+    stages |= {key: value for key, value in semantic_stages.items() if not key.startswith(("bottleneck", "dac_dec"))}
+    compared = set()
+    for key in stages:
+        if f"{run}/{key}" in fixture:
+            value = stages[key].transpose(1, 2) if key in channels_last else stages[key]
+            expected = fixture[f"{run}/{key}"]
+            assert_close(value, expected, atol=1e-4 * max(1.0, expected.abs().max().item()))
+            compared.add(key)
+    missing = {key for key in channels_last | as_is if f"{run}/{key}" in fixture} - compared
+    assert not missing
+    assert len(compared) >= (30 if run == "b1_thr_mid_nq5" and name == "codec_tiny" else 3)
+
+    assert torch.equal(encoded.token_lengths.cpu(), fixture[f"{run}/token_lengths"])
+    assert encoded.audio_codes_mask.all()
+    assert torch.equal(encoded.audio_codes[:, :1].cpu(), fixture[f"{run}/semantic_codes"].long())
+    assert encoded.audio_codes.shape[1] == spec["num_quantizers"]
+    if spec["num_quantizers"] > 1:
+        assert torch.equal(encoded.audio_codes[:, 1:].cpu(), fixture[f"{run}/acoustic_codes"])
+    assert_close(encoded.frame_similarities, fixture[f"{run}/sim"])
+    assert_close(encoded.latents, fixture[f"{run}/decoder_latent"])
+    assert_close(model.get_semantic_features(encoded.audio_codes), fixture[f"{run}/get_semantic_feature"])
+    assert_close(decoded.audio_values, fixture[f"{run}/audio"])
+    assert_close(
+        model.decode(latents=encoded.latents, token_lengths=encoded.token_lengths)[0], fixture[f"{run}/audio"]
+    )
+
+
+def test_batch_items_match_their_lone_reference_runs(golden, codec, device):
+    """Item 0 of the fixture's batch of two is the clip of its single runs: batched, it gives the single result."""
+    fixture, run = golden("codec_tiny"), "b1_thr_mid_nq5"
+    lengths = fixture["in/audio_lens_b2"]
+    feature_lengths = fixture["x_lens_b2"]
+    encoded = codec.encode(
+        fixture["in/audio_b2"][:, None].to(device),
+        fixture["x_b2"].to(device),
+        (torch.arange(fixture["in/audio_b2"].shape[1]) < lengths[:, None]).to(device),
+        (torch.arange(fixture["x_b2"].shape[1]) < feature_lengths[:, None]).to(device),
+        merging_threshold=fixture.spec["runs"][run]["threshold"],
+    )
+    num_tokens = fixture[f"{run}/token_lengths"].shape[1]
+    assert torch.equal(encoded.token_lengths[:1, :num_tokens].cpu(), fixture[f"{run}/token_lengths"])
+    assert torch.equal(encoded.audio_codes[:1, 1:, :num_tokens].cpu(), fixture[f"{run}/acoustic_codes"])
+    assert_close(codec.decode(**encoded).audio_values[:1], fixture[f"{run}/audio"])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_semantic_encoder_matches_the_reference(golden, device, masked):
+    """`FunAsrNanoEncoder` with converted weights is the reference's SenseVoice, with and without padding."""
+    fixture = golden("sensevoice")
+    conf = fixture.spec["config"]["encoder_conf"]
+    config = FlexiCodecConfig(
+        semantic_model_config={
+            "hidden_size": conf["output_size"],
+            "intermediate_size": conf["linear_units"],
+            "num_hidden_layers": conf["num_blocks"],
+        }
+    )
+    encoder = AutoModel.from_config(config.semantic_model_config).eval()
+    source = fixture.weights
+    for name, parameter in encoder.state_dict().items():
+        name = f"semantic_encoder.{name}"
+        parameter.copy_(_to_target(name, source[_source_name(name, _module_names(config))], config))
+    encoder.to(device)
+
+    run = "masked" if masked else "codec_path"
+    features = fixture["in/speech"]
+    queries = source["embed.weight"][torch.tensor(config.semantic_query_ids)]
+    features = torch.cat([queries.expand(features.shape[0], -1, -1), features], dim=1)
+    assert torch.equal(features, fixture["prepended"])
+    lengths = fixture["in/speech_lengths"] + 4 if masked else torch.tensor([features.shape[1]] * len(features))
+    mask = torch.arange(features.shape[1]) < lengths[:, None]
+    stages: dict[str, torch.Tensor] = {}
+    hooks = [record(stages, layer, f"layer{i}_raw") for i, layer in enumerate(encoder.layers[:-1])]
+    with torch.no_grad():
+        stages["hidden_out"] = encoder(features.to(device), mask.to(device)).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    assert len(stages) == 3
+    for name, value in stages.items():
+        assert_close(value.cpu()[mask], fixture[f"{run}/{name}"][mask])
+
+
+def reference_gradient(golden, model: FlexiCodecModel, name: str) -> torch.Tensor:
+    """The gradient that the reference's parameter would have, from ours and, for weight norm, the chain rule."""
+    config = model.config
+    modules = _module_names(config)
+    base, _, leaf = name.rpartition(".")
+    source_name = f"{base}.weight" if leaf in ("weight_g", "weight_v") else name
+    (ours,) = [key for key, _ in model.named_parameters() if _source_name(key, modules) == source_name]
+    parameter = model.get_parameter(ours)
+    if parameter.grad is None:
+        return None
+    gradient = parameter.grad.cpu()
+    if leaf in ("weight_g", "weight_v"):
+        weights = golden("codec_tiny").weights
+        magnitude, direction = weights[f"{base}.weight_g"], weights[f"{base}.weight_v"]
+        norm = direction.flatten(1).norm(dim=1).view(-1, *[1] * (direction.ndim - 1))
+        gradient, unit = gradient.view(direction.shape), direction / norm
+        along = (gradient * unit).flatten(1).sum(dim=1).view(norm.shape)
+        gradient = along if leaf == "weight_g" else magnitude / norm * (gradient - along * unit)
+    return gradient.view(golden("codec_tiny").weights[name].shape)
+
+
+@pytest.mark.parametrize("run", ["b1_quantized", "b1_bypassed", "b2_unmerged"])
+def test_training_forward_matches_the_reference(golden, load, device, run):
+    """Losses, reconstruction and gradients of a training step, with the reference's random draws put in."""
+    fixture, model = golden("codec_train"), copy.deepcopy(load("codec_tiny", device)).train()
+    spec = fixture.spec["runs"][run]
+    batch_size = 2 if run.startswith("b2") else 1
+    draws = spec["draws"]
+    num_quantizers = 1 if spec["bypassed"] else torch.tensor(draws["n_quantizers"]) + 1
+    output = model(
+        fixture["in/audio"][:batch_size, None].to(device),
+        fixture["in/x"][:batch_size].to(device),
+        merging_threshold=draws["threshold"],
+        num_quantizers=num_quantizers,
+    )
+    assert torch.equal(output.audio_codes[:, :1].cpu(), fixture[f"{run}/semantic_codes"].long())
+    if not spec["bypassed"]:
+        assert torch.equal(output.audio_codes[:, 1:].cpu(), fixture[f"{run}/acoustic_codes"])
+    assert_close(output.audio_values, fixture[f"{run}/audio"])
+    for name in ("commitment_loss", "codebook_loss"):
+        assert_close(getattr(output, name), fixture[f"{run}/{name}"], atol=1e-4, rtol=1e-5)
+    assert_close(output.distillation_loss * 15, fixture[f"{run}/distill_loss"], atol=1e-4, rtol=1e-5)
+    toy_loss = output.audio_values.square().mean() + output.loss
+    assert_close(toy_loss, fixture[f"{run}/toy_loss"], atol=1e-4, rtol=1e-5)
+
+    toy_loss.backward()
+    names = fixture.spec["gradients"]
+    assert len(names) > 10
+    for name in names:
+        gradient = reference_gradient(golden, model, name)
+        if name in spec["without_gradient"]:
+            assert gradient is None or not gradient.any(), name
+        else:
+            expected = fixture[f"{run}/grad/{name}"]
+            assert_close(gradient, expected, atol=3e-4 * expected.abs().max().item() + 1e-7)
+
+
+# --------------------------------------------------------------------------------------------------- merging
+
+
+def test_threshold_one_never_merges(codec, device):
+    """Bit-identical frames have a cosine that float32 may round past 1: they still keep a token each."""
+    features = torch.randn(1, 1, 560, generator=torch.Generator().manual_seed(1)).expand(4, 50, -1).contiguous()
+    similarities = codec._frame_similarities(features.to(device), [50] * 4)
+    assert similarities.max() <= 1
+    token_lengths, mask = codec._merge(similarities, torch.ones(4, device=device), [50] * 4)
+    assert mask.all() and token_lengths.shape == (4, 50) and (token_lengths == 1).all()
+    token_lengths, _ = codec._merge(similarities, torch.full((4,), 0.99, device=device), [50] * 4)
+    assert token_lengths[0].tolist() == [8] * 6 + [2]
+
+
+@pytest.mark.parametrize("rate", [1.5625, 2.0, 3.3, 6.25, 8.0, 12.4, 12.5])
+def test_target_frame_rate_is_as_near_as_any_threshold_gets(codec, device, rate):
+    singles, batch = noise_batch(device, [52_000, 9_000, 1_000, 30_000])
+    encoded = codec.encode(**batch, target_frame_rate=rate, num_quantizers=1)
+    for i, single in enumerate(singles):
+        num_frames = int(encoded.token_lengths[i].sum())
+        wanted = rate / 12.5 * num_frames
+        similarities = encoded.frame_similarities[i : i + 1, : num_frames - 1]
+        counts = {
+            codec._merge(similarities, torch.tensor([t], device=device), [num_frames])[0].shape[1]
+            for t in [-1.0, *similarities[0].tolist()]
+        }
+        num_tokens = int(encoded.audio_codes_mask[i].sum())
+        assert abs(num_tokens - wanted) == min(abs(count - wanted) for count in counts)
+        alone = codec.encode(**single, merging_threshold=encoded.merging_threshold[i].item(), num_quantizers=1)
+        assert torch.equal(alone.token_lengths[0], encoded.token_lengths[i, :num_tokens])
+
+
+def test_rates_and_thresholds_may_differ_per_item(codec, device):
+    _, batch = noise_batch(device, [52_000, 40_000, 30_000])
+    rates = [3.0, 6.0, 12.5]
+    encoded = codec.encode(**batch, target_frame_rate=rates)
+    achieved = 12.5 * encoded.audio_codes_mask.sum(1) / encoded.token_lengths.sum(1)
+    assert torch.allclose(achieved.cpu(), torch.tensor(rates), atol=0.6)
+    again = codec.encode(**batch, merging_threshold=encoded.merging_threshold)
+    assert torch.equal(again.token_lengths, encoded.token_lengths)
+
+
+def test_tokens_cover_their_frames(device):
+    token_lengths = torch.tensor([[2, 1, 3], [4, 0, 0]], device=device)
+    assert frame_to_token(token_lengths, 6).tolist() == [[0, 0, 1, 2, 2, 2], [0, 0, 0, 0, 2, 2]]
+    frames = torch.arange(12, dtype=torch.float32, device=device).view(2, 6, 1)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2], device=device)
+    means = mean_by_token(frames, token_lengths, mask)
+    assert means[0, :, 0].tolist() == [0.5, 2.0, 4.0]
+    assert means[1, 0, 0].item() == 7.5
+
+
+# ------------------------------------------------------------------------------------------------- exact batches
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_gives_each_item_what_it_gets_alone(codec, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+    num_samples = torch.randint(1, 60_000, (5,), generator=generator).tolist()
+    thresholds = (0.8 + 0.2 * torch.rand(5, generator=generator)).tolist()
+    singles, batch = noise_batch(device, num_samples, seed)
+    with torch.no_grad():
+        encoded = codec.encode(**batch, merging_threshold=thresholds)
+        decoded = codec.decode(**encoded)
+        output = codec(**batch, merging_threshold=thresholds)
+        for i, single in enumerate(singles):
+            alone = codec.encode(**single, merging_threshold=thresholds[i])
+            num_tokens = alone.audio_codes.shape[2]
+            assert torch.equal(encoded.audio_codes[i, :, :num_tokens], alone.audio_codes[0])
+            assert torch.equal(encoded.token_lengths[i, :num_tokens], alone.token_lengths[0])
+            assert encoded.audio_codes_mask[i].sum() == num_tokens
+            assert not encoded.audio_codes[i, :, num_tokens:].any() and not encoded.token_lengths[i, num_tokens:].any()
+            assert_close(encoded.latents[i, :, :num_tokens], alone.latents[0].cpu(), atol=1e-5)
+
+            wave = codec.decode(**alone).audio_values[0]
+            assert_close(decoded.audio_values[i, :, : wave.shape[1]], wave.cpu(), atol=1e-5)
+            assert not decoded.audio_values[i, :, wave.shape[1] :].any()
+            assert decoded.padding_mask[i].sum() == wave.shape[1]
+
+            features = codec.get_semantic_features(alone.audio_codes)
+            batched = codec.get_semantic_features(encoded.audio_codes, encoded.audio_codes_mask)[i]
+            assert_close(batched[:, :num_tokens], features[0].cpu(), atol=1e-5)
+
+            whole = codec(**single, merging_threshold=thresholds[i]).audio_values[0]
+            assert whole.shape[1] == num_samples[i]
+            assert_close(output.audio_values[i, :, : num_samples[i]], whole.cpu(), atol=1e-5)
+            assert not output.audio_values[i, :, num_samples[i] :].any()
+
+
+def test_training_losses_of_a_batch_ignore_padding(load, device):
+    """One item, alone and beside a shorter copy of nothing: the losses of a padded batch are means over valid tokens."""
+    model = copy.deepcopy(load("codec_tiny", device)).train()
+    singles, batch = noise_batch(device, [40_000, 12_000])
+    options = {"merging_threshold": 0.9, "num_quantizers": 5}
+    both = model(**batch, **options)
+    alone = [model(**single, **options) for single in singles]
+    assert_close(both.commitment_loss, sum(output.commitment_loss.cpu() for output in alone) / 2, atol=1e-4)
+    tokens = both.audio_codes_mask.sum(dim=1).cpu()
+    expected = sum(n * output.distillation_loss.cpu() for n, output in zip(tokens, alone, strict=True)) / tokens.sum()
+    assert_close(both.distillation_loss, expected.detach(), atol=1e-4)
+
+
+def test_token_lengths_alone_tell_the_padding(codec, device):
+    """Tokens behind the last one with a length are padding; a length of 0 between others just drops its frames."""
+    _, batch = noise_batch(device, [30_000, 12_000])
+    encoded = codec.encode(**batch, merging_threshold=0.9)
+    with_mask = codec.decode(**encoded).audio_values
+    without = codec.decode(encoded.audio_codes, encoded.token_lengths).audio_values
+    assert torch.equal(with_mask, without)
+    lengths = encoded.token_lengths[:1].clone()
+    lengths[0, 1] = 0
+    shorter = codec.decode(encoded.audio_codes[:1], lengths).audio_values
+    assert shorter.shape[-1] == 1280 * int(lengths.sum()) - 16
+
+
+# --------------------------------------------------------------------------------------------------- long audio
+
+
+def test_chunks_with_full_context_equal_the_whole(codec, device):
+    singles, batch = noise_batch(device, [16_000 * 12, 16_000 * 5 + 77, 900])
+    whole = codec.encode(**batch, merging_threshold=0.9)
+    chunked = codec.encode(**batch, merging_threshold=0.9, chunk_length_s=2, chunk_context_s=60)
+    assert torch.equal(whole.token_lengths, chunked.token_lengths)
+    assert torch.equal(whole.audio_codes, chunked.audio_codes)
+    assert_close(chunked.latents, whole.latents.cpu(), atol=1e-5)
+    assert_close(
+        codec.decode(**whole, chunk_length_s=2, chunk_context_s=60).audio_values,
+        codec.decode(**whole).audio_values.cpu(),
+        atol=1e-5,
+    )
+    alone = codec.encode(**singles[0], merging_threshold=0.9, chunk_length_s=2)
+    batched = codec.encode(**batch, merging_threshold=0.9, chunk_length_s=2)
+    assert torch.equal(alone.audio_codes[0], batched.audio_codes[0])
+
+
+def test_convolutions_are_exact_in_chunks(codec, device):
+    """The context covers the receptive field of the acoustic encoder, so that only attention sees the seams."""
+    singles, _ = noise_batch(device, [16_000 * 9])
+    arguments = (singles[0]["input_values"], singles[0]["input_features"], None, None)
+    _, whole, _ = codec._encode_frames(*arguments, chunk=None)
+    _, chunked, _ = codec._encode_frames(*arguments, chunk=codec._chunk(1.0, 2.1))
+    assert_close(chunked, whole.cpu(), atol=5e-5)
+    _, cut, _ = codec._encode_frames(*arguments, chunk=codec._chunk(1.0, 0.0))
+    assert (cut - whole).abs().max() > 1e-3
+
+
+def test_chunks_fade_into_each_other(codec, device):
+    """At a seam the waveform takes no step larger than the whole waveform's own."""
+    singles, _ = noise_batch(device, [16_000 * 8])
+    encoded = codec.encode(**singles[0], merging_threshold=0.9)
+    whole = codec.decode(**encoded).audio_values[0, 0]
+    chunked = codec.decode(**encoded, chunk_length_s=2, chunk_context_s=0.24).audio_values[0, 0]
+    assert chunked.shape == whole.shape
+    steps = (chunked - whole).diff().abs()
+    assert 0 < steps.max() < whole.diff().abs().max() / 2
+
+
+def test_audio_beyond_the_position_table_asks_for_chunks(load, device):
+    model = copy.deepcopy(load("codec_tiny", device))
+    model.config.semantic_model_config.max_position_embeddings = 60
+    singles, _ = noise_batch(device, [16_000 * 5])
+    with pytest.raises(ValueError, match=r"83 frames.*end at 55.*chunk_length_s"):
+        model.encode(**singles[0])
+
+
+# ------------------------------------------------------------------------------------------ a transformers model
+
+
+def test_saves_and_loads(load, tmp_path, device, golden):
+    model = load("codec_tiny", device)
+    model.save_pretrained(tmp_path)
+    inputs = clip(golden, "codec_tiny", device)
+    expected = model(**inputs)
+    for auto_class in (AutoModel, AutoModelForAudioTokenization):
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert isinstance(loaded, FlexiCodecModel)
+        assert not any(info.values())
+        output = loaded.to(device)(**inputs)
+        assert torch.equal(output.audio_codes, expected.audio_codes)
+        assert torch.equal(output.audio_values, expected.audio_values)
+
+
+def test_fresh_weights_are_initialised():
+    """Models are built on the meta device: nothing may be left as it was in memory."""
+    config = FlexiCodecConfig(
+        semantic_model_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32},
+        hidden_size=32, encoder_hidden_size=2, decoder_hidden_size=32, num_aggregator_layers=1, num_bottleneck_layers=1,
+        aggregator_hidden_size=32, bottleneck_hidden_size=32, convnext_hidden_size=8, num_convnext_layers=1,
+    )  # fmt: skip
+    model = FlexiCodecModel(config)
+    with torch.device("meta"):
+        hollow = FlexiCodecModel(config)
+    hollow.to_empty(device="cpu")
+    for tensor in [*hollow.parameters(), *hollow.buffers()]:
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
+        tensor._is_hf_initialized = False
+    for module in hollow.modules():
+        module._is_hf_initialized = False
+    hollow.init_weights()
+    for name, tensor in [*hollow.named_parameters(), *hollow.named_buffers()]:
+        assert tensor.isfinite().all(), name
+        assert tensor.shape == model.get_parameter(name).shape if name in dict(model.named_parameters()) else True
+    assert torch.equal(hollow.semantic_quantizer.fsq.levels, torch.tensor([8] * 5))
+    assert all(
+        (layer.mlp_layer_scale == 0.01).all()
+        for layer in hollow.modules()
+        if isinstance(layer, FlexiCodecTransformerLayer)
+    )
+
+
+def test_outputs_as_tuples(codec, golden, device):
+    inputs = clip(golden, "codec_tiny", device)
+    encoded = codec.encode(**inputs, return_dict=False)
+    assert isinstance(encoded, tuple) and torch.equal(encoded[0], codec.encode(**inputs).audio_codes)
+    assert isinstance(codec.decode(*encoded[:3], return_dict=False), tuple)
+    assert isinstance(codec(**inputs, return_dict=False), tuple)
+
+
+def test_eager_attention_equals_sdpa(codec_dir, codec, device):
+    eager = FlexiCodecModel.from_pretrained(codec_dir(), attn_implementation="eager").eval().to(device)
+    assert eager.semantic_encoder.config._attn_implementation == "eager"
+    _, batch = noise_batch(device, [30_000, 12_000])
+    expected, output = codec(**batch), eager(**batch)
+    assert torch.equal(output.audio_codes, expected.audio_codes)
+    assert_close(output.audio_values, expected.audio_values.detach().cpu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_near(codec_dir, codec, golden, device, dtype):
+    half = FlexiCodecModel.from_pretrained(codec_dir(), dtype=dtype).eval().to(device)
+    inputs = clip(golden, "codec_tiny", device)
+    encoded = codec.encode(**inputs, merging_threshold=0.8836)
+    output = half(**inputs)
+    assert output.audio_values.dtype == dtype and output.audio_values.isfinite().all()
+    audio_values = half.decode(**encoded).audio_values.float()
+    expected = codec.decode(**encoded).audio_values
+    assert (audio_values - expected).norm() / expected.norm() < 0.05
+
+
+def test_gradient_checkpointing_changes_nothing(load, golden, device):
+    inputs = clip(golden, "codec_tiny", device)
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(load("codec_tiny", device)).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        output = model(**inputs, merging_threshold=0.9, num_quantizers=3)
+        (output.audio_values.square().mean() + output.loss).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient.cpu(), atol=1e-5, rtol=1e-4)
+
+
+def test_training_draws_and_frozen_encoder(load, golden, device):
+    model = copy.deepcopy(load("codec_tiny", device)).train()
+    assert model.training and not model.semantic_encoder.training
+    inputs = clip(golden, "codec_tiny", device)
+    torch.manual_seed(0)
+    outputs = [model(**inputs) for _ in range(24)]
+    thresholds = {output.merging_threshold.item() for output in outputs}
+    assert len(thresholds) == 24 and all(0.8 <= threshold <= 1.0 for threshold in thresholds)
+    rows = [output.audio_codes.shape[1] for output in outputs]
+    assert set(rows) == {1, 5} and rows.count(1) < rows.count(5)
+    (outputs[0].audio_values.square().mean() + outputs[0].loss).backward()
+    assert all(p.grad is None for p in model.semantic_encoder.parameters())
+    assert model.semantic_query_embedding.weight.grad is None
+    torch.manual_seed(0)
+    assert torch.equal(model(**inputs).audio_values, outputs[0].audio_values)
+    model.eval()
+    assert torch.equal(model(**inputs).audio_values, model(**inputs).audio_values)
+
+
+def test_arguments_leave_no_trace(codec, golden, device):
+    inputs = clip(golden, "codec_tiny", device)
+    before = codec.encode(**inputs)
+    codec.encode(**inputs, merging_threshold=0.8, num_quantizers=1)
+    after = codec.encode(**inputs)
+    assert torch.equal(before.audio_codes, after.audio_codes)
+    assert torch.equal(before.merging_threshold.cpu(), torch.tensor([0.91]))
+
+
+def test_decode_compiles_without_graph_breaks(codec, device):
+    _, batch = noise_batch(device, [30_000, 12_000])
+    encoded = codec.encode(**batch, merging_threshold=0.9)
+    num_frames = int(encoded.token_lengths.sum(dim=1).max())
+    torch.compiler.reset()
+    with torch.no_grad():
+        decode = torch.compile(codec.decode, backend="eager", fullgraph=True)
+        output = decode(**encoded, num_frames=num_frames).audio_values
+        assert_close(output, codec.decode(**encoded).audio_values.cpu(), atol=1e-5)
+        codes = encoded.audio_codes[:1]
+        assert_close(decode(codes).audio_values, codec.decode(codes).audio_values.cpu(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_decode_compiles_with_inductor(codec, device):
+    codes = torch.randint(0, 64, (1, 5, 20), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        output = torch.compile(codec.decode, fullgraph=True)(codes).audio_values
+    assert_close(output, codec.decode(codes).audio_values.cpu(), atol=1e-5)
+
+
+def test_decode_of_fewer_rows(codec, golden, device):
+    encoded = codec.encode(**clip(golden, "codec_tiny", device), merging_threshold=0.9)
+    for rows in (1, 3):
+        fewer = codec.encode(**clip(golden, "codec_tiny", device), merging_threshold=0.9, num_quantizers=rows)
+        assert torch.equal(fewer.audio_codes, encoded.audio_codes[:, :rows])
+        output = codec.decode(encoded.audio_codes[:, :rows], encoded.token_lengths).audio_values
+        assert_close(output, codec.decode(**fewer).audio_values.cpu(), atol=1e-5)
+    all_of_them = codec.encode(**clip(golden, "codec_tiny", device), merging_threshold=0.9, num_quantizers=99)
+    assert torch.equal(all_of_them.audio_codes, encoded.audio_codes)
+
+
+def test_decode_without_lengths_is_a_frame_each(codec, device):
+    codes = torch.randint(0, 64, (2, 5, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    output = codec.decode(codes).audio_values
+    assert output.shape == (2, 1, 7 * 1280 - 16)
+    assert_close(output, codec.decode(codes, torch.ones(2, 7, dtype=torch.long, device=device))[0].cpu(), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_values": torch.zeros(1, 16_000)}, r"`input_values` must have the shape.*\(1, 16000\)"),
+        ({"input_values": torch.zeros(1, 2, 16_000)}, r"`input_values` must have the shape"),
+        ({"input_values": torch.zeros(1, 1, 0)}, "audio is empty"),
+        ({"input_features": torch.zeros(1, 17, 80)}, r"`input_features` must have the shape.*560"),
+        ({"input_features": torch.zeros(1, 40, 560)}, "do not belong together.*30 frames.*13"),
+        ({"input_features": torch.zeros(3, 17, 560)}, "holds 1 items, `input_features` 3"),
+        ({"padding_mask": torch.ones(1, 15_000)}, r"`padding_mask` must have the shape \(1, 16000\)"),
+        ({"padding_mask": torch.arange(16_000)[None] > 99}, "padding goes on the right"),
+        ({"padding_mask": torch.zeros(1, 16_000)}, "empty"),
+        ({"num_quantizers": 0}, "at least 1, got 0"),
+        ({"merging_threshold": 1.5}, "between -1 and 1, got 1.5"),
+        ({"merging_threshold": [0.9, 0.8]}, "one number or one for each of the 1 items"),
+        ({"target_frame_rate": 20.0}, "between 1.5625 and 12.5 tokens a second, got 20.0"),
+        ({"target_frame_rate": 6.25, "merging_threshold": 0.9}, "not both"),
+        ({"chunk_length_s": -1.0}, "`chunk_length_s` must be positive"),
+    ],
+)
+def test_encode_says_what_is_wrong(codec, device, arguments, message):
+    inputs = {"input_values": torch.zeros(1, 1, 16_000), "input_features": torch.zeros(1, 17, 560)} | arguments
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    with pytest.raises(ValueError, match=message):
+        codec.encode(**inputs)
+
+
+CODES = torch.zeros(1, 5, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs `audio_codes` or `latents`"),
+        ({"audio_codes": CODES[0]}, r"must have the shape \(batch_size, num_quantizers, num_tokens\).*\(5, 4\)"),
+        ({"audio_codes": CODES.float()}, "must be integers, got torch.float32"),
+        ({"audio_codes": CODES.repeat(1, 2, 1)}, "1 to 5 rows.*got 10"),
+        ({"audio_codes": CODES + 64}, "between 0 and 63 in an acoustic row, got values from 64 to 64"),
+        ({"audio_codes": CODES[:, :1] + 32768}, "between 0 and 32767 in the semantic row"),
+        ({"audio_codes": CODES - 1}, "between 0 and 32767 in the semantic row, got values from -1"),
+        ({"audio_codes": CODES, "token_lengths": torch.ones(1, 3).long()}, r"`token_lengths`.*\(1, 4\), got \(1, 3\)"),
+        ({"audio_codes": CODES, "token_lengths": torch.ones(1, 4)}, "`token_lengths` must be integers"),
+        ({"audio_codes": CODES, "token_lengths": torch.tensor([[3, -1, 1, 1]])}, "must not be negative, got -1"),
+        ({"audio_codes": CODES, "audio_codes_mask": torch.zeros(1, 4)}, "an item has no tokens"),
+        ({"audio_codes": CODES[..., :0]}, "an item has no tokens"),
+    ],
+)
+def test_decode_says_what_is_wrong(codec, device, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        codec.decode(**{key: value.to(device) for key, value in arguments.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"upsampling_ratios": [2, 2]}, "same product"),
+        ({"num_bottleneck_attention_heads": 7}, "`bottleneck_hidden_size`.*7"),
+        ({"num_quantizers": 0}, "at least 1"),
+        ({"max_frames_per_token": 0}, "at least 1"),
+        ({"merging_threshold_range": [1.0, 0.8]}, "lower and an upper"),
+    ],
+)
+def test_config_says_what_is_wrong(options, message):
+    with pytest.raises(Exception, match=message):
+        FlexiCodecConfig(**options)
