@@ -166,10 +166,10 @@ def randomize_(module: nn.Module, seed: int) -> nn.Module:
     for prefix, owner in module.named_modules():
         is_norm = "norm" in type(owner).__name__.lower()
         for name, parameter in owner.named_parameters(recurse=False):
-            if name == "weight_g":  # an upsampling convolution sees each input in kernel / stride = 2 outputs only
+            if name == "weight_g":  # small, for the residual units of the codec add up
                 stride = owner.stride[0] if isinstance(owner, nn.ConvTranspose1d) else 2
-                value = normal(parameter, 1.0, 0.15) * math.sqrt(stride / 2)
-            elif name in ("weight_v",) or isinstance(owner, nn.Embedding):
+                value = normal(parameter, 0.6, 0.1) * math.sqrt(stride / 2)  # two of the kernel's taps meet an output
+            elif name == "weight_v" or isinstance(owner, nn.Embedding):
                 value = normal(parameter, 0.0, 1.0)
             elif name in ("scale", "gamma"):
                 value = normal(parameter, 0.5, 0.1)
