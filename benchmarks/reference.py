@@ -132,7 +132,7 @@ def install_shims() -> None:
             names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
             super().__init__(bos_token_id=None, eos_token_id=None, **dict(zip(names, sizes, strict=False)), **kwargs)
 
-    missing = {
+    missing: dict[str, dict[str, Any]] = {
         "transformers.pytorch_utils": {"ALL_LAYERNORM_LAYERS": []},
         "transformers.utils": {
             "is_flash_attn_2_available": lambda: False,
