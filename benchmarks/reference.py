@@ -132,7 +132,7 @@ def install_shims() -> None:
             names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
             super().__init__(bos_token_id=None, eos_token_id=None, **dict(zip(names, sizes, strict=False)), **kwargs)
 
-    missing = {
+    missing: dict[str, dict[str, Any]] = {
         "transformers.pytorch_utils": {"ALL_LAYERNORM_LAYERS": []},
         "transformers.utils": {
             "is_flash_attn_2_available": lambda: False,
@@ -166,10 +166,10 @@ def randomize_(module: nn.Module, seed: int) -> nn.Module:
     for prefix, owner in module.named_modules():
         is_norm = "norm" in type(owner).__name__.lower()
         for name, parameter in owner.named_parameters(recurse=False):
-            if name == "weight_g":  # an upsampling convolution sees each input in kernel / stride = 2 outputs only
+            if name == "weight_g":  # small, for the residual units of the codec add up
                 stride = owner.stride[0] if isinstance(owner, nn.ConvTranspose1d) else 2
-                value = normal(parameter, 1.0, 0.15) * math.sqrt(stride / 2)
-            elif name in ("weight_v",) or isinstance(owner, nn.Embedding):
+                value = normal(parameter, 0.6, 0.1) * math.sqrt(stride / 2)  # two of the kernel's taps meet an output
+            elif name == "weight_v" or isinstance(owner, nn.Embedding):
                 value = normal(parameter, 0.0, 1.0)
             elif name in ("scale", "gamma"):
                 value = normal(parameter, 0.5, 0.1)
