@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import soundfile
-from conftest import AUDIO
 
+from conftest import AUDIO
 from flexicodec_hf.audio import AudioError, audio_seconds, check_audio_format, read_audio, resample, write_audio
 
 

@@ -6,12 +6,12 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import AUDIO, assert_close
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel
 
 import flexicodec_hf
+from conftest import AUDIO, assert_close
 from flexicodec_hf.audio import AudioClip
 from flexicodec_hf.cli import main
 from flexicodec_hf.cli.common import load_codec_config
@@ -415,7 +415,10 @@ def test_models_that_cannot_be_loaded(capsys, tmp_path):
         assert status == 1 and len(error.splitlines()) == 1 and message in error
 
 
-def test_reconstruct_needs_its_directory(run, tmp_path):
+def test_output_directories(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, errors = run("encode", AUDIO / CLIPS[0], "-o", tmp_path / "file")
+    assert status == 1 and errors == f"flexicodec-hf: error: [Errno 17] File exists: '{tmp_path / 'file'}'"
     status, _, errors = run("reconstruct", AUDIO / CLIPS[0], tmp_path / "missing" / "out.wav")
     assert status == 1 and f"there is no directory {tmp_path / 'missing'}" in errors
 

@@ -1,6 +1,7 @@
 import runpy
 
 import soundfile
+
 from conftest import AUDIO, TESTS
 
 

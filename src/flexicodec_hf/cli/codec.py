@@ -298,7 +298,6 @@ def _plan(args: argparse.Namespace, suffix: str) -> list[Job]:
         if target in sources:
             usage_error(args, f"{sources[target]} and {source} would both become {target}: use two output directories")
         sources[target] = source
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     return [Job(source, target) for target, source in sources.items()]
 
 
@@ -324,6 +323,7 @@ def _run(
     if jobs:
         from .runner import CodecRunner
 
+        jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # of all of them
         runner = CodecRunner(config, args.model, choose_device(args), args.dtype, args.chunk_length_s)
         if args.batch_size > 1 and seconds_of is not None:
             jobs = sorted(jobs, key=partial(_seconds, seconds_of=seconds_of))

@@ -32,7 +32,8 @@ def report_error(message: object) -> None:
 
 def usage_error(args: argparse.Namespace, message: str) -> NoReturn:
     """End as argparse does on a wrong argument."""
-    args.parser.error(message)
+    parser: argparse.ArgumentParser = args.parser
+    parser.error(message)
 
 
 @contextmanager
