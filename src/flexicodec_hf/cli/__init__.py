@@ -1,1 +1,42 @@
 """The command line `flexicodec-hf`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from . import codec, convert
+from .common import PROGRAM, CommandError, report_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, 1 if something failed, 130 if the user interrupted.
+
+    Raises:
+        SystemExit: With status 2 if the arguments are wrong; with 0 after `--help` and `--version`.
+    """
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="FlexiCodec: speech to tokens at 3 to 12.5 a second, and back."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (codec, convert):
+        module.add_commands(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (CommandError, OSError) as error:
+        report_error(error)
+        return 1
+    except KeyboardInterrupt:
+        report_error("interrupted")
+        return 130

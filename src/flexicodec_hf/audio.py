@@ -1,0 +1,145 @@
+"""Audio files: reading them as one channel at the model's rate, and writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+
+# Samples (of each channel) that are read at once: the channels are averaged before the next are read.
+_BLOCK = 1 << 20
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be read or written. The message names the file and says why."""
+
+
+@dataclass(frozen=True)
+class AudioClip:
+    """
+    One channel of audio, and what its file held.
+
+    Args:
+        path: The file.
+        waveform: `(num_samples,)`, float32, in [-1, 1] unless the file overshoots.
+        sampling_rate: Of `waveform`, in hertz.
+        file_sampling_rate: Of the file, in hertz.
+        num_channels: Of the file.
+    """
+
+    path: Path
+    waveform: np.ndarray
+    sampling_rate: int
+    file_sampling_rate: int
+    num_channels: int
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.waveform)
+
+    @property
+    def seconds(self) -> float:
+        return self.num_samples / self.sampling_rate
+
+    @property
+    def changes(self) -> list[str]:
+        """What reading did to the audio, in words; empty if nothing."""
+        changes = []
+        if self.num_channels > 1:
+            changes.append(f"{self.num_channels} channels averaged")
+        if self.file_sampling_rate != self.sampling_rate:
+            changes.append(f"resampled from {self.file_sampling_rate} to {self.sampling_rate} Hz")
+        return changes
+
+
+def read_audio(path: str | Path, sampling_rate: int) -> AudioClip:
+    """
+    Read an audio file: average its channels, and resample it to `sampling_rate`.
+
+    Args:
+        path: Anything libsndfile reads: WAV, FLAC, Ogg, MP3, AIFF, ...
+        sampling_rate: The rate to resample to, in hertz.
+
+    Raises:
+        AudioError: There is no such file, it is no audio file or a damaged one, or it has no samples, or NaN or infinite
+            ones.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        file_sampling_rate, num_channels = file.samplerate, file.channels
+        blocks = [block.mean(axis=1) for block in file.blocks(_BLOCK, dtype="float32", always_2d=True)]
+    waveform = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
+    if not np.isfinite(waveform).all():
+        raise AudioError(f"{path}: the audio has NaN or infinite samples.")
+    num_samples = len(waveform)
+    waveform = resample(waveform, file_sampling_rate, sampling_rate)
+    if len(waveform) == 0:
+        raise AudioError(
+            f"{path}: the audio is empty ({num_samples} samples at {file_sampling_rate} Hz): at least one sample at "
+            f"{sampling_rate} Hz is needed."
+        )
+    return AudioClip(path, waveform, sampling_rate, file_sampling_rate, num_channels)
+
+
+def audio_seconds(path: str | Path) -> float:
+    """How long an audio file lasts, from its header. Raises [`AudioError`] as `read_audio` does."""
+    with _open(Path(path)) as file:
+        return file.frames / file.samplerate
+
+
+def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """`(num_samples,)` at `source_rate` hertz to `(new_num_samples,)` at `target_rate`, both float32."""
+    if source_rate == target_rate or len(waveform) == 0:
+        return waveform
+    return soxr.resample(waveform, source_rate, target_rate)
+
+
+def check_audio_format(path: str | Path) -> None:
+    """Raise [`AudioError`] if no audio can be written under this name."""
+    path = Path(path)
+    # A headerless file would not be read again.
+    if path.suffix[1:].upper() not in soundfile.available_formats().keys() - {"RAW"}:
+        raise AudioError(f"{path}: unknown audio format '{path.suffix}': use .wav, .flac, .ogg or .mp3.")
+
+
+def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> None:
+    """
+    Write one channel of audio, in the format that the file's suffix names (16 bits for WAV and FLAC).
+
+    Args:
+        path: The file; one that exists is replaced.
+        waveform: `(num_samples,)`, floats in [-1, 1]; what lies beyond is clipped.
+        sampling_rate: In hertz.
+
+    Raises:
+        AudioError: The suffix names no format, the samples are NaN or infinite, or the file cannot be written.
+    """
+    path = Path(path)
+    check_audio_format(path)
+    if not np.isfinite(waveform).all():
+        raise AudioError(f"{path}: not written, the audio has NaN or infinite samples.")
+    try:
+        soundfile.write(path, waveform, sampling_rate)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: cannot be written: {error.error_string}") from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[soundfile.SoundFile]:
+    if not path.exists():
+        raise AudioError(f"{path}: there is no such file.")
+    if path.is_dir():
+        raise AudioError(f"{path}: this is a directory; pass its files.")
+    if path.suffix.lower() == ".raw":
+        raise AudioError(f"{path}: a file without a header does not say its sampling rate; convert it to WAV.")
+    try:
+        with soundfile.SoundFile(path) as file:
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: not an audio file, or a damaged one: {error.error_string}") from error

@@ -1,0 +1,98 @@
+"""What the commands share: errors, whole files, the choice of device and model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tqdm import tqdm
+
+
+if TYPE_CHECKING:
+    from ..configuration_flexicodec import FlexiCodecConfig
+
+PROGRAM = "flexicodec-hf"
+RELEASED_REPO = "jiaqili3/flexicodec"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class CommandError(ValueError):
+    """Something that the user can mend: printed in one line, without a traceback."""
+
+
+def report_error(message: object) -> None:
+    """Print an error in one line, beside a progress bar if there is one."""
+    tqdm.write(f"{PROGRAM}: error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def usage_error(args: argparse.Namespace, message: str) -> NoReturn:
+    """End as argparse does on a wrong argument."""
+    parser: argparse.ArgumentParser = args.parser
+    parser.error(message)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to. It becomes `path` at the end: whoever sees `path` sees a complete file."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=RELEASED_REPO,
+        metavar="ID_OR_DIR",
+        help="converted model, a Hub id or a directory (default: %(default)s)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="where to run (default: cuda or mps if there is one, else cpu)",
+    )
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="type to run in (default: %(default)s); the other two may change some codes",
+    )
+
+
+def choose_device(args: argparse.Namespace) -> str:
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if args.device == "auto":
+        return next(device for device, there in available.items() if there)
+    if not available[args.device]:
+        usage_error(args, f"argument --device: there is no {args.device} device here")
+    return args.device
+
+
+def load_codec_config(model: str) -> FlexiCodecConfig:
+    """The configuration of a converted codec."""
+    from ..configuration_flexicodec import FlexiCodecConfig
+
+    try:
+        values, _ = FlexiCodecConfig.get_config_dict(model)
+        if not values:
+            raise ValueError("there is no config.json in it.")
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"cannot load the model {model}: {str(error).splitlines()[0]} The released files are converted with "
+            f"`{PROGRAM} convert --repo {RELEASED_REPO} --output-dir DIR`; then pass `--model DIR`."
+        ) from error
+    if values.get("model_type") != FlexiCodecConfig.model_type:
+        raise CommandError(f"{model} is no FlexiCodec: its model type is {values.get('model_type')!r}.")
+    return FlexiCodecConfig.from_dict(values)

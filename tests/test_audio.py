@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import soundfile
+
+from conftest import AUDIO
+from flexicodec_hf.audio import AudioError, audio_seconds, check_audio_format, read_audio, resample, write_audio
+
+
+RATE = 16_000
+
+
+def test_mono_is_read_as_it_is():
+    path = AUDIO / "librivox_austen_0880.flac"
+    clip = read_audio(path, RATE)
+    expected, _ = soundfile.read(path, dtype="float32")
+    assert clip.waveform.dtype == np.float32
+    np.testing.assert_array_equal(clip.waveform, expected)
+    assert clip.changes == []
+    assert clip.seconds == audio_seconds(path) == len(expected) / RATE
+
+
+def test_channels_are_averaged_and_the_rate_changed():
+    # The channels hold one clip at 48 kHz, the right one at half level: the mean is three quarters of the original.
+    clip = read_audio(AUDIO / "stereo_48k.wav", RATE)
+    original = read_audio(AUDIO / "librivox_austen_0880.flac", RATE).waveform
+    assert clip.changes == ["2 channels averaged", "resampled from 48000 to 16000 Hz"]
+    assert clip.num_samples == len(original)
+    error = clip.waveform - 0.75 * original
+    assert np.square(error).mean() < 0.01 * np.square(original).mean()
+
+
+def test_channels_are_averaged_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("flexicodec_hf.audio._BLOCK", 1000)
+    samples = np.linspace(-0.5, 0.5, 3 * 2500, dtype=np.float32).reshape(2500, 3)
+    soundfile.write(tmp_path / "three.wav", samples, RATE, subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(tmp_path / "three.wav", RATE).waveform, samples.mean(axis=1), atol=1e-7)
+
+
+def test_resampling_keeps_a_tone():
+    tone = np.sin(2 * np.pi * 440 * np.arange(44_100) / 44_100).astype(np.float32)
+    resampled = resample(tone, 44_100, RATE)
+    expected = np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
+    assert resampled.shape == (RATE,) and resampled.dtype == np.float32
+    np.testing.assert_allclose(resampled[500:-500], expected[500:-500], atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix, atol", [(".wav", 2e-5), (".flac", 2e-5), (".ogg", 0.1)])
+def test_write_and_read_again(tmp_path, suffix, atol):
+    waveform = read_audio(AUDIO / "librivox_austen_0880.flac", RATE).waveform
+    path = tmp_path / f"again{suffix}"
+    write_audio(path, waveform, RATE)
+    np.testing.assert_allclose(read_audio(path, RATE).waveform, waveform, atol=atol)
+
+
+def test_loud_audio_is_clipped_and_does_not_wrap(tmp_path):
+    write_audio(tmp_path / "loud.wav", np.array([1.5, -1.5]), RATE)
+    np.testing.assert_allclose(read_audio(tmp_path / "loud.wav", RATE).waveform, [1, -1], atol=1e-4)
+
+
+def damaged_flac(path):
+    content = (AUDIO / "librivox_austen_0880.flac").read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("missing.wav", lambda path: None, "there is no such file"),
+        ("folder.wav", lambda path: path.mkdir(), "this is a directory; pass its files"),
+        ("text.wav", lambda path: path.write_text("not audio"), "not an audio file, or a damaged one: Format not"),
+        ("nothing.wav", lambda path: path.write_bytes(b""), "not an audio file, or a damaged one"),
+        ("half.flac", damaged_flac, "not an audio file, or a damaged one: .*lost sync"),
+        ("header.raw", lambda path: path.write_bytes(b"00"), "does not say its sampling rate; convert it to WAV"),
+        (
+            "empty.wav",
+            lambda path: soundfile.write(path, np.zeros(0), RATE),
+            r"the audio is empty \(0 samples at 16000",
+        ),
+        (
+            "nan.wav",
+            lambda path: soundfile.write(path, np.array([0, np.nan, 1]), RATE, subtype="FLOAT"),
+            "the audio has NaN or infinite samples",
+        ),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, make, message):
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(AudioError, match=f"{name}: .*{message}"):
+        read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5])
+def test_too_few_samples_to_resample(tmp_path, num_samples):
+    path = tmp_path / "tiny.wav"
+    soundfile.write(path, np.full(num_samples, 0.5), 96_000)
+    if num_samples == 5:
+        assert read_audio(path, RATE).num_samples == 1
+    else:
+        with pytest.raises(
+            AudioError, match=rf"empty \({num_samples} samples at 96000 Hz\): at least one sample at 16000"
+        ):
+            read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a", "a.raw"])
+def test_unknown_formats_are_refused(tmp_path, name):
+    with pytest.raises(AudioError, match=r"unknown audio format '.*': use \.wav"):
+        check_audio_format(tmp_path / name)
+    with pytest.raises(AudioError, match="unknown audio format"):
+        write_audio(tmp_path / name, np.zeros(10), RATE)
+
+
+def test_broken_audio_is_not_written(tmp_path):
+    with pytest.raises(AudioError, match="not written, the audio has NaN"):
+        write_audio(tmp_path / "a.wav", np.array([0, np.nan]), RATE)
+    with pytest.raises(AudioError, match="cannot be written"):
+        write_audio(tmp_path / "missing" / "a.wav", np.zeros(10), RATE)
+    assert list(tmp_path.iterdir()) == []
