@@ -14,6 +14,11 @@ AutoModel.register(FlexiCodecConfig, FlexiCodecModel)
 AutoModelForAudioTokenization.register(FlexiCodecConfig, FlexiCodecModel)
 AutoFeatureExtractor.register(FlexiCodecConfig, FlexiCodecFeatureExtractor)
 
+# Saved repositories carry their code, for `trust_remote_code=True` where this package is not installed.
+FlexiCodecConfig.register_for_auto_class()
+FlexiCodecModel.register_for_auto_class("AutoModel")
+FlexiCodecFeatureExtractor.register_for_auto_class()
+
 __all__ = [
     "FlexiCodecConfig",
     "FlexiCodecFeatureExtractor",

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -613,6 +615,14 @@ class FlexiCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        if self._auto_class is not None:
+            # One class, two Auto classes; `register_for_auto_class` knows of one.
+            auto_map = getattr(self.config, "auto_map", None) or {}
+            name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+            self.config.auto_map = auto_map | {"AutoModelForAudioTokenization": name}
+        super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..configuration_flexicodec import FlexiCodecConfig
+from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from .checkpoint import CheckpointError, SourceCheckpoint
 
@@ -105,7 +105,8 @@ def convert_codec(
     config = infer_config(codec, semantic_source, _read_yaml(codec_config))
 
     with torch.device("meta"):
-        targets = FlexiCodecModel(config).state_dict()
+        model = FlexiCodecModel(config).to(dtype)
+    targets = model.state_dict()
     modules = _module_names(config)
     tensors: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -129,20 +130,13 @@ def convert_codec(
     if (missing or unknown) and not allow_partial:
         raise CheckpointError(_account(codec.path, missing, unknown))
 
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    config.architectures = ["FlexiCodecModel"]
-    config.dtype = dtype
-    config.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, state_dict=tensors)
     released_feature_extractor().save_pretrained(output_dir)
-    save_file(tensors, output_dir / "model.safetensors", metadata={"format": "pt"})
     return config
 
 
-def released_feature_extractor() -> Any:
+def released_feature_extractor() -> FlexiCodecFeatureExtractor:
     """The feature extractor of the released codec, with SenseVoice's mean and variance normalisation."""
-    from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
-
     cmvn = json.loads(Path(__file__).with_name("cmvn.json").read_text())
     extractor = FlexiCodecFeatureExtractor()
     # Kaldi's `am.mvn` repeats the 80 numbers for each of the stacked frames.
