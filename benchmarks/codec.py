@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -161,12 +162,12 @@ def main() -> None:
             audio = make_audio(arguments.seconds, batch_size).to(arguments.device)
             encoded = {name: codec.encode(audio) for name, codec in codecs.items()}
             encode = interleave(
-                {name: (lambda c=codec: c.encode(audio)) for name, codec in codecs.items() if "compiled" not in name},
+                {name: partial(codec.encode, audio) for name, codec in codecs.items() if "compiled" not in name},
                 arguments.repeats,
                 arguments.device,
             )
             decode = interleave(
-                {name: (lambda c=codec, e=encoded[name]: c.decode(e)) for name, codec in codecs.items()},
+                {name: partial(codec.decode, encoded[name]) for name, codec in codecs.items()},
                 arguments.repeats,
                 arguments.device,
             )

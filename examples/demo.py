@@ -14,7 +14,6 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
 from flexicodec_hf.audio import read_audio, write_audio
-from flexicodec_hf.cli.runner import bits_per_token
 from flexicodec_hf.conversion.codec import released_feature_extractor
 
 
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_tokens = encoded.audio_codes.shape[-1]
         rate = num_tokens / clip.seconds
         cells = [f"{num_tokens}", f"{rate:.2f}"]
-        cells += [f"{rate * bits_per_token(config, rows):.0f}" for rows in ROWS]
+        cells += [f"{rate * config.bits_per_token(rows):.0f}" for rows in ROWS]
         cells += [f"{seconds / clip.seconds:.3f}" for seconds in (encode_seconds, decode_seconds)]
         cells = [cell.rjust(len(column)) for cell, column in zip(cells, columns, strict=True)]
         print("  ".join([f"{name} {value}".ljust(22), *cells]))

@@ -15,7 +15,7 @@ from conftest import AUDIO, assert_close
 from flexicodec_hf.audio import AudioClip
 from flexicodec_hf.cli import main
 from flexicodec_hf.cli.common import load_codec_config
-from flexicodec_hf.cli.runner import CodecRunner, bits_per_token
+from flexicodec_hf.cli.runner import CodecRunner
 from flexicodec_hf.conversion.codec import convert_codec
 
 
@@ -111,7 +111,7 @@ def test_encode_writes_what_the_model_gives(run, device, model, tmp_path):
     seconds = len(waveform) / 16_000
     # FSQ of 8^5 codes, four codebooks of 64, lengths up to 8.
     bits = num_tokens * (15 + 4 * 6 + 3) / seconds
-    assert bits_per_token(codec.config, 5) == 42
+    assert codec.config.bits_per_token(5) == 42
     assert f"{num_tokens} tokens, {num_tokens / seconds:.2f} per second; {bits:.0f} bits per second" in output
 
 

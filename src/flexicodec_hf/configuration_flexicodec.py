@@ -198,5 +198,10 @@ class FlexiCodecConfig(PreTrainedConfig):
         """Size of the vocabulary of row 0 of `audio_codes`."""
         return math.prod(self.semantic_quantization_levels)
 
+    def bits_per_token(self, num_quantizers: int) -> float:
+        """Bits of a token without entropy coding: its semantic code, its acoustic codes and its length."""
+        acoustic = (num_quantizers - 1) * math.log2(self.codebook_size)
+        return math.log2(self.semantic_codebook_size) + acoustic + math.log2(self.max_frames_per_token)
+
 
 __all__ = ["FlexiCodecConfig"]

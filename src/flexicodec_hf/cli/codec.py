@@ -350,8 +350,6 @@ def _run_batch(
 ) -> None:
     import torch
 
-    from .runner import bits_per_token
-
     try:
         results = compute(runner, [item for _, item in batch])
     except torch.OutOfMemoryError:
@@ -370,7 +368,7 @@ def _run_batch(
             totals.done += 1
             totals.seconds += tokens.seconds
             totals.tokens += num_tokens
-            totals.bits += num_tokens * bits_per_token(runner.config, num_quantizers)
+            totals.bits += num_tokens * runner.config.bits_per_token(num_quantizers)
             totals.num_quantizers.add(num_quantizers)
             tqdm.write(
                 f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *_notes(runner, item)])} -> {job.target} "

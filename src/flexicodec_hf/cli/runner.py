@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
@@ -17,15 +16,6 @@ from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from .common import CommandError
 from .tokens import Tokens
-
-
-def bits_per_token(config: FlexiCodecConfig, num_quantizers: int) -> float:
-    """Bits that a token takes without entropy coding: its semantic code, its acoustic codes and its length."""
-    return (
-        math.log2(config.semantic_codebook_size)
-        + (num_quantizers - 1) * math.log2(config.codebook_size)
-        + math.log2(config.max_frames_per_token)
-    )
 
 
 class CodecRunner:
