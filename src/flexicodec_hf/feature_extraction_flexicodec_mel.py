@@ -111,7 +111,7 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
                 "resample the clip first."
             )
         is_batch = isinstance(raw_speech, (list, tuple)) and len(raw_speech) > 0 and np.ndim(raw_speech[0]) > 0
-        clips = [torch.as_tensor(clip, dtype=torch.float32) for clip in (raw_speech if is_batch else [raw_speech])]
+        clips = [torch.as_tensor(clip, dtype=torch.float32).cpu() for clip in (raw_speech if is_batch else [raw_speech])]
         features = self.pad(
             BatchFeature({"mel": [self._log_mel(clip, item).numpy() for item, clip in enumerate(clips)]}),
             padding=padding,

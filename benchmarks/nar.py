@@ -1,0 +1,162 @@
+"""Time the second stage of the TTS, tokens to mel to waveform, at full size with random weights.
+
+    python benchmarks/nar.py                    # beside the reference, one run, same weights
+    python benchmarks/nar.py --no-reference     # ours alone
+
+The reference package must be installed (`benchmarks/requirements-reference.txt`) for the comparison. Weights pass through
+the converters, so the outputs are compared too.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def best_of(run: Callable[[], torch.Tensor], repeats: int) -> tuple[float, torch.Tensor]:
+    """Shortest time in seconds, and the last result."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        if result.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times), result.float().cpu()
+
+
+def report(name: str, seconds: float, audio_seconds: float, baseline: float | None, distance: float | None) -> None:
+    line = f"{name:<24} {seconds:8.2f} s   real-time factor {seconds / audio_seconds:6.3f}"
+    if baseline is not None:
+        line += f"   {baseline / seconds:5.2f}x the reference"
+    if distance is not None:
+        line += f"   relative distance {distance:.1e}"
+    print(line, flush=True)
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=float, default=5.0, help="seconds to speak")
+    parser.add_argument("--prompt", type=float, default=3.0, help="seconds of the voice prompt")
+    parser.add_argument("--steps", type=int, default=15, help="steps of the flow")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each, of which the shortest counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stages", nargs="+", default=["voicebox", "vocoder"], choices=["voicebox", "vocoder"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--no-reference", action="store_true")
+    arguments = parser.parse_args()
+
+    # Must come before transformers is imported, see `reference.py`.
+    reference = None
+    if not arguments.no_reference:
+        import reference
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    for stage in arguments.stages:
+        {"voicebox": time_voicebox, "vocoder": time_vocoder}[stage](reference, arguments)
+
+
+def load(model_class: Any, convert: Callable[..., None], weights: dict[str, torch.Tensor], arguments: Any) -> list[Any]:
+    """Our model in every dtype asked for, with the reference's weights, or random ones without it."""
+    if not weights:
+        model = model_class(model_class.config_class()).eval()
+        return [model.to(arguments.device, getattr(torch, dtype)) for dtype in arguments.dtypes]
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder, "source.safetensors"), Path(folder, "converted")
+        save_file(weights, source)
+        convert(source, output)
+        source.unlink()
+        return [
+            model_class.from_pretrained(output, dtype=dtype).to(arguments.device).eval() for dtype in arguments.dtypes
+        ]
+
+
+def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
+    from flexicodec_hf.conversion.nar import convert_voicebox
+    from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
+
+    device = arguments.device
+    groups, prompt_groups = round(12.5 * arguments.target), round(12.5 * arguments.prompt)
+    codes = torch.randint(32768, (1, prompt_groups + groups), device=device)
+    prompt_mel = torch.randn(1, 4 * prompt_groups, 128, device=device)
+    noise = torch.randn(1, 4 * groups, 128, device=device)
+    seconds, expected, weights = None, None, {}
+    if reference is not None:
+        theirs = reference.build_voicebox(reference.VOICEBOX_FULL, seed=0).to(device)
+        weights = {f"voicebox_model.{name}": tensor for name, tensor in theirs.state_dict().items()}
+
+        def run_reference(steps: int = arguments.steps) -> torch.Tensor:
+            condition = theirs.cond_emb(codes).repeat_interleave(4, dim=1)
+            return reference.reverse_diffusion(
+                theirs, condition, prompt_mel, noise, n_timesteps=steps, cfg=2.0, rescale_cfg=0.75
+            )
+
+        run_reference(1)
+        seconds, expected = best_of(run_reference, arguments.repeats)
+        report("voicebox reference", seconds, arguments.target, None, None)
+        del theirs
+    models = load(FlexiCodecVoiceboxModel, convert_voicebox, weights, arguments)
+    del weights
+    for model, dtype in zip(models, arguments.dtypes, strict=True):
+
+        def run(model: Any = model, steps: int = arguments.steps) -> torch.Tensor:
+            return model.sample(
+                codes[:, prompt_groups:],
+                prompt_codes=codes[:, :prompt_groups],
+                prompt_mel=prompt_mel,
+                noise=noise,
+                num_inference_steps=steps,
+            ).mel
+
+        run(steps=1)
+        ours, mel = best_of(run, arguments.repeats)
+        report(f"voicebox {dtype}", ours, arguments.target, seconds, None if expected is None else distance(mel, expected))
+        expected = mel if expected is None else expected
+
+
+@torch.no_grad()
+def time_vocoder(reference: Any, arguments: argparse.Namespace) -> None:
+    from flexicodec_hf.conversion.nar import convert_vocoder
+    from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
+
+    mel = torch.randn(1, round(50 * arguments.target), 128, device=arguments.device)
+    seconds, expected, weights = None, None, {}
+    repeats = max(arguments.repeats, 5)
+    if reference is not None:
+        theirs = reference.build_vocos(reference.VOCOS_FULL, seed=0).to(arguments.device)
+        weights = dict(theirs.state_dict())
+
+        def run_reference() -> torch.Tensor:
+            return theirs(mel.transpose(1, 2))[:, 0]
+
+        run_reference()
+        seconds, expected = best_of(run_reference, repeats)
+        report("vocoder reference", seconds, arguments.target, None, None)
+        del theirs
+    models = load(FlexiCodecVocoderModel, convert_vocoder, weights, arguments)
+    del weights
+    for model, dtype in zip(models, arguments.dtypes, strict=True):
+
+        def run(model: Any = model) -> torch.Tensor:
+            return model(mel).audio_values
+
+        run()
+        ours, audio = best_of(run, repeats)
+        report(f"vocoder {dtype}", ours, arguments.target, seconds, None if expected is None else distance(audio, expected))
+        expected = audio if expected is None else expected
+
+
+if __name__ == "__main__":
+    main()
