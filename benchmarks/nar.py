@@ -3,8 +3,8 @@
     python benchmarks/nar.py                    # beside the reference, one run, same weights
     python benchmarks/nar.py --no-reference     # ours alone
 
-The reference package must be installed (`benchmarks/requirements-reference.txt`) for the comparison. Weights pass through
-the converters, so the outputs are compared too.
+The reference package must be installed for the comparison (`benchmarks/requirements-reference.txt`). Its weights pass
+through the converters, so the outputs are compared too.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def main() -> None:
         {"voicebox": time_voicebox, "vocoder": time_vocoder}[stage](reference, arguments)
 
 
-def load(model_class: Any, convert: Callable[..., None], weights: dict[str, torch.Tensor], arguments: Any) -> list[Any]:
+def load(
+    model_class: Any, convert: Callable[..., None], weights: dict[str, torch.Tensor], arguments: Any
+) -> list[Any]:
     """Our model in every dtype asked for, with the reference's weights, or random ones without it."""
     if not weights:
         model = model_class(model_class.config_class()).eval()
@@ -122,7 +124,9 @@ def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
 
         run(steps=1)
         ours, mel = best_of(run, arguments.repeats)
-        report(f"voicebox {dtype}", ours, arguments.target, seconds, None if expected is None else distance(mel, expected))
+        report(
+            f"voicebox {dtype}", ours, arguments.target, seconds, None if expected is None else distance(mel, expected)
+        )
         expected = mel if expected is None else expected
 
 
@@ -154,7 +158,13 @@ def time_vocoder(reference: Any, arguments: argparse.Namespace) -> None:
 
         run()
         ours, audio = best_of(run, repeats)
-        report(f"vocoder {dtype}", ours, arguments.target, seconds, None if expected is None else distance(audio, expected))
+        report(
+            f"vocoder {dtype}",
+            ours,
+            arguments.target,
+            seconds,
+            None if expected is None else distance(audio, expected),
+        )
         expected = audio if expected is None else expected
 
 

@@ -58,8 +58,8 @@ class FlexiCodecVocoderConfig(PreTrainedConfig):
             raise ValueError(f"`kernel_size` must be odd to keep the number of frames, but is {self.kernel_size}.")
         if self.hop_length > self.n_fft or (self.n_fft - self.hop_length) % 2 != 0 or self.n_fft % 2 != 0:
             raise ValueError(
-                f"`n_fft` ({self.n_fft}) must be even and exceed `hop_length` ({self.hop_length}) by an even number of "
-                "samples: half of the difference is cut from either end of the waveform."
+                f"`n_fft` ({self.n_fft}) must be even and exceed `hop_length` ({self.hop_length}) by an even number "
+                "of samples: half of the difference is cut from either end of the waveform."
             )
 
     @property

@@ -111,7 +111,9 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
                 "resample the clip first."
             )
         is_batch = isinstance(raw_speech, (list, tuple)) and len(raw_speech) > 0 and np.ndim(raw_speech[0]) > 0
-        clips = [torch.as_tensor(clip, dtype=torch.float32).cpu() for clip in (raw_speech if is_batch else [raw_speech])]
+        clips = [
+            torch.as_tensor(clip, dtype=torch.float32).cpu() for clip in (raw_speech if is_batch else [raw_speech])
+        ]
         features = self.pad(
             BatchFeature({"mel": [self._log_mel(clip, item).numpy() for item, clip in enumerate(clips)]}),
             padding=padding,
@@ -127,8 +129,8 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
         overhang = (self.n_fft - self.hop_length) // 2
         if clip.ndim != 1:
             raise ValueError(
-                f"Clip {item} of `raw_speech` has shape {tuple(clip.shape)}, expected one dimension: mono clips, several "
-                "of them in a list."
+                f"Clip {item} of `raw_speech` has shape {tuple(clip.shape)}, expected one dimension: mono clips, "
+                "several of them in a list."
             )
         if len(clip) <= overhang:
             raise ValueError(
@@ -137,9 +139,7 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
             )
         reflected = F.pad(clip[None], (overhang, overhang), mode="reflect")[0]
         window = torch.hann_window(self.n_fft)
-        spectrum = torch.stft(
-            reflected, self.n_fft, self.hop_length, window=window, center=False, return_complex=True
-        )
+        spectrum = torch.stft(reflected, self.n_fft, self.hop_length, window=window, center=False, return_complex=True)
         magnitudes = (torch.view_as_real(spectrum).square().sum(dim=-1) + 1e-9).sqrt()
         mel = magnitudes.T @ torch.from_numpy(self.mel_filters)
         return (mel.clamp(min=1e-5).log() - self.mean) / self.variance**0.5

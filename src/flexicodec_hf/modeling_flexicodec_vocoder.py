@@ -26,8 +26,8 @@ class FlexiCodecVocoderOutput(ModelOutput):
             Which samples belong to each item.
     """
 
-    audio_values: torch.FloatTensor | None = None
-    audio_mask: torch.BoolTensor | None = None
+    audio_values: torch.Tensor | None = None
+    audio_mask: torch.Tensor | None = None
 
 
 class FlexiCodecVocoderConvNeXtBlock(GradientCheckpointingLayer):
@@ -36,9 +36,7 @@ class FlexiCodecVocoderConvNeXtBlock(GradientCheckpointingLayer):
     def __init__(self, config: FlexiCodecVocoderConfig):
         super().__init__()
         size = config.hidden_size
-        self.depthwise_conv = nn.Conv1d(
-            size, size, config.kernel_size, padding=config.kernel_size // 2, groups=size
-        )
+        self.depthwise_conv = nn.Conv1d(size, size, config.kernel_size, padding=config.kernel_size // 2, groups=size)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.up_proj = nn.Linear(size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -125,7 +123,7 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        mel: torch.FloatTensor,
+        mel: torch.Tensor,
         mel_mask: torch.Tensor | None = None,
         chunk_length_s: float | None = None,
     ) -> FlexiCodecVocoderOutput:
@@ -148,8 +146,8 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
         batch_size, num_frames = mel.shape[:2]
         if mel.ndim != 3 or mel.shape[-1] != self.config.num_mel_bins or num_frames == 0:
             raise ValueError(
-                f"`mel` has shape {tuple(mel.shape)}, expected (batch_size, frames, {self.config.num_mel_bins}) with at "
-                "least one frame."
+                f"`mel` has shape {tuple(mel.shape)}, expected (batch_size, frames, {self.config.num_mel_bins}) with "
+                "at least one frame."
             )
         if mel_mask is not None:
             if mel_mask.shape != mel.shape[:2]:

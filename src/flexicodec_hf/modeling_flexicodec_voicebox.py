@@ -38,18 +38,18 @@ class FlexiCodecVoiceboxOutput(ModelOutput):
             Mean absolute error of the velocity outside prompt and padding.
         repa_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `semantic_features` are given):
             One minus the cosine between projected hidden states and semantic features, weighted.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
             Input of the first block and output of every block, each `(batch_size, frames, hidden_size)`.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`, eager attention):
+        attentions (`tuple(torch.Tensor)`, *optional*, returned with `output_attentions=True`, eager attention):
             Attention weights of every block, each `(batch_size, num_attention_heads, frames, frames)`.
     """
 
-    loss: torch.FloatTensor | None = None
-    velocity: torch.FloatTensor | None = None
-    flow_loss: torch.FloatTensor | None = None
-    repa_loss: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    velocity: torch.Tensor | None = None
+    flow_loss: torch.Tensor | None = None
+    repa_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -62,8 +62,8 @@ class FlexiCodecVoiceboxSampleOutput(ModelOutput):
             Which frames belong to each item.
     """
 
-    mel: torch.FloatTensor | None = None
-    mel_mask: torch.BoolTensor | None = None
+    mel: torch.Tensor | None = None
+    mel_mask: torch.Tensor | None = None
 
 
 class FlexiCodecVoiceboxMLP(nn.Module):
@@ -94,13 +94,17 @@ class FlexiCodecVoiceboxTimeEmbedding(nn.Module):
         return self.mlp(sinusoids.to(self.mlp.up_proj.weight.dtype))
 
 
+class FlexiCodecVoiceboxNormWeight(nn.Linear):
+    """Flow time to the weight of a norm. A type of its own, for it starts out as the constant one."""
+
+
 class FlexiCodecVoiceboxAdaptiveRMSNorm(nn.Module):
     """RMS norm whose weight is a linear function of the flow time instead of a parameter."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.to_weight = nn.Linear(hidden_size, hidden_size)
+        self.to_weight = FlexiCodecVoiceboxNormWeight(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
         normalised = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
@@ -159,10 +163,9 @@ class FlexiCodecVoiceboxPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FlexiCodecVoiceboxAdaptiveRMSNorm):
-            # A plain RMS norm to begin with.
-            init.zeros_(module.to_weight.weight)
-            init.ones_(module.to_weight.bias)
+        if isinstance(module, FlexiCodecVoiceboxNormWeight):
+            init.zeros_(module.weight)
+            init.ones_(module.bias)
 
 
 class _Pass(NamedTuple):
@@ -202,15 +205,15 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        audio_codes: torch.LongTensor | None = None,
-        token_lengths: torch.LongTensor | None = None,
-        noisy_mel: torch.FloatTensor | None = None,
-        timesteps: torch.FloatTensor | None = None,
+        audio_codes: torch.Tensor | None = None,
+        token_lengths: torch.Tensor | None = None,
+        noisy_mel: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
         mel_mask: torch.Tensor | None = None,
-        labels: torch.FloatTensor | None = None,
-        noise: torch.FloatTensor | None = None,
-        prompt_lengths: torch.LongTensor | None = None,
-        semantic_features: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
+        semantic_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlexiCodecVoiceboxOutput:
         """Velocity of the flow at (`noisy_mel`, `timesteps`), or the training loss of clean mels (`labels`).
@@ -236,15 +239,16 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
                 Gaussian noise at t = 0 of the training.
             prompt_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Frames of the prompt in training. Items with 0 see no condition either.
-            semantic_features (`torch.FloatTensor` of shape `(batch_size, codec_frames, semantic_hidden_size)`, *optional*):
-                Features of the codec's semantic encoder before merging: adds the alignment loss (REPA).
+            semantic_features (`torch.FloatTensor` of shape `(batch_size, codec_frames, features)`, *optional*):
+                Features of the codec's semantic encoder before merging, `semantic_hidden_size` wide: adds the
+                alignment loss (REPA).
 
         Raises:
             ValueError: Neither or both of `noisy_mel` and `labels`, or tensors that do not fit each other.
         """
-        if (noisy_mel is None) == (labels is None):
+        mel = noisy_mel if labels is None else labels
+        if mel is None or (labels is not None and noisy_mel is not None):
             raise ValueError("Pass either `noisy_mel` with `timesteps` for the velocity, or `labels` for the loss.")
-        mel = labels if labels is not None else noisy_mel
         _check_mel(mel, "labels" if labels is not None else "noisy_mel", self.config.num_mel_bins)
         batch_size, num_frames = mel.shape[:2]
         mask = mel.new_ones(batch_size, num_frames, dtype=torch.bool) if mel_mask is None else mel_mask.bool()
@@ -264,12 +268,12 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
                 raise ValueError("`noisy_mel` needs `timesteps`, the flow times in [0, 1] of shape (batch_size,).")
             if semantic_features is not None:
                 raise ValueError("`semantic_features` are for training: pass them with `labels`.")
-            velocity, _ = self._estimate(noisy_mel, condition, timesteps, mask, **kwargs)
+            velocity, _ = self._estimate(mel, condition, timesteps, mask, **kwargs)
             return FlexiCodecVoiceboxOutput(velocity=velocity)
 
         if condition is None:
             raise ValueError("Training needs `audio_codes` beside `labels`.")
-        target = labels.float()
+        target = mel.float()
         if timesteps is None:
             uniform = torch.rand(batch_size, device=mel.device).clamp(min=1e-5)
             timesteps = 1 - torch.cos(uniform * (math.pi / 2))
@@ -299,17 +303,17 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
     @torch.no_grad()
     def sample(
         self,
-        audio_codes: torch.LongTensor,
-        token_lengths: torch.LongTensor | None = None,
-        prompt_codes: torch.LongTensor | None = None,
-        prompt_token_lengths: torch.LongTensor | None = None,
-        prompt_mel: torch.FloatTensor | None = None,
+        audio_codes: torch.Tensor,
+        token_lengths: torch.Tensor | None = None,
+        prompt_codes: torch.Tensor | None = None,
+        prompt_token_lengths: torch.Tensor | None = None,
+        prompt_mel: torch.Tensor | None = None,
         prompt_mel_mask: torch.Tensor | None = None,
         num_inference_steps: int = 15,
         guidance_scale: float = 2.0,
         guidance_rescale: float = 0.75,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: torch.FloatTensor | None = None,
+        noise: torch.Tensor | None = None,
         scheduler: Any = None,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
     ) -> FlexiCodecVoiceboxSampleOutput:
@@ -378,12 +382,12 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
 
     def _integrate(
         self,
-        codes: torch.LongTensor,
-        mask: torch.BoolTensor,
-        prompt_codes: torch.LongTensor,
-        prompt_mask: torch.BoolTensor,
-        prompt_mel: torch.FloatTensor,
-        mel: torch.FloatTensor,
+        codes: torch.Tensor,
+        mask: torch.Tensor,
+        prompt_codes: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        prompt_mel: torch.Tensor,
+        mel: torch.Tensor,
         scheduler: Any,
         guidance_scale: float,
         guidance_rescale: float,
@@ -409,11 +413,11 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
 
     def _prepare_passes(
         self,
-        codes: torch.LongTensor,
-        mask: torch.BoolTensor,
-        prompt_codes: torch.LongTensor,
-        prompt_mask: torch.BoolTensor,
-        prompt_mel: torch.FloatTensor,
+        codes: torch.Tensor,
+        mask: torch.Tensor,
+        prompt_codes: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        prompt_mel: torch.Tensor,
         guided: bool,
     ) -> list[_Pass]:
         """One pass, or one for the condition and one for guidance: together they hold the conditional rows first."""
@@ -429,8 +433,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
         # Guidance knows neither codes nor prompt, and counts its positions from the start of the target.
         blank = self.condition_mlp(static.new_zeros(1, 1, self.config.hidden_size)).expand(*mask.shape, -1)
         blank_positions = (columns - prompt_frames).expand_as(positions)
-        if static.device.type == "cpu" and prompt_frames > 0:
-            # Bound by arithmetic: in a shared batch the unconditional rows would carry the prompt's columns as padding.
+        if not self._shares_batch(prompt_frames):
             return [
                 self._make_pass(static, full_mask, positions, prompt_frames),
                 self._make_pass(blank, mask, blank_positions[:, prompt_frames:], 0),
@@ -443,6 +446,11 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
                 prompt_frames,
             )
         ]
+
+    def _shares_batch(self, prompt_frames: int) -> bool:
+        """Whether guidance runs in one batch with the condition. A CPU is bound by arithmetic, and there the prompt's
+        columns, mere padding in the unconditional rows, cost more than a second pass."""
+        return self.device.type != "cpu" or prompt_frames == 0
 
     def _make_pass(
         self, static: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, prompt_frames: int
@@ -487,7 +495,9 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
                 aligned = hidden_states
         return self.output_mlp(self.norm(hidden_states, time_embedding)), aligned
 
-    def _repa_loss(self, hidden_states: torch.Tensor | None, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _repa_loss(
+        self, hidden_states: torch.Tensor | None, features: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         factor = self.config.upsample_factor
         num_pools = mask.shape[1] // factor
         if hidden_states is None:
@@ -507,11 +517,11 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
             )
         num_pools = min(num_pools, features.shape[1])
         pooled = F.avg_pool1d(hidden_states.transpose(1, 2), factor).transpose(1, 2)[:, :num_pools]
-        similarity = F.cosine_similarity(
-            self.repa_projection(pooled).float(), features[:, :num_pools].float(), dim=-1
-        )
+        similarity = F.cosine_similarity(self.repa_projection(pooled).float(), features[:, :num_pools].float(), dim=-1)
         # Whole pools alone: one that reaches into the padding would depend on it.
-        return _masked_mean(1 - similarity, mask[:, : num_pools * factor].unflatten(1, (num_pools, factor)).all(dim=-1))
+        return _masked_mean(
+            1 - similarity, mask[:, : num_pools * factor].unflatten(1, (num_pools, factor)).all(dim=-1)
+        )
 
     def _draw_prompt_lengths(self, frames: torch.Tensor) -> torch.Tensor:
         lowest = (frames // 4).clamp(max=5)
@@ -528,7 +538,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
         if isinstance(generator, list):
             if len(generator) != len(frames):
                 raise ValueError(f"`generator` holds {len(generator)} generators for {len(frames)} items.")
-            seeds = [torch.randint(2**63 - 1, (), generator=one, device=one.device).item() for one in generator]
+            seeds = [int(torch.randint(2**63 - 1, (), generator=one, device=one.device)) for one in generator]
         else:
             device = "cpu" if generator is None else generator.device
             seeds = torch.randint(2**63 - 1, (len(frames),), generator=generator, device=device).tolist()
@@ -540,20 +550,19 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
 
     def _align_prompt(
         self,
-        codes: torch.LongTensor | None,
-        token_lengths: torch.LongTensor | None,
-        mel: torch.FloatTensor | None,
+        codes: torch.Tensor | None,
+        token_lengths: torch.Tensor | None,
+        mel: torch.Tensor | None,
         mel_mask: torch.Tensor | None,
         batch_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes per mel frame, mask and mel of the prompts, cut to the same frames and padded on the left."""
-        if (codes is None) != (mel is None):
+        if codes is None and mel is None:
+            empty = torch.zeros(batch_size, 0, dtype=torch.long, device=self.device)
+            return empty, empty.bool(), torch.zeros(batch_size, 0, self.config.num_mel_bins, device=self.device)
+        if codes is None or mel is None:
             given, missing = ("prompt_mel", "prompt_codes") if codes is None else ("prompt_codes", "prompt_mel")
             raise ValueError(f"`{given}` came without `{missing}`: a prompt is both, the codes and the mel of a clip.")
-        if codes is None:
-            device = self.device
-            empty = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
-            return empty, empty.bool(), torch.zeros(batch_size, 0, self.config.num_mel_bins, device=device)
 
         token_lengths = self._check_codes(codes, token_lengths, "prompt_", batch_size)
         _check_mel(mel, "prompt_mel", self.config.num_mel_bins, batch_size)
@@ -576,7 +585,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
         return codes.gather(1, index), mask, mel.gather(1, index[..., None].expand(-1, -1, mel.shape[-1]))
 
     def _spread(
-        self, codes: torch.LongTensor, token_lengths: torch.LongTensor, num_frames: int
+        self, codes: torch.Tensor, token_lengths: torch.Tensor, num_frames: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes per group to codes per mel frame, and which frames have one."""
         ends = token_lengths.cumsum(dim=1) * self.config.upsample_factor
@@ -586,7 +595,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
         return codes.gather(1, group) * mask, mask
 
     def _check_codes(
-        self, codes: torch.LongTensor, token_lengths: torch.LongTensor | None, prefix: str, batch_size: int
+        self, codes: torch.Tensor, token_lengths: torch.Tensor | None, prefix: str, batch_size: int
     ) -> torch.Tensor:
         """Token lengths, one frame each by default, after a look at both tensors."""
         codes_name, lengths_name = ("prompt_codes" if prefix else "audio_codes"), f"{prefix}token_lengths"

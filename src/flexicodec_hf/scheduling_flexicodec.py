@@ -14,7 +14,7 @@ class FlexiCodecSchedulerOutput(ModelOutput):
             The sample after the step, the input of the next one.
     """
 
-    prev_sample: torch.FloatTensor | None = None
+    prev_sample: torch.Tensor | None = None
 
 
 class FlexiCodecMidpointScheduler:

@@ -38,8 +38,8 @@ def convert_voicebox(
     """Convert a released Voicebox file to a directory that [`FlexiCodecVoiceboxModel`] loads.
 
     Args:
-        source: `.safetensors` or `.pt` file with tensors under `voicebox_model.` and, for training, `repa_projection.`.
-            The codec in it is left to the codec's converter.
+        source: `.safetensors` or `.pt` file with tensors under `voicebox_model.` and, for training,
+            `repa_projection.`. The codec in it is left to the codec's converter.
         output_dir: Directory to write.
         nar_config: The model's settings under the names of the original training code (`num_heads`, `sigma`,
             `repa_layer_idx`, ...), as a mapping or a JSON file, flat or below `voicebox_config`. Without them what
