@@ -60,6 +60,9 @@ def main() -> None:
     reference = None
     if not arguments.no_reference:
         import reference
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     for stage in arguments.stages:

@@ -221,6 +221,15 @@ def test_items_of_a_batch_equal_single_runs(model, device, attention, guidance_s
         assert_close(together.mel[index][together.mel_mask[index]], alone.mel[0].cpu(), atol=2e-5)
 
 
+def test_prompts_of_no_frames_are_no_prompts(model, device):
+    batch = ragged_batch(device)
+    batch["prompt_token_lengths"] = torch.zeros_like(batch["prompt_token_lengths"])
+    batch["prompt_mel_mask"] = torch.zeros_like(batch["prompt_mel_mask"])
+    blank = model.sample(**batch, generator=generators(1, 2, 3), num_inference_steps=2).mel
+    batch = {name: tensor for name, tensor in batch.items() if not name.startswith("prompt_")}
+    assert torch.equal(blank, model.sample(**batch, generator=generators(1, 2, 3), num_inference_steps=2).mel)
+
+
 def test_a_shared_pass_equals_two(model, device, monkeypatch):
     batch = ragged_batch(device)
     outputs = []

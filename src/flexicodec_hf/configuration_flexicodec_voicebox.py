@@ -56,15 +56,6 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
     """
 
     model_type = "flexicodec_voicebox"
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
 
     codebook_size: int = positive_int_field(default=32768)
     num_mel_bins: int = positive_int_field(default=128)

@@ -30,13 +30,29 @@ class FlexiCodecVocoderOutput(ModelOutput):
     audio_mask: torch.Tensor | None = None
 
 
+class FlexiCodecVocoderDepthwiseConv(nn.Conv1d):
+    """Depthwise convolution over time of `(batch, frames, channels)`.
+
+    It is computed as a convolution of images of one row, which knows channels-last tensors: that of sequences would
+    copy its input and output, half of its time.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        image = hidden_states.transpose(1, 2).unsqueeze(2)
+        padding = (0, *self.padding)
+        image = F.conv2d(image, self.weight.unsqueeze(2), self.bias, padding=padding, groups=self.groups)
+        return image.squeeze(2).transpose(1, 2)
+
+
 class FlexiCodecVocoderConvNeXtBlock(GradientCheckpointingLayer):
     """Depthwise convolution over time, then an MLP over channels, scaled per channel and added to the input."""
 
     def __init__(self, config: FlexiCodecVocoderConfig):
         super().__init__()
         size = config.hidden_size
-        self.depthwise_conv = nn.Conv1d(size, size, config.kernel_size, padding=config.kernel_size // 2, groups=size)
+        self.depthwise_conv = FlexiCodecVocoderDepthwiseConv(
+            size, size, config.kernel_size, padding=config.kernel_size // 2, groups=size
+        )
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.up_proj = nn.Linear(size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -44,8 +60,8 @@ class FlexiCodecVocoderConvNeXtBlock(GradientCheckpointingLayer):
         self.layer_scale = nn.Parameter(torch.empty(size))
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        update = self.depthwise_conv(hidden_states.transpose(1, 2)).transpose(1, 2)
-        update = self.down_proj(self.act_fn(self.up_proj(self.norm(update))))
+        update = self.norm(self.depthwise_conv(hidden_states))
+        update = self.down_proj(self.act_fn(self.up_proj(update)))
         hidden_states = hidden_states + self.layer_scale * update
         # The next convolution must see zeros after an item's end, as if the item were alone.
         return hidden_states if mask is None else hidden_states * mask
@@ -141,17 +157,18 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
                 for the rounding of the last bits.
 
         Raises:
-            ValueError: Shapes that do not fit, a mask with holes or an item without frames, a chunk below one frame.
+            ValueError: Shapes that do not fit, or a chunk below one frame.
         """
-        batch_size, num_frames = mel.shape[:2]
-        if mel.ndim != 3 or mel.shape[-1] != self.config.num_mel_bins or num_frames == 0:
+        if mel.ndim != 3 or mel.shape[-1] != self.config.num_mel_bins or mel.shape[1] == 0:
             raise ValueError(
                 f"`mel` has shape {tuple(mel.shape)}, expected (batch_size, frames, {self.config.num_mel_bins}) with "
                 "at least one frame."
             )
         if mel_mask is not None:
             if mel_mask.shape != mel.shape[:2]:
-                raise ValueError(f"`mel_mask` has shape {tuple(mel_mask.shape)}, expected {(batch_size, num_frames)}.")
+                raise ValueError(
+                    f"`mel_mask` has shape {tuple(mel_mask.shape)}, expected {tuple(mel.shape[:2])} as `mel`."
+                )
             mel_mask = mel_mask.bool()
         if chunk_length_s is None:
             audio_values = self._vocode(mel, mel_mask)
@@ -163,7 +180,7 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
                     f"{1 / self.config.frame_rate} s."
                 )
             audio_values = torch.cat(
-                [self._vocode_chunk(mel, mel_mask, i, i + chunk_frames) for i in range(0, num_frames, chunk_frames)],
+                [self._vocode_chunk(mel, mel_mask, i, i + chunk_frames) for i in range(0, mel.shape[1], chunk_frames)],
                 dim=1,
             )
         audio_mask = None

@@ -152,6 +152,8 @@ class FlexiCodecVoiceboxPreTrainedModel(PreTrainedModel):
     config_class = FlexiCodecVoiceboxConfig
     base_model_prefix = "voicebox"
     main_input_name = "audio_codes"
+    # The loss is a mean over frames: `Trainer` must not count items for it.
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlexiCodecVoiceboxLayer"]
     _supports_sdpa = True
