@@ -160,6 +160,24 @@ def test_bfloat16_keeps_the_head_and_stays_close_to_float32(model, mel, tmp_path
     assert (actual - expected).norm() / expected.norm() < 0.03
 
 
+@torch.no_grad()
+def test_forward_compiles_to_one_graph(model, mel, device):
+    mask = torch.arange(11, device=device) < torch.tensor([[11], [7]], device=device)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(mel, mask).audio_values, model(mel, mask).audio_values.cpu())
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_released_size_in_chunks(device):
+    torch.manual_seed(0)
+    model = FlexiCodecVocoderModel(FlexiCodecVocoderConfig()).to(device).eval()
+    mel = torch.randn(1, 400, 128, device=device)
+    whole = model(mel).audio_values.cpu()
+    assert whole.shape == (1, 400 * 480)
+    assert_close(model(mel, chunk_length_s=2.0).audio_values, whole, atol=1e-4 * float(whole.abs().max()))
+
+
 def test_fresh_layer_scales(device):
     config = FlexiCodecVocoderConfig(num_mel_bins=4, hidden_size=8, intermediate_size=8, num_hidden_layers=5)
     model = FlexiCodecVocoderModel(config).to(device)

@@ -431,6 +431,18 @@ def test_hidden_states_attentions_and_tuples(device):
     assert torch.equal(model(**inputs, return_dict=False)[0], output.velocity)
 
 
+def test_forward_compiles_to_one_graph(model, device):
+    codes = torch.arange(8, device=device).reshape(2, 4)
+    lengths = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
+    inputs = {
+        "noisy_mel": torch.randn(2, 16, 16, device=device),
+        "timesteps": torch.tensor([0.2, 0.7], device=device),
+        "mel_mask": torch.arange(16, device=device) < torch.tensor([[16], [12]], device=device),
+    }
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(codes, lengths, **inputs).velocity, model(codes, lengths, **inputs).velocity.detach().cpu())
+
+
 def test_without_projection(device):
     model = tiny_model(device, repa_layer_index=None)
     assert not any("repa" in name for name, _ in model.named_parameters())
