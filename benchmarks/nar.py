@@ -17,30 +17,31 @@ from typing import Any
 import torch
 
 
-def best_of(run: Callable[[], torch.Tensor], repeats: int) -> tuple[float, torch.Tensor]:
-    """Shortest time in seconds, and the last result."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        if result.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times), result.float().cpu()
+def compare(contestants: dict[str, Callable[[int], torch.Tensor]], audio_seconds: float, arguments: Any) -> None:
+    """Run all in turn, several rounds, so that a busy machine harms none of them alone; report each one's best.
 
-
-def report(name: str, seconds: float, audio_seconds: float, baseline: float | None, distance: float | None) -> None:
-    line = f"{name:<24} {seconds:8.2f} s   real-time factor {seconds / audio_seconds:6.3f}"
-    if baseline is not None:
-        line += f"   {baseline / seconds:5.2f}x the reference"
-    if distance is not None:
-        line += f"   relative distance {distance:.1e}"
-    print(line, flush=True)
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    return ((actual - expected).norm() / expected.norm()).item()
+    The first is what the others are measured by. Each takes a number of flow steps, and warms up with one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    results = {}
+    for run in contestants.values():
+        run(1)
+    for _ in range(arguments.repeats):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            result = run(arguments.steps)
+            if result.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+            results[name] = result.float().cpu()
+    first, expected = next(iter(results.items()))
+    for name, result in results.items():
+        seconds = min(times[name])
+        line = f"{name:<24} {seconds:8.2f} s   real-time factor {seconds / audio_seconds:6.3f}"
+        if name != first:
+            distance = (result - expected).norm() / expected.norm()
+            line += f"   {min(times[first]) / seconds:5.2f}x {first}, relative distance {distance:.1e}"
+        print(line, flush=True)
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=5.0, help="seconds to speak")
     parser.add_argument("--prompt", type=float, default=3.0, help="seconds of the voice prompt")
     parser.add_argument("--steps", type=int, default=15, help="steps of the flow")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each, of which the shortest counts")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds, of which each one's shortest run counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stages", nargs="+", default=["voicebox", "vocoder"], choices=["voicebox", "vocoder"])
@@ -97,26 +98,23 @@ def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
     codes = torch.randint(32768, (1, prompt_groups + groups), device=device)
     prompt_mel = torch.randn(1, 4 * prompt_groups, 128, device=device)
     noise = torch.randn(1, 4 * groups, 128, device=device)
-    seconds, expected, weights = None, None, {}
+    contestants: dict[str, Callable[[int], torch.Tensor]] = {}
+    weights = {}
     if reference is not None:
         theirs = reference.build_voicebox(reference.VOICEBOX_FULL, seed=0).to(device)
         weights = {f"voicebox_model.{name}": tensor for name, tensor in theirs.state_dict().items()}
 
-        def run_reference(steps: int = arguments.steps) -> torch.Tensor:
+        def run_reference(steps: int) -> torch.Tensor:
             condition = theirs.cond_emb(codes).repeat_interleave(4, dim=1)
             return reference.reverse_diffusion(
                 theirs, condition, prompt_mel, noise, n_timesteps=steps, cfg=2.0, rescale_cfg=0.75
             )
 
-        run_reference(1)
-        seconds, expected = best_of(run_reference, arguments.repeats)
-        report("voicebox reference", seconds, arguments.target, None, None)
-        del theirs
+        contestants["voicebox reference"] = run_reference
     models = load(FlexiCodecVoiceboxModel, convert_voicebox, weights, arguments)
-    del weights
     for model, dtype in zip(models, arguments.dtypes, strict=True):
 
-        def run(model: Any = model, steps: int = arguments.steps) -> torch.Tensor:
+        def run(steps: int, model: Any = model) -> torch.Tensor:
             return model.sample(
                 codes[:, prompt_groups:],
                 prompt_codes=codes[:, :prompt_groups],
@@ -125,12 +123,8 @@ def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
                 num_inference_steps=steps,
             ).mel
 
-        run(steps=1)
-        ours, mel = best_of(run, arguments.repeats)
-        report(
-            f"voicebox {dtype}", ours, arguments.target, seconds, None if expected is None else distance(mel, expected)
-        )
-        expected = mel if expected is None else expected
+        contestants[f"voicebox {dtype}"] = run
+    compare(contestants, arguments.target, arguments)
 
 
 @torch.no_grad()
@@ -139,36 +133,16 @@ def time_vocoder(reference: Any, arguments: argparse.Namespace) -> None:
     from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 
     mel = torch.randn(1, round(50 * arguments.target), 128, device=arguments.device)
-    seconds, expected, weights = None, None, {}
-    repeats = max(arguments.repeats, 5)
+    contestants: dict[str, Callable[[int], torch.Tensor]] = {}
+    weights = {}
     if reference is not None:
         theirs = reference.build_vocos(reference.VOCOS_FULL, seed=0).to(arguments.device)
         weights = dict(theirs.state_dict())
-
-        def run_reference() -> torch.Tensor:
-            return theirs(mel.transpose(1, 2))[:, 0]
-
-        run_reference()
-        seconds, expected = best_of(run_reference, repeats)
-        report("vocoder reference", seconds, arguments.target, None, None)
-        del theirs
+        contestants["vocoder reference"] = lambda _: theirs(mel.transpose(1, 2))[:, 0]
     models = load(FlexiCodecVocoderModel, convert_vocoder, weights, arguments)
-    del weights
     for model, dtype in zip(models, arguments.dtypes, strict=True):
-
-        def run(model: Any = model) -> torch.Tensor:
-            return model(mel).audio_values
-
-        run()
-        ours, audio = best_of(run, repeats)
-        report(
-            f"vocoder {dtype}",
-            ours,
-            arguments.target,
-            seconds,
-            None if expected is None else distance(audio, expected),
-        )
-        expected = audio if expected is None else expected
+        contestants[f"vocoder {dtype}"] = lambda _, model=model: model(mel).audio_values
+    compare(contestants, arguments.target, arguments)
 
 
 if __name__ == "__main__":
