@@ -73,9 +73,9 @@ class FlexiCodecARGenerateOutput(GenerateDecoderOnlyOutput):
             Duration in codec frames of each speech token in `sequences`, 0 elsewhere.
         scores, logits (`tuple[torch.FloatTensor]`, *optional*):
             For each step, scores of shape `(batch_size, vocab_size)`, after and before processing.
-        duration_scores, duration_logits (`tuple[torch.FloatTensor]`, *optional*, with `output_scores`/`output_logits`):
-            For each new token that a duration was picked for, scores of shape `(batch_size, num_durations)`, after and
-            before processing. Entry `i` is of the `i`-th new token.
+        duration_scores, duration_logits (`tuple[torch.FloatTensor]`, *optional*):
+            With `output_scores` and `output_logits`. For each new token that a duration was picked for, scores of
+            shape `(batch_size, num_durations)`, after and before processing. Entry `i` is of the `i`-th new token.
         attentions, hidden_states, past_key_values (*optional*):
             As usual.
     """
@@ -301,16 +301,16 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
         text_lengths = text_lengths.repeat_interleave(generation_config.num_return_sequences)
         # A row without text has no limit of this kind.
         no_limit = torch.iinfo(torch.long).max
-        limits = (
+        longest = (
             (text_lengths * generation_config.max_token_text_ratio).long().masked_fill(text_lengths == 0, no_limit)
         )
         generation_config._speech_limits = {
             "min": (text_lengths * generation_config.min_token_text_ratio).long(),
-            "max": limits,
+            "max": longest,
             "prompt_length": kwargs["input_ids_length"],
         }
         if has_default_max_length and generation_config.max_new_tokens is None and (text_lengths > 0).all():
-            generation_config.max_new_tokens = int(limits.max())
+            generation_config.max_new_tokens = int(longest.max())
         return super()._prepare_generated_length(
             generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
         )

@@ -2,8 +2,8 @@
 The autoregressive text-to-speech model of FlexiCodec (arXiv 2510.00981): text in, semantic tokens with durations out.
 
 A causal text encoder and a causal language model, both with the relative attention of Transformer-XL (arXiv
-1901.02860). Text, control and speech ids are one stream (see [`FlexiCodecARConfig`]); how many codec frames each speech
-token lasts is carried beside it.
+1901.02860). Text, control and speech ids are one stream (see [`FlexiCodecARConfig`]); how many codec frames each
+speech token lasts is carried beside it.
 """
 
 import math
@@ -84,9 +84,11 @@ def eager_attention_forward(
 
 
 class FlexiCodecARAttention(nn.Module):
-    """Causal self-attention with relative positions: `((q + u) k^T + (q + v) r^T) / sqrt(head_dim)`, where `r` projects
+    """
+    Causal self-attention with relative positions: `((q + u) k^T + (q + v) r^T) / sqrt(head_dim)`, where `r` projects
     the sinusoids of the distance from key to query (arXiv 1901.02860, section 3.3). The first term is left to the
-    attention function, the second is its additive mask."""
+    attention function, the second is its additive mask.
+    """
 
     def __init__(self, config: FlexiCodecARConfig | FlexiCodecARTextEncoderConfig, layer_idx: int):
         super().__init__()
@@ -234,15 +236,12 @@ class FlexiCodecARTransformer(nn.Module):
             return self._project_positions(length)
         weights = [layer.self_attn.relative_k_proj.weight for layer in self.layers]
         source = [(id(weight), weight.data_ptr(), _version(weight)) for weight in weights]
-        if (
-            self._relative_keys is None
-            or self._relative_keys_source != source
-            or self._relative_keys.shape[2] < length
-        ):
+        kept = self._relative_keys
+        if kept is None or kept.shape[2] < length or self._relative_keys_source != source:
             # Powers of two, so that a growing sequence needs few projections.
-            self._relative_keys = self._project_positions(max(256, 1 << (length - 1).bit_length()))
-            self._relative_keys_source = source
-        return self._relative_keys
+            kept = self._project_positions(max(256, 1 << (length - 1).bit_length()))
+            self._relative_keys, self._relative_keys_source = kept, source
+        return kept
 
     def train(self, mode: bool = True) -> "FlexiCodecARTransformer":
         self._relative_keys = None
