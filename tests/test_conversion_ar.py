@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
-from conftest import assert_close
 from safetensors.torch import save_file
 
+from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
 from flexicodec_hf.conversion.ar import PREFIX, convert_ar
 from flexicodec_hf.conversion.checkpoint import CheckpointError
@@ -65,8 +65,8 @@ def test_all_released_tensors_have_a_place():
     """The names and shapes of the released file, without its data: the fixture has them all in small."""
     with torch.device("meta"):
         model = FlexiCodecARForConditionalGeneration(FlexiCodecARConfig())
-    # 432,235,531 in the released model, less the speaker projection (197,632) and the threshold projection with the two
-    # control rows (3,072 + 2,048), whose place the table of 7 control rows takes.
+    # 432,235,531 in the released model, less the speaker projection (197,632) and the threshold projection with the
+    # two control rows (3,072 + 2,048), whose place the table of 7 control rows takes.
     assert sum(p.numel() for p in model.parameters()) == 432_235_531 - 197_632 - 3_072 - 2_048 + 7 * 1024
 
 

@@ -1,8 +1,6 @@
 import pytest
 import torch
-from conftest import assert_close
 from safetensors.torch import save_file
-from test_modeling_flexicodec_ar import fixture_model, mask_of, tiny_model  # noqa: F401
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -15,8 +13,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from conftest import assert_close
 from flexicodec_hf.conversion.ar import convert_ar
 from flexicodec_hf.generation_flexicodec_ar import PromptVocabularyLogitsProcessor
+from test_modeling_flexicodec_ar import fixture_model, mask_of, tiny_model  # noqa: F401
 
 
 def prompts(model, device="cpu", batch_size=2, merging_threshold=0.86):
@@ -141,7 +141,7 @@ def test_rows_equal_single_runs(device, cache_implementation):
 
 
 def test_tokens_and_durations_are_those_of_one_forward(device):
-    """What generation gives step by step, a single pass over its result gives too: every token has its own duration."""
+    """What generation gives step by step, one pass over its result gives too: each token has its own duration."""
     model = tiny_model(device)
     inputs = prompts(model, device)
     output = generate(model, inputs)
@@ -339,13 +339,22 @@ def test_generation_continues_from_a_cache(device):
     assert torch.equal(rest.token_lengths, whole.token_lengths)
 
 
-def test_static_step_compiles_without_breaks(device):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_static_step_compiles_to_one_graph(device, batch_size):
+    torch.compiler.reset()
     model = tiny_model(device)
-    inputs = prompts(model, device)
+    inputs = prompts(model, device, batch_size)
     expected = generate(model, inputs)
-    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
     config._compile_all_devices = True
     output = generate(model, inputs, cache_implementation="static", compile_config=config)
+    assert len(graphs) == 1
     assert torch.equal(output.sequences, expected.sequences)
     assert torch.equal(output.token_lengths, expected.token_lengths)
 
@@ -399,9 +408,9 @@ def test_one_row_in_float32_is_split_among_threads():
 def test_what_is_not_supported_is_refused(device):
     model = tiny_model(device)
     inputs = prompts(model, device)
-    with pytest.raises(ValueError, match="only supports .*but got generation mode '.*BEAM_SEARCH'"):
+    with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*BEAM_SEARCH'"):
         generate(model, inputs, num_beams=2)
-    with pytest.raises(ValueError, match="only supports .*but got generation mode '.*ASSISTED_GENERATION'"):
+    with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*ASSISTED_GENERATION'"):
         generate(model, inputs, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="holds speech tokens but token_lengths is missing"):
         model.generate(inputs["input_ids"])

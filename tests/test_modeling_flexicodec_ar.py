@@ -1,11 +1,11 @@
 import pytest
 import torch
-from conftest import assert_close
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
 from flexicodec_hf.conversion.ar import convert_ar
 from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
@@ -268,9 +268,16 @@ def test_trainer_learns_a_handful_of_clips(tmp_path):
     inputs = random_utterances(model)
     clips = [{name: tensor[row] for name, tensor in inputs.items()} for row in range(4)]
     arguments = TrainingArguments(
-        output_dir=tmp_path, max_steps=120, per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="linear",
-        logging_steps=40, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        output_dir=tmp_path,
+        max_steps=120,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=40,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=clips)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

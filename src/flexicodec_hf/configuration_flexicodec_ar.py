@@ -1,6 +1,7 @@
 """Configuration of the autoregressive text-to-speech model of FlexiCodec (arXiv 2510.00981)."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -113,7 +114,7 @@ class FlexiCodecARConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ("past_key_values",)
     sub_configs = {"text_encoder_config": FlexiCodecARTextEncoderConfig}  # noqa: RUF012
 
-    text_encoder_config: dict | PreTrainedConfig | None = None
+    text_encoder_config: Any = None
     speech_vocab_size: int = 32768
     num_durations: int = 10
     merging_thresholds: list[float] | tuple[float, ...] = (0.86, 0.91)

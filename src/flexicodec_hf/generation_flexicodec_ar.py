@@ -256,8 +256,9 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
         if (cache := model_inputs.get("past_key_values")) is not None:
             key_length, _ = cache.get_mask_sizes(length, 0)
         if token_lengths is not None:
-            # With a cache, also the duration of the token before.
-            model_inputs["token_lengths"] = token_lengths[:, -length - 1 :].to(self.device).contiguous()
+            # With a cache, also the duration of the token before. A compiled step needs strides that do not grow.
+            kept = token_lengths[:, -length - 1 :].to(self.device)
+            model_inputs["token_lengths"] = kept.clone(memory_format=torch.contiguous_format)
         model_inputs["encode_text"] = bool(is_first_iteration) or not model_inputs.get("use_cache", True)
         model_inputs["relative_keys"] = self.model.decoder.relative_keys(key_length)
         return model_inputs

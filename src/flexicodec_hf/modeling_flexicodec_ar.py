@@ -87,8 +87,8 @@ class FlexiCodecARLinear(nn.Linear):
     """
     `nn.Linear` that reads its weights at the speed of memory when one stream is decoded in float32 on CPU.
 
-    BLAS multiplies a matrix by one vector on one thread, at half of what memory gives; as a batch of matrices, the rows
-    of the weights are read by all threads.
+    BLAS multiplies a matrix by one vector on one thread, at half of what memory gives; as a batch of matrices, the
+    rows of the weights are read by all threads.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ class FlexiCodecARTransformer(nn.Module):
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._project_positions(length)
-        weights = [layer.self_attn.relative_k_proj.weight for layer in self.layers]
+        weights = [attention.relative_k_proj.weight for attention in self._attentions()]
         source = [(id(weight), weight.data_ptr(), _version(weight)) for weight in weights]
         kept = self._relative_keys
         if kept is None or kept.shape[2] < length or self._relative_keys_source != source:
@@ -290,7 +290,10 @@ class FlexiCodecARTransformer(nn.Module):
         angles = torch.arange(length, device=weight.device, dtype=torch.float32)[:, None] * frequencies
         sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(weight.dtype)
         sinusoids = self.dropout(sinusoids)
-        return torch.stack([layer.self_attn.relative_keys(sinusoids) for layer in self.layers])
+        return torch.stack([attention.relative_keys(sinusoids) for attention in self._attentions()])
+
+    def _attentions(self) -> list[FlexiCodecARAttention]:
+        return [layer.get_submodule("self_attn") for layer in self.layers]  # type: ignore[misc]
 
 
 def _version(weight: Tensor) -> int:
@@ -497,8 +500,9 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         token_loss = self._token_loss(logits, labels) if labels is not None else None
         duration_loss = self._duration_loss(duration_logits, duration_labels) if duration_labels is not None else None
         losses = [loss for loss in (token_loss, duration_loss) if loss is not None]
+        loss = torch.stack(losses).sum() if losses else None
         return FlexiCodecAROutput(
-            loss=sum(losses) if losses else None,
+            loss=loss,
             logits=logits,
             duration_logits=duration_logits,
             past_key_values=outputs.past_key_values,
@@ -563,10 +567,11 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             ValueError: An id, a duration or the threshold is out of range, or codes come without durations.
         """
         config = self.config
-        _check_range("text_ids", text_ids, text_attention_mask, 0, config.text_encoder_config.vocab_size - 1)
+        num_text_ids = config.input_vocab_size - config.text_token_offset
+        _check_range("text_ids", text_ids, text_attention_mask, 0, num_text_ids - 1)
         if (codes is None) != (token_lengths is None):
             raise ValueError("codes and token_lengths belong together: give both, or neither.")
-        if codes is None:
+        if codes is None or token_lengths is None:
             if return_labels:
                 raise ValueError("return_labels=True needs codes and token_lengths: they are what is learnt.")
             codes = token_lengths = text_ids.new_zeros(text_ids.shape[0], 0)

@@ -159,9 +159,9 @@ def _read_state(tensors: SourceCheckpoint, config: FlexiCodecARConfig) -> tuple[
                     state[f"{target_layer}.self_attn.{target}"] = tensor[:, None]
 
     control = read("llm_embedding.weight")
-    threshold = [read(f"framerate_embed_affine_layer.{leaf}") for leaf in ("weight", "bias")]
-    if control is not None and threshold[0] is not None and threshold[1] is not None:
-        state["model.control_embedding.weight"] = _control_embedding(config, control, *threshold)
+    weight, bias = (read(f"framerate_embed_affine_layer.{leaf}") for leaf in ("weight", "bias"))
+    if control is not None and weight is not None and bias is not None:
+        state["model.control_embedding.weight"] = _control_embedding(config, control, weight, bias)
     tensors.skip(*_DROPPED)
     return state, missing
 
@@ -195,7 +195,7 @@ def _infer_config(tensors: SourceCheckpoint, given: dict[str, Any]) -> FlexiCode
         "llm_num_blocks": _count_layers(tensors, "llm.encoders"),
         "duration_classes": tensors.shape("duration_decoder.weight")[0],
     }
-    free = {
+    free: dict[str, Any] = {
         "flex_framerate_options": RELEASED_THRESHOLDS,
         "lsm_weight": 0.0,
         "focal_alpha": 1.0,
