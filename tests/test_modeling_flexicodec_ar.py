@@ -283,6 +283,7 @@ def test_trainer_learns_a_handful_of_clips(tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] > 1.0
     assert losses[-1] < 0.05
+    assert trainer.evaluate(clips)["eval_loss"] < 0.05
     # What was learnt is what is spoken.
     prompts = {name: inputs[name][:, :9] for name in ("input_ids", "token_lengths", "attention_mask")}
     spoken = model.eval().generate(**prompts, do_sample=False, max_new_tokens=6, return_dict_in_generate=True)

@@ -111,7 +111,7 @@ class FlexiCodecARConfig(PreTrainedConfig):
     """
 
     model_type = "flexicodec_ar"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     sub_configs = {"text_encoder_config": FlexiCodecARTextEncoderConfig}  # noqa: RUF012
 
     text_encoder_config: Any = None

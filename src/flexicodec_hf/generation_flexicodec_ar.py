@@ -175,7 +175,9 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> FlexiCodecARGenerateOutput | Tensor:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> FlexiCodecARGenerateOutput | Tensor:
         """
         Generate speech tokens, and the duration of each, after a prompt laid out by
         [`~FlexiCodecARForConditionalGeneration.build_inputs`]. Everything in [`~GenerationMixin.generate`] applies but
@@ -211,7 +213,7 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
                 )
             kwargs["token_lengths"] = torch.zeros_like(input_ids)
         sampler = DurationSampler()
-        output = super().generate(inputs, duration_sampler=sampler, **kwargs)
+        output = super().generate(inputs, generation_config, duration_sampler=sampler, **kwargs)
         if not isinstance(output, ModelOutput):
             return output
         return self._add_durations(output, sampler)

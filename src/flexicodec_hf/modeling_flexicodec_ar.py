@@ -98,6 +98,7 @@ class FlexiCodecARLinear(nn.Linear):
             or hidden_states.device.type != "cpu"
             or hidden_states.dtype != torch.float32
             or hidden_states.numel() != self.in_features
+            or type(self.weight) is not nn.Parameter  # quantised or sharded
         ):
             return super().forward(hidden_states)
         parts = torch.get_num_threads()
@@ -158,7 +159,7 @@ class FlexiCodecARAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if query.shape[2] == 1 and query.device.type == "cpu":
+        if self.config._attn_implementation == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu":
             # For one query, SDPA's kernel takes twice the time of the two products on CPU, in bfloat16 four times.
             attention = eager_attention_forward
         output, weights = attention(
