@@ -390,21 +390,6 @@ def test_compiled_forward_needs_nothing_kept(device):
     assert_close(torch.cat(logits, dim=1), whole[:, -3:].cpu(), atol=1e-4)
 
 
-def test_one_row_in_float32_is_split_among_threads():
-    """The split product of `FlexiCodecARLinear` is the plain one, also where the rows do not divide."""
-    model = tiny_model()
-    linear = model.lm_head
-    threads = torch.get_num_threads()
-    row = torch.randn(1, 1, linear.in_features)
-    try:
-        with torch.no_grad():
-            for parts in (1, 2, 3, 4):
-                torch.set_num_threads(parts)
-                assert_close(linear(row), torch.nn.functional.linear(row, linear.weight, linear.bias), atol=1e-5)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_what_is_not_supported_is_refused(device):
     model = tiny_model(device)
     inputs = prompts(model, device)

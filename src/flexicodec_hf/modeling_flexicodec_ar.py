@@ -83,37 +83,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class FlexiCodecARLinear(nn.Linear):
-    """
-    `nn.Linear` that reads its weights at the speed of memory when one stream is decoded in float32 on CPU.
-
-    BLAS multiplies a matrix by one vector on one thread, at half of what memory gives; as a batch of matrices, the
-    rows of the weights are read by all threads.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or hidden_states.device.type != "cpu"
-            or hidden_states.dtype != torch.float32
-            or hidden_states.numel() != self.in_features
-            or type(self.weight) is not nn.Parameter  # quantised or sharded
-        ):
-            return super().forward(hidden_states)
-        parts = torch.get_num_threads()
-        rows = self.out_features // parts
-        split = parts * rows
-        # Transposed, for the strides of a matrix with one column: BLAS is slow with those of a row.
-        column = hidden_states.reshape(1, self.in_features).t().expand(parts, -1, -1)
-        weight = self.weight[:split].view(parts, rows, self.in_features)
-        output = torch.baddbmm(self.bias[:split].view(parts, rows, 1), weight, column).flatten()
-        if split < self.out_features:
-            rest = F.linear(hidden_states.flatten(), self.weight[split:], self.bias[split:])
-            output = torch.cat([output, rest])
-        return output.view(*hidden_states.shape[:-1], self.out_features)
-
-
 class FlexiCodecARAttention(nn.Module):
     """
     Causal self-attention with relative positions: `((q + u) k^T + (q + v) r^T) / sqrt(head_dim)`, where `r` projects
@@ -129,10 +98,10 @@ class FlexiCodecARAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = FlexiCodecARLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = FlexiCodecARLinear(config.hidden_size, config.hidden_size)
-        self.v_proj = FlexiCodecARLinear(config.hidden_size, config.hidden_size)
-        self.o_proj = FlexiCodecARLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.relative_k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.content_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
         self.position_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
@@ -196,8 +165,8 @@ class FlexiCodecARLayer(GradientCheckpointingLayer):
         self.self_attn = FlexiCodecARAttention(config, layer_idx)
         self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.fc1 = FlexiCodecARLinear(config.hidden_size, config.intermediate_size)
-        self.fc2 = FlexiCodecARLinear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -448,7 +417,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
     def __init__(self, config: FlexiCodecARConfig):
         super().__init__(config)
         self.model = FlexiCodecARModel(config)
-        self.lm_head = FlexiCodecARLinear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.duration_head = nn.Linear(config.hidden_size, config.num_durations)
         self.post_init()
         self.generation_config = self.default_generation_config(config)
