@@ -1,0 +1,123 @@
+"""Tokens per second of the autoregressive model on CPU, at full size with random weights.
+
+The prompt is 100 text ids and 150 speech tokens. A step must read every weight of the language model once, so
+one stream cannot be faster than memory bandwidth over the bytes of those weights: the share of that limit is
+printed. Where the PyPI package `flexicodec` is installed (see README.md here), it runs on the same weights.
+
+    python benchmarks/ar.py --dtype float32 bfloat16 --streams 1 8
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+
+try:
+    import reference
+except ModuleNotFoundError:
+    reference = None
+
+from safetensors.torch import save_file
+
+from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
+from flexicodec_hf.conversion.ar import PREFIX, convert_ar
+from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
+
+
+TEXT_LENGTH, PROMPT_LENGTH, THRESHOLD = 100, 150, 0.86
+
+
+def bandwidth() -> float:
+    """Bytes a second that all threads together read from memory: the best of some sums over 256 MB."""
+    values = torch.ones(64 * 2**20)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        values.sum()
+        best = min(best, time.perf_counter() - start)
+    return values.nbytes / best
+
+
+def bytes_per_step(model: FlexiCodecARForConditionalGeneration) -> int:
+    """Bytes of the weights that a step reads: the decoder's, less the kept positions, and the two heads'."""
+    modules = (model.model.decoder, model.lm_head, model.duration_head)
+    weights = [item for module in modules for item in module.named_parameters()]
+    return sum(weight.nbytes for name, weight in weights if "relative_k_proj" not in name)
+
+
+def prompt(streams: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "text_ids": torch.randint(0, 50000, (1, TEXT_LENGTH), generator=generator).expand(streams, -1),
+        "codes": torch.randint(0, 32768, (1, PROMPT_LENGTH), generator=generator).expand(streams, -1),
+        "token_lengths": torch.randint(1, 9, (1, PROMPT_LENGTH), generator=generator).expand(streams, -1),
+    }
+
+
+@torch.inference_mode()
+def time_ours(
+    model: FlexiCodecARForConditionalGeneration, streams: int, tokens: int, repeats: int, cache: str
+) -> tuple[float, torch.Tensor]:
+    """Seconds of the fastest whole call, and the tokens of the first stream."""
+    inputs = model.build_inputs(**prompt(streams), merging_threshold=THRESHOLD)
+    arguments = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        output = model.generate(**inputs, **arguments, cache_implementation=cache, return_dict_in_generate=True)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), output.sequences[0, -tokens:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=300, help="new tokens of each stream")
+    parser.add_argument("--repeats", type=int, default=2, help="calls of ours, of which the fastest counts")
+    parser.add_argument("--cache", choices=["dynamic", "static"], default="static")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    base, expected = None, None
+    if reference is None:
+        print("flexicodec is not installed: without the reference")
+        model = FlexiCodecARForConditionalGeneration(FlexiCodecARConfig()).eval()
+    else:
+        theirs = reference.build_ar(reference.AR_FULL, seed=0)
+        ids = prompt(1)
+        start = time.perf_counter()
+        result = reference.generate_ar(
+            theirs, ids["text_ids"], arguments.tokens, THRESHOLD, ids["codes"], ids["token_lengths"]
+        )
+        base = arguments.tokens / (time.perf_counter() - start)
+        expected = result["speech_tokens"][0]
+        print(f"reference  float32   1 stream   {base:6.2f} tokens/s ({len(expected)} tokens)", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "artts.safetensors"
+            save_file({PREFIX + name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, source)
+            del theirs
+            model = convert_ar(source, Path(folder) / "model")
+
+    for dtype in arguments.dtype:
+        model = model.to(getattr(torch, dtype))
+        for streams in arguments.streams:
+            speed = bandwidth()
+            seconds, tokens = time_ours(model, streams, arguments.tokens, arguments.repeats, arguments.cache)
+            total = streams * arguments.tokens / seconds
+            limit = speed / bytes_per_step(model)
+            line = f"ours       {dtype:9} {streams} stream(s) {total:6.2f} tokens/s"
+            line += f" | memory {speed / 1e9:.1f} GB/s, limit {limit:.1f} steps/s, share {total / streams / limit:.0%}"
+            if base is not None:
+                line += f" | {total / base:.1f} x the reference"
+            if expected is not None and dtype == "float32" and streams == 1:
+                line += f" | same tokens: {torch.equal(tokens, expected)}"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
