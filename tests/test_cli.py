@@ -454,7 +454,7 @@ def test_convert_a_repository_and_reconstruct(released, tmp_path, capsys):
     out = tmp_path / "model"
     assert main(["convert", "--repo", str(released), "-o", str(out)]) == 0
     output = capsys.readouterr().out
-    assert "codec of 12.5 frames per second with 5 quantizers, float32" in output
+    assert "codec of 12.5 frames per second, 5 quantizers, float32" in output
     assert f"AutoModel.from_pretrained('{out}')" in output
     _, loading = AutoModel.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]

@@ -111,8 +111,8 @@ class FlexiCodecARConfig(PreTrainedConfig):
     """
 
     model_type = "flexicodec_ar"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    sub_configs = {"text_encoder_config": FlexiCodecARTextEncoderConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"text_encoder_config": FlexiCodecARTextEncoderConfig}
 
     text_encoder_config: Any = None
     speech_vocab_size: int = 32768

@@ -280,7 +280,7 @@ class FlexiCodecARPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {
         "hidden_states": OutputRecorder(FlexiCodecARLayer, layer_name="decoder"),
         "attentions": OutputRecorder(FlexiCodecARAttention, index=1, layer_name="decoder"),
     }

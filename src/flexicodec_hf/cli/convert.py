@@ -125,7 +125,7 @@ def _convert_ar(args: argparse.Namespace) -> None:
 
     directory = _target(args, AR_DIR)
     convert_ar(args.ar, directory, ar_config=_read_json(args.ar_config), **_options(args))
-    _report(args, directory, "autoregressive model")
+    _report(args, directory, "autoregressive model", loader="AutoModelForCausalLM")
 
 
 def _convert_voicebox(args: argparse.Namespace) -> None:
@@ -188,7 +188,7 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
     return None if path is None else json.loads(path.read_text())
 
 
-def _report(args: argparse.Namespace, directory: Path, what: str) -> None:
+def _report(args: argparse.Namespace, directory: Path, what: str, loader: str = "AutoModel") -> None:
     size = (directory / "model.safetensors").stat().st_size / 1e6
     print(
         f"{directory}: {what}, {args.dtype}, {size:.1f} MB; load it with AutoModel.from_pretrained({str(directory)!r})."

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig, FlexiCodecARTextEncoderConfig
-from flexicodec_hf.conversion.checkpoint import CheckpointError, SourceCheckpoint
-from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
+from ..configuration_flexicodec_ar import FlexiCodecARConfig, FlexiCodecARTextEncoderConfig
+from ..modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
+from .checkpoint import CheckpointError, SourceCheckpoint
 
 
 logger = logging.getLogger(__name__)
