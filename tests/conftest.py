@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from flexicodec_hf.conversion.codec import convert_codec
 
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 TESTS = Path(__file__).parent
 AUDIO = TESTS / "audio"

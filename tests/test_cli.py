@@ -370,7 +370,7 @@ def test_broken_tokens_are_reported_and_the_rest_go_on(run, tmp_path, make, mess
             ["encode", "in.wav", "-o", "out", "--merging-threshold", "0.9", "--target-frame-rate", "6"],
             "argument --target-frame-rate: not allowed with argument --merging-threshold",
         ),
-        (["convert", "-o", "out"], "one of the arguments --codec --repo is required"),
+        (["convert", "-o", "out"], "nothing to convert: pass --codec, --repo, --ar, --nar, --vocoder or --tokenizer"),
         (["convert", "--repo", "x", "--semantic", "y", "-o", "out"], "argument --semantic: goes with --codec"),
         (["convert", "--codec", "x", "--semantic-repo", "y", "-o", "out"], "--semantic-repo: goes with --repo"),
     ],

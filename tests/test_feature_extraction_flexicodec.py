@@ -389,6 +389,7 @@ def test_save_and_load(extractor, tmp_path):
 
     saved = json.loads(Path(path).read_text())
     assert saved == {
+        "auto_map": {"AutoFeatureExtractor": "feature_extraction_flexicodec.FlexiCodecFeatureExtractor"},
         "feature_extractor_type": "FlexiCodecFeatureExtractor",
         "feature_size": 1,
         "sampling_rate": 16_000,

@@ -152,6 +152,7 @@ def test_stages_match_the_reference(golden, load, device, name, run):
     )
 
 
+@torch.no_grad()
 def test_batch_items_match_their_lone_reference_runs(golden, codec, device):
     """Item 0 of the fixture's batch of two is the clip of its single runs: batched, it gives the single result."""
     fixture, run = golden("codec_tiny"), "b1_thr_mid_nq5"
@@ -279,6 +280,7 @@ def test_threshold_one_never_merges(codec, device):
 
 
 @pytest.mark.parametrize("rate", [1.5625, 2.0, 3.3, 6.25, 8.0, 12.4, 12.5])
+@torch.no_grad()
 def test_target_frame_rate_is_as_near_as_any_threshold_gets(codec, device, rate):
     singles, batch = noise_batch(device, [52_000, 9_000, 1_000, 30_000])
     encoded = codec.encode(**batch, target_frame_rate=rate, num_quantizers=1)
@@ -296,6 +298,7 @@ def test_target_frame_rate_is_as_near_as_any_threshold_gets(codec, device, rate)
         assert torch.equal(alone.token_lengths[0], encoded.token_lengths[i, :num_tokens])
 
 
+@torch.no_grad()
 def test_rates_and_thresholds_may_differ_per_item(codec, device):
     _, batch = noise_batch(device, [52_000, 40_000, 30_000])
     rates = [3.0, 6.0, 12.5]
@@ -366,6 +369,7 @@ def test_training_losses_of_a_batch_ignore_padding(load, device):
     assert_close(both.distillation_loss, expected.detach(), atol=1e-4)
 
 
+@torch.no_grad()
 def test_token_lengths_alone_tell_the_padding(codec, device):
     """Tokens behind the last one with a length are padding; a length of 0 between others just drops its frames."""
     _, batch = noise_batch(device, [30_000, 12_000])
@@ -382,8 +386,9 @@ def test_token_lengths_alone_tell_the_padding(codec, device):
 # --------------------------------------------------------------------------------------------------- long audio
 
 
+@torch.no_grad()
 def test_chunks_with_full_context_equal_the_whole(codec, device):
-    singles, batch = noise_batch(device, [16_000 * 12, 16_000 * 5 + 77, 900])
+    singles, batch = noise_batch(device, [16_000 * 7, 16_000 * 4 + 77, 900])
     whole = codec.encode(**batch, merging_threshold=0.9)
     chunked = codec.encode(**batch, merging_threshold=0.9, chunk_length_s=2, chunk_context_s=60)
     assert torch.equal(whole.token_lengths, chunked.token_lengths)
@@ -399,6 +404,7 @@ def test_chunks_with_full_context_equal_the_whole(codec, device):
     assert torch.equal(alone.audio_codes[0], batched.audio_codes[0])
 
 
+@torch.no_grad()
 def test_convolutions_are_exact_in_chunks(codec, device):
     """The context covers the receptive field of the acoustic encoder, so that only attention sees the seams."""
     singles, _ = noise_batch(device, [16_000 * 9])
@@ -410,6 +416,7 @@ def test_convolutions_are_exact_in_chunks(codec, device):
     assert (cut - whole).abs().max() > 1e-3
 
 
+@torch.no_grad()
 def test_chunks_fade_into_each_other(codec, device):
     """At a seam the waveform takes no step larger than the whole waveform's own."""
     singles, _ = noise_batch(device, [16_000 * 8])
@@ -482,6 +489,7 @@ def test_outputs_as_tuples(codec, golden, device):
     assert isinstance(codec(**inputs, return_dict=False), tuple)
 
 
+@torch.no_grad()
 def test_eager_attention_equals_sdpa(codec_dir, codec, device):
     eager = FlexiCodecModel.from_pretrained(codec_dir(), attn_implementation="eager").eval().to(device)
     assert eager.semantic_encoder.config._attn_implementation == "eager"
@@ -492,6 +500,7 @@ def test_eager_attention_equals_sdpa(codec_dir, codec, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
 def test_half_precision_stays_near(codec_dir, codec, golden, device, dtype):
     half = FlexiCodecModel.from_pretrained(codec_dir(), dtype=dtype).eval().to(device)
     inputs = clip(golden, "codec_tiny", device)
@@ -523,9 +532,9 @@ def test_training_draws_and_frozen_encoder(load, golden, device):
     assert model.training and not model.semantic_encoder.training
     inputs = clip(golden, "codec_tiny", device)
     torch.manual_seed(0)
-    outputs = [model(**inputs) for _ in range(24)]
+    outputs = [model(**inputs) for _ in range(16)]
     thresholds = {output.merging_threshold.item() for output in outputs}
-    assert len(thresholds) == 24 and all(0.8 <= threshold <= 1.0 for threshold in thresholds)
+    assert len(thresholds) == 16 and all(0.8 <= threshold <= 1.0 for threshold in thresholds)
     rows = [output.audio_codes.shape[1] for output in outputs]
     assert set(rows) == {1, 5} and rows.count(1) < rows.count(5)
     (outputs[0].audio_values.square().mean() + outputs[0].loss).backward()
@@ -537,6 +546,7 @@ def test_training_draws_and_frozen_encoder(load, golden, device):
     assert torch.equal(model(**inputs).audio_values, model(**inputs).audio_values)
 
 
+@torch.no_grad()
 def test_arguments_leave_no_trace(codec, golden, device):
     inputs = clip(golden, "codec_tiny", device)
     before = codec.encode(**inputs)
@@ -567,6 +577,7 @@ def test_decode_compiles_with_inductor(codec, device):
     assert_close(output, codec.decode(codes).audio_values.cpu(), atol=1e-5)
 
 
+@torch.no_grad()
 def test_decode_of_fewer_rows(codec, golden, device):
     encoded = codec.encode(**clip(golden, "codec_tiny", device), merging_threshold=0.9)
     for rows in (1, 3):
@@ -578,6 +589,7 @@ def test_decode_of_fewer_rows(codec, golden, device):
     assert torch.equal(all_of_them.audio_codes, encoded.audio_codes)
 
 
+@torch.no_grad()
 def test_decode_without_lengths_is_a_frame_each(codec, device):
     codes = torch.randint(0, 64, (2, 5, 7), generator=torch.Generator().manual_seed(0)).to(device)
     output = codec.decode(codes).audio_values
