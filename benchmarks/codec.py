@@ -1,6 +1,6 @@
 """Speed and memory of the codec at full size, with random weights, beside the reference's in the same run.
 
-    python benchmarks/codec.py [--seconds 10] [--repeats 7] [--threads 2] [--compile] [--device cpu|cuda]
+    python benchmarks/codec.py [--seconds 10] [--rounds 3] [--threads 2] [--compile] [--device cpu|cuda]
 
 The reference runs where it is installed (benchmarks/README.md); otherwise ours is timed alone. Calls of the two take
 turns, and each is timed whole, feature extraction included. Memory is the peak of the resident set of a process of its
@@ -91,17 +91,18 @@ class Theirs:
         return reference.decode(self.model, encoded)
 
 
-def interleave(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each call, taken in turns after one to warm up."""
+def interleave(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each call, in rounds that take turns: in each, one call to warm up and two that count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
+    for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if repeat > 0:
-                times[name].append(time.perf_counter() - start)
+            for repeat in range(3):
+                start = time.perf_counter()
+                call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if repeat > 0:
+                    times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -113,8 +114,6 @@ def peak_memory(folder: Path, who: str, batch_size: int, arguments: argparse.Nam
 
 
 def measure_memory(arguments: argparse.Namespace) -> None:
-    import resource
-
     folder = Path(arguments.folder)
     if arguments.memory_of == "reference":
         from safetensors.torch import load_file
@@ -125,14 +124,15 @@ def measure_memory(arguments: argparse.Namespace) -> None:
     else:
         codec = Ours(folder, getattr(torch, arguments.memory_of), "cpu")
     codec.decode(codec.encode(make_audio(arguments.seconds, arguments.batch_size)))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 2**20)
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="also time decode under torch.compile")
@@ -163,12 +163,12 @@ def main() -> None:
             encoded = {name: codec.encode(audio) for name, codec in codecs.items()}
             encode = interleave(
                 {name: partial(codec.encode, audio) for name, codec in codecs.items() if "compiled" not in name},
-                arguments.repeats,
+                arguments.rounds,
                 arguments.device,
             )
             decode = interleave(
                 {name: partial(codec.decode, encoded[name]) for name, codec in codecs.items()},
-                arguments.repeats,
+                arguments.rounds,
                 arguments.device,
             )
             base_encode, base_decode = encode.get("reference"), decode.get("reference")

@@ -518,7 +518,7 @@ def test_gradient_checkpointing_changes_nothing(load, golden, device):
     for checkpointing in (False, True):
         model = copy.deepcopy(load("codec_tiny", device)).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         output = model(**inputs, merging_threshold=0.9, num_quantizers=3)
         (output.audio_values.square().mean() + output.loss).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
