@@ -147,10 +147,9 @@ def written_whole(output_dir: str | Path) -> Iterator[Path]:
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=output_dir) as folder:
         yield Path(folder)
-        weights, others = [], []
-        for file in Path(folder).iterdir():
-            (weights if file.suffix == ".safetensors" else others).append(file)
+        files = list(Path(folder).iterdir())
+        weights = [file for file in files if file.suffix == ".safetensors"]
         for file in weights:
             (output_dir / file.name).unlink(missing_ok=True)
-        for file in others + weights:
+        for file in [file for file in files if file not in weights] + weights:
             file.replace(output_dir / file.name)
