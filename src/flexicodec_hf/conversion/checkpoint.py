@@ -1,8 +1,12 @@
-"""Reading a released checkpoint tensor by tensor, with an account of what was used."""
+"""Reading a released checkpoint tensor by tensor, with an account of what was used; writing a repository whole."""
 
 from __future__ import annotations
 
+import copy
+import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +24,8 @@ class SourceCheckpoint:
     Both containers of the release are understood: `.safetensors`, and `.pt`/`.pth`/`.bin` files read with
     `weights_only=True`, whose tensors may sit under a top-level `model` or `state_dict`. Weight-normalised
     convolutions are read by their plain name, in both namings (`weight_g`/`weight_v` and
-    `parametrizations.weight.original0/1`), and fused in float64.
+    `parametrizations.weight.original0/1`), and fused in float64. Fused weights are float32: the reference casts a
+    half-precision file to float32 before it fuses.
 
     Args:
         path: The file.
@@ -40,7 +45,11 @@ class SourceCheckpoint:
 
     def view(self, prefix: str) -> SourceCheckpoint:
         """The tensors under a further `prefix`, with an account of their own."""
-        return SourceCheckpoint(self.path, self.prefix + prefix)
+        view = copy.copy(self)
+        view.prefix = self.prefix + prefix
+        view._used = set()
+        view._names = {name.removeprefix(prefix) for name in self._names if name.startswith(prefix)}
+        return view
 
     def __contains__(self, name: str) -> bool:
         return name in self._names or self._weight_norm_names(name) is not None
@@ -67,7 +76,7 @@ class SourceCheckpoint:
             dims = tuple(range(1, direction.ndim))
             weight = direction.double()
             weight = weight * (magnitude.double() / weight.norm(dim=dims, keepdim=True))
-            return weight.to(direction.dtype)
+            return weight.float()
         return self._read(name)
 
     def skip(self, *names: str) -> None:
@@ -83,7 +92,7 @@ class SourceCheckpoint:
             raise CheckpointError(f"{self.path} has no tensor '{self.prefix}{name}'.")
         self._used.add(name)
         if isinstance(self._tensors, Mapping):
-            return self._tensors[self.prefix + name]
+            return self._tensors[self.prefix + name].detach()
         return self._tensors.get_tensor(self.prefix + name)
 
     def _weight_norm_names(self, name: str) -> tuple[str, str] | None:
@@ -109,7 +118,8 @@ def _open(path: Path):  # type: ignore[no-untyped-def]
             raise CheckpointError(f"{path} is not a complete safetensors file: {error}.") from error
         return handle, list(handle.keys())
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of PyTorch before 1.6 are no zip files and cannot be mapped into memory.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read as a PyTorch file with `weights_only=True`: {error}. "
@@ -118,6 +128,28 @@ def _open(path: Path):  # type: ignore[no-untyped-def]
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise CheckpointError(f"{path} does not hold a mapping of names to tensors.")
     return content, list(content)
+
+
+@contextmanager
+def written_whole(output_dir: str | Path) -> Iterator[Path]:
+    """
+    A folder to write the files of a repository into, which move to `output_dir` once all are complete, the weights last.
+
+    Whatever interrupts the writing, `output_dir` never holds weights that are cut short or that belong to another
+    configuration. The source may be a file of `output_dir`.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=output_dir) as folder:
+        yield Path(folder)
+        files = list(Path(folder).iterdir())
+        weights = [file for file in files if file.suffix == ".safetensors"]
+        for file in weights:
+            (output_dir / file.name).unlink(missing_ok=True)
+        for file in [file for file in files if file not in weights] + weights:
+            file.replace(output_dir / file.name)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm import tqdm
 
 from ..configuration_flexicodec import FlexiCodecConfig
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
-from .checkpoint import CheckpointError, SourceCheckpoint
+from .checkpoint import CheckpointError, SourceCheckpoint, written_whole
 
 
 CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.", "")
@@ -33,7 +34,6 @@ YAML_NAMES = {
     "codebook_dim": "codebook_dim",
     "convnext_dim": "convnext_hidden_size",
     "convnext_layers": "num_convnext_layers",
-    "semantic_codebook_size": "semantic_codebook_size",
     "transformer_num_layers": "num_bottleneck_layers",
     "transformer_dim": "bottleneck_hidden_size",
     "transformer_dim_feedforward": "bottleneck_intermediate_size",
@@ -82,16 +82,19 @@ def convert_codec(
     Convert a released codec, alone or inside a TTS file, to a directory that `AutoModel.from_pretrained` and
     `AutoFeatureExtractor.from_pretrained` load.
 
-    Tensors are read, converted and cast one by one: the peak of memory is one copy of the converted model.
+    Tensors are read, converted and cast one by one: the peak of memory is one copy of the converted model. The files are
+    put in their place when all are written: an interrupted conversion leaves no weights there.
 
     Args:
         source: `.safetensors` or `.pt` file with the codec at its root, or under `flexicodec_model.` or `dualcodec_model.`.
         output_dir: Directory to write; made when missing.
         codec_config: The codec's YAML, with or without the top-level `model:`. Sizes come from the tensors; what the YAML
-            says of them is checked.
+            says of them is checked. What tensors do not show (attention heads, quantization levels, thresholds) is as in
+            the released codec where the YAML does not say.
         semantic: SenseVoice-small's `model.pt`, for codec files without the semantic encoder.
         dtype: Type to store the weights in.
         allow_partial: Convert in spite of unknown tensors (left out) and missing ones (freshly initialised on loading).
+            Those that show the sizes of the model must be there.
 
     Returns:
         The configuration that was written.
@@ -118,11 +121,15 @@ def convert_codec(
         if source_name not in checkpoint:
             missing.append(checkpoint.prefix + source_name)
             continue
-        tensor = _to_target(name, checkpoint.read(source_name), config)
-        if tensor.shape != target.shape:
+        try:
+            tensor = _to_target(name, checkpoint.read(source_name), config)
+            fits = tensor.shape == target.shape
+        except RuntimeError:  # a projection that does not divide into heads
+            fits = False
+        if not fits:
             raise CheckpointError(
-                f"'{checkpoint.prefix}{source_name}' of {checkpoint.path} has the shape {tuple(tensor.shape)} where "
-                f"{tuple(target.shape)} is expected."
+                f"'{checkpoint.prefix}{source_name}' of {checkpoint.path} has the shape {checkpoint.shape(source_name)}, "
+                f"which does not make a `{name}` of shape {tuple(target.shape)}."
             )
         tensors[name] = tensor.to(dtype).contiguous()
 
@@ -130,8 +137,9 @@ def convert_codec(
     if (missing or unknown) and not allow_partial:
         raise CheckpointError(_account(codec.path, missing, unknown))
 
-    model.save_pretrained(output_dir, state_dict=tensors)
-    released_feature_extractor().save_pretrained(output_dir)
+    with written_whole(output_dir) as folder:
+        model.save_pretrained(folder, state_dict=tensors)
+        released_feature_extractor().save_pretrained(folder)
     return config
 
 
@@ -201,12 +209,13 @@ def infer_config(
         "bottleneck_intermediate_size": codec.shape(f"{bottleneck}.transformer.layers.0.linear1.weight")[0],
         "num_bottleneck_layers": count(r"bottleneck_transformer\.transformer\.layers\.(\d+)\."),
     }
-    rest = {ours: options[theirs] for theirs, ours in YAML_ONLY_NAMES.items() if options.get(theirs) is not None}
-    if "similarity_threshold_lower" in options and "similarity_threshold_upper" in options:
-        rest["merging_threshold_range"] = [
-            options["similarity_threshold_lower"],
-            options["similarity_threshold_upper"],
-        ]
+    rest: dict[str, Any] = {}
+    for theirs, ours in YAML_ONLY_NAMES.items():
+        if (value := options.get(theirs)) is not None:
+            rest[ours] = _as_float(value) if isinstance(getattr(FlexiCodecConfig, ours), float) else value
+    bounds = [options.get("similarity_threshold_lower"), options.get("similarity_threshold_upper")]
+    if None not in bounds:
+        rest["merging_threshold_range"] = [_as_float(bound) for bound in bounds]
     query_embedding = semantic.shape("embed.weight")
     fsmn = semantic.shape("encoder.encoders0.0.self_attn.fsmn_block.weight")
     semantic_config = {
@@ -217,25 +226,28 @@ def infer_config(
         "num_mel_bins": query_embedding[1] // 7,
         "fsmn_kernel_size": fsmn[2],
     }
-    config = FlexiCodecConfig(
-        semantic_model_config=semantic_config, num_semantic_queries=query_embedding[0], **sizes, **rest
-    )
+    shown = {theirs: sizes[ours] for theirs, ours in YAML_NAMES.items()}
+    shown |= {"n_codebooks": num_acoustic, "ssl_dim": fsmn[0]}
+    for name, found in shown.items():
+        if options.get(name) not in (None, found):
+            raise CheckpointError(f"The codec's YAML says `{name}: {options[name]}`; the tensors show {found}.")
+    try:
+        return FlexiCodecConfig(
+            semantic_model_config=semantic_config, num_semantic_queries=query_embedding[0], **sizes, **rest
+        )
+    except StrictDataclassError as error:
+        raise CheckpointError(f"The codec's YAML and the tensors of {codec.path} do not agree: {error}") from error
 
-    said = {ours: options[theirs] for theirs, ours in YAML_NAMES.items() if options.get(theirs) is not None}
-    if options.get("n_codebooks") is not None:
-        said["num_quantizers"] = options["n_codebooks"] + 1
-    if options.get("ssl_dim") is not None and options["ssl_dim"] != fsmn[0]:
-        raise CheckpointError(f"The YAML says `ssl_dim: {options['ssl_dim']}`, the semantic encoder has {fsmn[0]}.")
-    for name, value in said.items():
-        found = getattr(config, name)
-        if (list(found) if isinstance(found, (list, tuple)) else found) != value:
-            raise CheckpointError(f"The YAML says that `{name}` is {value}, the tensors of {codec.path} say {found}.")
-    return config
+
+def _as_float(value: Any) -> Any:
+    """A YAML may say 1 where 1.0 is meant, or `true` for a share of all."""
+    return float(value) if isinstance(value, int) else value
 
 
 def _open_sources(path: Path, semantic: str | Path | None) -> tuple[SourceCheckpoint, SourceCheckpoint]:
+    whole = SourceCheckpoint(path)
     for prefix in CODEC_PREFIXES:
-        codec = SourceCheckpoint(path, prefix)
+        codec = whole.view(prefix)
         if "dac.decoder.model.0.bias" in codec:
             break
     else:
@@ -257,7 +269,10 @@ def _open_sources(path: Path, semantic: str | Path | None) -> tuple[SourceCheckp
 def _read_yaml(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    content = yaml.safe_load(Path(path).read_text())
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not a YAML file: {error}") from error
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not the YAML of a codec: a mapping of option names to values is expected.")
@@ -373,14 +388,12 @@ def _unknown(codec: SourceCheckpoint, semantic: SourceCheckpoint) -> list[str]:
     """Full names of the tensors that conversion did not use and that are not known to be useless."""
     names = [name for name in codec.unused() if not name.removeprefix(codec.prefix).startswith("semantic_model.")]
     names = [name for name in names if not UNUSED.fullmatch(name.removeprefix(codec.prefix))]
-    if codec.prefix == "":
-        names = [name for name in names if not name.startswith(CODEC_PREFIXES[:2])]
     return names + [name for name in semantic.unused() if not UNUSED.fullmatch(name.removeprefix(semantic.prefix))]
 
 
 def _account(path: Path, missing: list[str], unknown: list[str]) -> str:
     lines = [f"{path} does not hold exactly the tensors of a FlexiCodec."]
-    for title, names in (("Missing", missing), ("Unknown", unknown)):
+    for title, names in (("Missing", sorted(set(missing))), ("Unknown", unknown)):
         if names:
             lines.append(f"{title} ({len(names)}): {', '.join(names)}.")
     return " ".join([*lines, "Pass `--allow-partial` to convert in spite of that."])
