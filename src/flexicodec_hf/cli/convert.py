@@ -63,6 +63,12 @@ def add_commands(commands: Any) -> None:
             f"--{option}-config", type=Path, metavar="JSON", help=f"the reference's keyword arguments, with --{option}"
         )
     tts.add_argument(
+        "--tts-codec-config",
+        type=Path,
+        metavar="YAML",
+        help="the configuration of the codec in --ar or --nar, where it differs from the released one in more than sizes",
+    )
+    tts.add_argument(
         "--tokenizer",
         metavar="ID_OR_PATH",
         help=f"make the text tokenizer from this Whisper repository, directory or tokenizer.json, in {AR_DIR}",
@@ -103,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             _convert_tts_codec(args)
         if args.tokenizer is not None:
             _convert_tokenizer(args)
-    except (CheckpointError, json.JSONDecodeError) as error:
+    except CheckpointError as error:
         raise CommandError(error) from error
     return 0
 
@@ -152,7 +158,9 @@ def _convert_tts_codec(args: argparse.Namespace) -> None:
     for source in (args.ar, args.nar):
         if source is not None and any(name.startswith(CODEC_PREFIXES[:2]) for name in SourceCheckpoint(source)):
             directory = _target(args, TTS_CODEC_DIR)
-            convert_codec(source, directory, semantic=args.semantic, **_options(args))
+            convert_codec(
+                source, directory, codec_config=args.tts_codec_config, semantic=args.semantic, **_options(args)
+            )
             _report(args, directory, f"codec in {source.name}")
             return
 
@@ -185,11 +193,15 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_json(path: Path | None) -> dict[str, Any] | None:
-    return None if path is None else json.loads(path.read_text())
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CommandError(f"{path} is no JSON: {error}.") from error
 
 
 def _report(args: argparse.Namespace, directory: Path, what: str, loader: str = "AutoModel") -> None:
     size = (directory / "model.safetensors").stat().st_size / 1e6
-    print(
-        f"{directory}: {what}, {args.dtype}, {size:.1f} MB; load it with AutoModel.from_pretrained({str(directory)!r})."
-    )
+    call = f"{loader}.from_pretrained({str(directory)!r})"
+    print(f"{directory}: {what}, {args.dtype}, {size:.1f} MB; load it with {call}.")

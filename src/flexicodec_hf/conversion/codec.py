@@ -163,6 +163,10 @@ def infer_config(
                 f"The codec's YAML asks for `{name}: {options[name]}`; only `{name}: {required}`, as in the released files, "
                 "is supported."
             )
+    if options.get("max_tokens_per_group", 8) is None:
+        raise CheckpointError(
+            "The codec's YAML has no `max_tokens_per_group`; a limit, as in the released files, is needed."
+        )
     if "semantic_aggregator.query_embedding" not in codec:
         raise CheckpointError(
             f"{codec.path} has no query token aggregator ('{codec.prefix}semantic_aggregator.query_embedding'): it is not "
