@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="also time decode under torch.compile")
@@ -158,7 +159,7 @@ def main() -> None:
         print(
             f"{'':18}{'batch':>6}{'encode s':>10}{'x real':>8}{'ratio':>7}{'decode s':>10}{'x real':>8}{'ratio':>7}{'GiB':>7}"
         )
-        for batch_size in (1, 8):
+        for batch_size in arguments.batch_sizes:
             audio = make_audio(arguments.seconds, batch_size).to(arguments.device)
             encoded = {name: codec.encode(audio) for name, codec in codecs.items()}
             encode = interleave(
