@@ -246,6 +246,12 @@ def frame_to_token(token_lengths: Tensor, num_frames: int) -> Tensor:
     return torch.searchsorted(ends, frames, right=True).clamp_(max=ends.shape[1] - 1)
 
 
+def repeat_by_token(tokens: Tensor, token_lengths: Tensor, num_frames: int) -> Tensor:
+    """The vector of the token that covers each frame: `(batch_size, num_tokens, size)` to `(batch_size, num_frames, size)`."""
+    index = frame_to_token(token_lengths, num_frames)
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
 def mean_by_token(frames: Tensor, token_lengths: Tensor, frame_mask: Tensor | None) -> Tensor:
     """Mean of the frames of each token: `(batch_size, num_frames, size)` to `(batch_size, num_tokens, size)`."""
     tokens = torch.arange(token_lengths.shape[1], device=frames.device)
@@ -755,11 +761,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         Raises:
             ValueError: The inputs have wrong shapes or do not belong together, or an argument is out of its range.
         """
-        if num_quantizers is not None and num_quantizers < 1:
-            raise ValueError(
-                f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {num_quantizers}."
-            )
-        num_quantizers = min(num_quantizers or self.config.num_quantizers, self.config.num_quantizers)
+        if num_quantizers is None:
+            num_quantizers = self.config.num_quantizers
+        _check_num_quantizers(num_quantizers)
+        num_quantizers = min(num_quantizers, self.config.num_quantizers)
         chunk = self._chunk(chunk_length_s, chunk_context_s)
         semantic_frames, acoustic_frames, lengths = self._encode_frames(
             input_values, input_features, padding_mask, input_features_mask, chunk
@@ -844,8 +849,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             lengths = token_lengths.sum(dim=1)
             if num_frames is None:
                 num_frames = int(lengths.max())
-            index = frame_to_token(token_lengths, num_frames)
-            frames = latents.gather(1, index[..., None].expand(-1, -1, latents.shape[-1]))
+            frames = repeat_by_token(latents, token_lengths, num_frames)
             if latents.shape[0] == 1:
                 lengths = None
 
@@ -901,10 +905,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             num_quantizers = self.config.num_quantizers
         if isinstance(num_quantizers, Tensor):
             num_quantizers = num_quantizers.to(input_values.device)
-        if (num_quantizers < 1) if isinstance(num_quantizers, int) else bool((num_quantizers < 1).any()):
-            raise ValueError(
-                f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {num_quantizers}."
-            )
+        _check_num_quantizers(num_quantizers)
 
         semantic_frames, acoustic_frames, lengths = self._encode_frames(
             input_values, input_features, padding_mask, input_features_mask, chunk=None
@@ -915,8 +916,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         codes, latents, semantic_latents, commitment_loss, codebook_loss = self._quantize(
             semantic_frames, acoustic_frames, lengths, token_lengths, token_mask, num_quantizers - 1
         )
-        index = frame_to_token(token_lengths, semantic_frames.shape[1])
-        frames = latents.gather(1, index[..., None].expand(-1, -1, latents.shape[-1]))
+        frames = repeat_by_token(latents, token_lengths, semantic_frames.shape[1])
         padded_lengths = token_lengths.sum(dim=1) if min(lengths) < max(lengths) else None
         audio_values = self._decode_frames(frames, padded_lengths, chunk=None)
 
@@ -1206,8 +1206,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         def run(window: Tensor, window_lengths: list[int]) -> Tensor:
             return self._decode_frames(window, _length_tensor(window_lengths, window), chunk=None)
 
-        frame_lengths = [frames.shape[1]] if lengths is None else lengths.tolist()
-        frame_lengths = frame_lengths if len(frame_lengths) == len(frames) else frame_lengths * len(frames)
+        frame_lengths = [frames.shape[1]] * len(frames) if lengths is None else lengths.tolist()
         return _in_windows(run, frames, frame_lengths, chunk, out_hop=self.config.hop_length, fade=True)
 
     def _draw_num_quantizers(self, batch_size: int) -> int | Tensor:
@@ -1289,6 +1288,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                         f"got values from {int(rows.min())} to {int(rows.max())}."
                     )
         return codes
+
+
+def _check_num_quantizers(num_quantizers: int | Tensor) -> None:
+    if (num_quantizers if isinstance(num_quantizers, int) else int(num_quantizers.min())) < 1:
+        raise ValueError(
+            f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {num_quantizers}."
+        )
 
 
 def _valid_lengths(mask: Tensor | None, values: Tensor, name: str) -> list[int]:

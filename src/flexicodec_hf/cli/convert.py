@@ -152,11 +152,11 @@ def _convert_vocoder(args: argparse.Namespace) -> None:
 
 def _convert_tts_codec(args: argparse.Namespace) -> None:
     """The codec that the text-to-speech models were trained with; both of their files carry it."""
-    from ..conversion.checkpoint import SourceCheckpoint
-    from ..conversion.codec import CODEC_PREFIXES, convert_codec
+    from ..conversion.checkpoint import TTS_CODEC_PREFIXES, SourceCheckpoint
+    from ..conversion.codec import convert_codec
 
     for source in (args.ar, args.nar):
-        if source is not None and any(name.startswith(CODEC_PREFIXES[:2]) for name in SourceCheckpoint(source)):
+        if source is not None and any(name.startswith(TTS_CODEC_PREFIXES) for name in SourceCheckpoint(source)):
             directory = _target(args, TTS_CODEC_DIR)
             convert_codec(
                 source, directory, codec_config=args.tts_codec_config, semantic=args.semantic, **_options(args)

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from ..configuration_flexicodec_ar import FlexiCodecARConfig, FlexiCodecARTextEncoderConfig
 from ..modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
-from .checkpoint import CheckpointError, SourceCheckpoint
+from .checkpoint import TTS_CODEC_PREFIXES, CheckpointError, SourceCheckpoint, written_whole
 
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "transformer_lm."
-# The file also carries the codec that the model was trained with, under either name.
-CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.")
 RELEASED_THRESHOLDS = (0.86, 0.91)
 
 _MODULES = {
@@ -111,7 +109,7 @@ def convert_ar(
         raise CheckpointError(f"{source} holds no tensor named '{PREFIX}...': it is not an AR text-to-speech model.")
     config = _infer_config(tensors, ar_config or {})
     state, missing = _read_state(tensors, config)
-    unknown = tensors.unused() + [name for name in whole if not name.startswith((PREFIX, *CODEC_PREFIXES))]
+    unknown = tensors.unused() + [name for name in whole if not name.startswith((PREFIX, *TTS_CODEC_PREFIXES))]
     problems = [f"missing tensors: {', '.join(missing)}"] if missing else []
     problems += [f"unknown tensors: {', '.join(unknown)}"] if unknown else []
     if problems and not allow_partial:
@@ -126,7 +124,8 @@ def convert_ar(
     _check_shapes(source, model, state)
     model.load_state_dict(state, strict=not missing, assign=True)
     model.config.dtype = dtype
-    model.eval().save_pretrained(output_dir)
+    with written_whole(output_dir) as folder:
+        model.eval().save_pretrained(folder)
     return model
 
 

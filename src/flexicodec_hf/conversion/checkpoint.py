@@ -14,6 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
+# Where the text-to-speech files keep the codec that their model was trained with.
+TTS_CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.")
+
+
 class CheckpointError(ValueError):
     """A source file that cannot be converted: unreadable, incomplete, or with tensors nobody knows."""
 

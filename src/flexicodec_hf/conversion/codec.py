@@ -17,10 +17,10 @@ from tqdm import tqdm
 from ..configuration_flexicodec import FlexiCodecConfig
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
-from .checkpoint import CheckpointError, SourceCheckpoint, written_whole
+from .checkpoint import TTS_CODEC_PREFIXES, CheckpointError, SourceCheckpoint, written_whole
 
 
-CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.", "")
+CODEC_PREFIXES = (*TTS_CODEC_PREFIXES, "")
 """Where a released file keeps the codec: under a prefix in the TTS files, at the root in the codec's own."""
 
 # The codec's YAML names a size; the tensors show it too, unless it is in the second table.
@@ -257,7 +257,7 @@ def _open_sources(path: Path, semantic: str | Path | None) -> tuple[SourceCheckp
     else:
         raise CheckpointError(
             f"{path} holds no codec: there is no 'dac.decoder.model.0.bias' at its root or under "
-            f"'{CODEC_PREFIXES[0]}' or '{CODEC_PREFIXES[1]}'."
+            f"'{TTS_CODEC_PREFIXES[0]}' or '{TTS_CODEC_PREFIXES[1]}'."
         )
     inside = codec.view("semantic_model.")
     if semantic is not None:

@@ -16,13 +16,10 @@ from ..configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
 from ..configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
 from ..modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
-from .checkpoint import CheckpointError, SourceCheckpoint
+from .checkpoint import TTS_CODEC_PREFIXES, CheckpointError, SourceCheckpoint, written_whole
 
 
 logger = logging.get_logger(__name__)
-
-# A TTS file carries its own, older codec, which the codec's converter reads.
-CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.")
 
 # The released models' head size; the number of heads cannot be told from the shapes.
 _HEAD_DIM = 64
@@ -51,7 +48,9 @@ def convert_voicebox(
         CheckpointError: Missing or unknown tensors, settings that contradict the tensors or that are not supported.
         FileNotFoundError: There is no such file.
     """
-    read_voicebox(source, nar_config, dtype, allow_partial).save_pretrained(output_dir)
+    model = read_voicebox(source, nar_config, dtype, allow_partial)
+    with written_whole(output_dir) as folder:
+        model.save_pretrained(folder)
 
 
 def convert_vocoder(
@@ -75,7 +74,9 @@ def convert_vocoder(
         CheckpointError: Missing or unknown tensors, settings that contradict the tensors or that are not supported.
         FileNotFoundError: There is no such file.
     """
-    read_vocoder(source, vocoder_config, dtype, allow_partial).save_pretrained(output_dir)
+    model = read_vocoder(source, vocoder_config, dtype, allow_partial)
+    with written_whole(output_dir) as folder:
+        model.save_pretrained(folder)
 
 
 def read_voicebox(
@@ -86,7 +87,7 @@ def read_voicebox(
 ) -> FlexiCodecVoiceboxModel:
     """The model of [`convert_voicebox`], in memory."""
     checkpoint = SourceCheckpoint(source)
-    checkpoint.skip(*(name for name in checkpoint if name.startswith(CODEC_PREFIXES)))
+    checkpoint.skip(*(name for name in checkpoint if name.startswith(TTS_CODEC_PREFIXES)))
     config = _voicebox_config(checkpoint, _settings(nar_config))
     model = FlexiCodecVoiceboxModel._from_config(config, dtype=dtype)
     return _fill(model, checkpoint, _voicebox_name, allow_partial)
