@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
+from .linear_flexicodec import FlexiCodecLinear
 
 
 @dataclass
@@ -54,9 +55,9 @@ class FlexiCodecVocoderConvNeXtBlock(GradientCheckpointingLayer):
             size, size, config.kernel_size, padding=config.kernel_size // 2, groups=size
         )
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.up_proj = nn.Linear(size, config.intermediate_size)
+        self.up_proj = FlexiCodecLinear(size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, size)
+        self.down_proj = FlexiCodecLinear(config.intermediate_size, size)
         self.layer_scale = nn.Parameter(torch.empty(size))
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -80,7 +81,7 @@ class FlexiCodecVocoderISTFTHead(nn.Module):
         self.n_fft = config.n_fft
         self.hop_length = config.hop_length
         self.max_log_magnitude = math.log(config.max_magnitude)
-        self.linear = nn.Linear(config.hidden_size, config.n_fft + 2)
+        self.linear = FlexiCodecLinear(config.hidden_size, config.n_fft + 2)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         # Complex numbers and their transform exist in float32 and up alone.

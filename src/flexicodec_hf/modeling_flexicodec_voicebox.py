@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
+from .linear_flexicodec import FlexiCodecLinear
 from .scheduling_flexicodec import FlexiCodecMidpointScheduler
 
 
@@ -71,8 +72,8 @@ class FlexiCodecVoiceboxMLP(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, output_size: int):
         super().__init__()
-        self.up_proj = nn.Linear(input_size, hidden_size)
-        self.down_proj = nn.Linear(hidden_size, output_size)
+        self.up_proj = FlexiCodecLinear(input_size, hidden_size)
+        self.down_proj = FlexiCodecLinear(hidden_size, output_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.up_proj(hidden_states)))
@@ -112,11 +113,27 @@ class FlexiCodecVoiceboxAdaptiveRMSNorm(nn.Module):
 
 
 class FlexiCodecVoiceboxAttention(LlamaAttention):
-    """Llama's attention, looking both ways."""
+    """Llama's attention, looking both ways, with the linear layers of this package."""
 
     def __init__(self, config: FlexiCodecVoiceboxConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.is_causal = False
+        size = config.hidden_size
+        self.q_proj = FlexiCodecLinear(size, size, bias=False)
+        self.k_proj = FlexiCodecLinear(size, size, bias=False)
+        self.v_proj = FlexiCodecLinear(size, size, bias=False)
+        self.o_proj = FlexiCodecLinear(size, size, bias=False)
+
+
+class FlexiCodecVoiceboxGatedMLP(LlamaMLP):
+    """Llama's gated MLP, with the linear layers of this package."""
+
+    def __init__(self, config: FlexiCodecVoiceboxConfig):
+        super().__init__(config)
+        size, inner_size = config.hidden_size, config.intermediate_size
+        self.gate_proj = FlexiCodecLinear(size, inner_size, bias=False)
+        self.up_proj = FlexiCodecLinear(size, inner_size, bias=False)
+        self.down_proj = FlexiCodecLinear(inner_size, size, bias=False)
 
 
 class FlexiCodecVoiceboxLayer(GradientCheckpointingLayer):
@@ -127,7 +144,7 @@ class FlexiCodecVoiceboxLayer(GradientCheckpointingLayer):
         self.input_layernorm = FlexiCodecVoiceboxAdaptiveRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = FlexiCodecVoiceboxAttention(config, layer_idx)
         self.post_attention_layernorm = FlexiCodecVoiceboxAdaptiveRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.mlp = FlexiCodecVoiceboxGatedMLP(config)
 
     def forward(
         self,
