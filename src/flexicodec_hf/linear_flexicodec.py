@@ -12,8 +12,8 @@ _MIN_ROWS = 128
 class FlexiCodecLinear(nn.Linear):
     """[`~torch.nn.Linear`] that takes many float32 rows on a CPU as a pointwise convolution.
 
-    PyTorch gives float32 products to MKL, which leaves half of the vector units of AMD processors idle, and
-    convolutions to oneDNN, which does not: with two threads or more they take about half the time.
+    PyTorch gives float32 products to MKL and, with two threads or more, convolutions to oneDNN, which takes half the
+    time on AMD processors.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_flexicodec_ar import FlexiCodecARConfig, FlexiCodecARTextEncoderConfig
 from .generation_flexicodec_ar import FlexiCodecARGenerationMixin
+from .linear_flexicodec import FlexiCodecLinear
 
 
 IGNORE_INDEX = -100
@@ -98,11 +99,11 @@ class FlexiCodecARAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.relative_k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
+        self.o_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
+        self.relative_k_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size, bias=False)
         self.content_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
         self.position_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
 
@@ -146,10 +147,10 @@ class FlexiCodecARAttention(nn.Module):
 
     def _position_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
         # One product per head for all rows of the batch, which share the relative keys; then each pair of positions
-        # takes the score of its distance.
+        # takes the score of its distance. All kept keys take part: bfloat16 on CPU would copy a slice of them first.
         batch_size, num_heads, length, head_dim = query.shape
         rows = (query * self.scaling).transpose(0, 1).reshape(num_heads, batch_size * length, head_dim)
-        scores = torch.matmul(relative_keys[:, : distances.shape[1]], rows.transpose(1, 2))
+        scores = torch.matmul(relative_keys, rows.transpose(1, 2))
         scores = scores.view(num_heads, -1, batch_size, length).permute(2, 0, 3, 1)
         return scores.gather(-1, distances.expand(batch_size, num_heads, -1, -1))
 
@@ -165,8 +166,8 @@ class FlexiCodecARLayer(GradientCheckpointingLayer):
         self.self_attn = FlexiCodecARAttention(config, layer_idx)
         self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = FlexiCodecLinear(config.hidden_size, config.intermediate_size)
+        self.fc2 = FlexiCodecLinear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -241,8 +242,8 @@ class FlexiCodecARTransformer(nn.Module):
         source = [(id(weight), weight.data_ptr(), _version(weight)) for weight in weights]
         kept = self._relative_keys
         if kept is None or kept.shape[2] < length or self._relative_keys_source != source:
-            # Powers of two, so that a growing sequence needs few projections.
-            kept = self._project_positions(max(256, 1 << (length - 1).bit_length()))
+            # In multiples, so that a growing sequence needs few projections.
+            kept = self._project_positions(256 * math.ceil(length / 256))
             self._relative_keys, self._relative_keys_source = kept, source
         return kept
 
@@ -316,7 +317,7 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
     def __init__(self, config: FlexiCodecARConfig):
         super().__init__(config)
         self.text_encoder = FlexiCodecARTextEncoder._from_config(config.text_encoder_config)
-        self.text_projection = nn.Linear(config.text_encoder_config.hidden_size, config.hidden_size)
+        self.text_projection = FlexiCodecLinear(config.text_encoder_config.hidden_size, config.hidden_size)
         self.speech_embedding = nn.Embedding(config.speech_vocab_size, config.hidden_size)
         self.duration_embedding = nn.Embedding(config.num_durations + 1, config.hidden_size)
         self.control_embedding = nn.Embedding(config.text_token_offset - config.speech_vocab_size, config.hidden_size)
@@ -417,8 +418,8 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
     def __init__(self, config: FlexiCodecARConfig):
         super().__init__(config)
         self.model = FlexiCodecARModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.duration_head = nn.Linear(config.hidden_size, config.num_durations)
+        self.lm_head = FlexiCodecLinear(config.hidden_size, config.vocab_size)
+        self.duration_head = FlexiCodecLinear(config.hidden_size, config.num_durations)
         self.post_init()
         self.generation_config = self.default_generation_config(config)
 
