@@ -128,13 +128,15 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         vocoder: FlexiCodecVocoderModel | None = None,
     ):
         super().__init__(config)
-        self.codec = FlexiCodecModel._from_config(config.codec_config) if codec is None else codec
-        self.ar = FlexiCodecARForConditionalGeneration._from_config(config.ar_config) if ar is None else ar
-        self.voicebox, self.vocoder = voicebox, vocoder
-        if config.voicebox_config is not None and voicebox is None:
-            self.voicebox = FlexiCodecVoiceboxModel._from_config(config.voicebox_config)
-        if config.vocoder_config is not None and vocoder is None:
-            self.vocoder = FlexiCodecVocoderModel._from_config(config.vocoder_config)
+        given = {"codec": codec, "ar": ar, "voicebox": voicebox, "vocoder": vocoder}
+        for name, part in given.items():
+            part_config = getattr(config, f"{name}_config")
+            if part is not None:
+                # One object for both, so that what is set on the one holds for the other.
+                setattr(config, f"{name}_config", part.config)
+            elif part_config is not None:
+                part = _PARTS[name]._from_config(part_config)
+            setattr(self, name, part)
         self.voices = {}
         self.post_init()
         self.generation_config = copy.deepcopy(self.ar.generation_config)
@@ -165,7 +167,11 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             for name, part in given.items()
             if part is not None
         }
-        return cls(cls.config_class(**{f"{name}_config": part.config for name, part in parts.items()}), **parts)
+        for part in parts.values():
+            part.config._name_or_path = ""  # no longer where this model is
+        # A copy, as a configuration clears some of what its parts know of the models.
+        configs = {f"{name}_config": copy.deepcopy(part.config) for name, part in parts.items()}
+        return cls(cls.config_class(**configs), **parts)
 
     @classmethod
     def from_pretrained(
@@ -368,7 +374,9 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             voices = self._per_item(self._encode_voices([merging_threshold], **references), batch_size, "recordings")
 
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        for name, value in self.generation_config.to_dict().items():
+            if getattr(config, name, None) is None:
+                setattr(config, name, value)
         kwargs = config.update(**kwargs)
         if return_dict_in_generate is None:
             return_dict_in_generate = config.return_dict_in_generate
@@ -765,9 +773,10 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             dtype, part = dtypes.get(name, dtypes.get("", torch.float32)), getattr(self, name)
             if isinstance(dtype, str):
                 dtype = getattr(torch, dtype)
-            for child_name, child in part.named_children() if part is not None else ():
-                if child_name not in part._keep_in_fp32_modules_strict:
-                    child.to(dtype)
+            # Parameters alone: buffers, such as rotary frequencies, are made in the type that they need.
+            for parameter_name, parameter in part.named_parameters() if part is not None else ():
+                if not any(kept in parameter_name for kept in part._keep_in_fp32_modules_strict):
+                    parameter.data = parameter.data.to(dtype)
 
     def _load_voices(self, source: str | PathLike[str], subfolder: str = "", **kwargs: Any) -> None:
         """The files of `config.voices`, beside the model or at the root of its repository."""
