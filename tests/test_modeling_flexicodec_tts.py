@@ -282,7 +282,7 @@ def test_long_speech_is_decoded_in_bounded_chunks(model, processor, monkeypatch)
     assert together.audio.isfinite().all()
     alone = processor.feature_extractor(clips[1], sampling_rate=16_000, return_tensors="pt").to(model.device)
     assert_same_speech(model.convert_voice(**alone, voice="ben", seed=2, chunk_length_s=2), together, 0, 1)
-    with pytest.raises(ValueError, match="must be more than 0.16 seconds, got 0.1"):
+    with pytest.raises(ValueError, match=r"must be more than 0.16 seconds, got 0.1"):
         model.convert_voice(**alone, chunk_length_s=0.1)
 
 
