@@ -102,11 +102,14 @@ def test_recordings_are_resampled_where_the_rate_is_known(processor, clip):
 
 def test_a_recording_from_the_web(processor):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=AUDIO)
-    handler.log_message = lambda *args: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        inputs = processor(audio=f"http://127.0.0.1:{server.server_port}/{FILE.name}")
-        server.shutdown()
+        try:
+            inputs = processor(audio=f"http://127.0.0.1:{server.server_port}/{FILE.name}")
+        except ImportError:
+            pytest.skip("transformers before 5.23 reads URLs with librosa")
+        finally:
+            server.shutdown()
     assert torch.equal(inputs["reference_input_values"], processor(audio=FILE)["reference_input_values"])
 
 

@@ -417,7 +417,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             use_nar=use_nar,
             flow=self._flow_settings(num_inference_steps, guidance_scale, guidance_rescale, generation_config),
         )
-        return speech if return_dict_in_generate else speech.audio
+        return speech if return_dict_in_generate else speech["audio"]
 
     @torch.no_grad()
     def decode_speech(
@@ -627,11 +627,12 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             for item, mask in enumerate(encoded.audio_codes_mask):
                 codes, lengths = encoded.audio_codes[item, 0, mask], encoded.token_lengths[item, mask]
                 tokens[item][float(threshold)] = codes.cpu(), lengths.cpu()
-        mels = _unpadded(inputs.get("mel"), inputs.get("mel_mask"), batch_size)
-        texts = _unpadded(inputs.get("text_ids"), inputs.get("text_mask"), batch_size)
-        return [
-            FlexiCodecVoice(tokens=tokens[item], mel=mels[item], text_ids=texts[item]) for item in range(batch_size)
-        ]
+        voices = [FlexiCodecVoice(tokens=one) for one in tokens]
+        for name, mask in (("mel", "mel_mask"), ("text_ids", "text_mask")):
+            if name in inputs:
+                for voice, part in zip(voices, _valid_parts(inputs[name], inputs.get(mask)), strict=True):
+                    setattr(voice, name, part)
+        return voices
 
     def _speak(
         self,
@@ -704,12 +705,12 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         device = self.voicebox.device
         codes, token_lengths = codes.to(device), token_lengths.to(device)
         if voices is not None:
-            if any(voice.mel is None for voice in voices):
+            mels = [voice.mel for voice in voices if voice.mel is not None]
+            if len(mels) < len(voices):
                 raise ValueError(
                     "The voice has no mel spectrogram for the Voicebox: encode it with this model, or pass `use_nar=False`."
                 )
             prompt = _stack_tokens(voices, merging_threshold, device)
-            mels = [voice.mel for voice in voices]
             flow = flow | {
                 "prompt_codes": prompt["codes"],
                 "prompt_token_lengths": prompt["token_lengths"],
@@ -929,10 +930,8 @@ def _row_generators(
     return tokens, mels
 
 
-def _unpadded(tensor: Tensor | None, mask: Tensor | None, batch_size: int) -> list[Tensor | None]:
-    """The valid part of each item, on the CPU."""
-    if tensor is None:
-        return [None] * batch_size
+def _valid_parts(tensor: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Each item without its padding, on the CPU."""
     rows = tensor.cpu()
     return list(rows) if mask is None else [row[valid] for row, valid in zip(rows, mask.cpu().bool(), strict=True)]
 
@@ -946,15 +945,14 @@ def _join_texts(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Ids of what the model reads, `[language] [what the voice said] [what to say]`, and their mask."""
-    alone = _unpadded(input_ids, attention_mask, len(input_ids))
-    continued = alone
+    alone = continued = _valid_parts(input_ids, attention_mask)
     if continuation_ids is not None:
         if len(continuation_ids) != len(input_ids):
             raise ValueError(
                 f"`continuation_ids` holds {len(continuation_ids)} texts and `input_ids` {len(input_ids)}: they are two "
                 "forms of the same texts."
             )
-        continued = _unpadded(continuation_ids, continuation_mask, len(continuation_ids))
+        continued = _valid_parts(continuation_ids, continuation_mask)
     rows = []
     for item, (ids, continuation) in enumerate(zip(alone, continued, strict=True)):
         if len(ids) == 0:

@@ -200,11 +200,17 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
             data["reference_text_ids"], data["reference_text_mask"] = _pad(ids)
         return BatchFeature(data)
 
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
         Chat messages to inputs, or, with `tokenize=False`, to one string. The text of the last message is spoken; an
-        audio item (`path`, `url`, or `audio` with a waveform at 16 kHz) is the recording of the voice, and text in an
-        earlier message is what it says:
+        audio item (`path`, `url`, or `audio` with a waveform, at 16 kHz unless `sampling_rate` beside it says otherwise)
+        is the recording of the voice, and text in an earlier message is what it says:
 
         ```python
         [
@@ -215,26 +221,27 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
 
         Other arguments are those of [`~ProcessorMixin.apply_chat_template`]; `processor_kwargs` go to `__call__`.
         """
-        is_batch = (
-            isinstance(conversation, (list, tuple)) and conversation and not isinstance(conversation[0], Mapping)
-        )
+        rate = self.feature_extractor.sampling_rate
+        processor_kwargs = dict(processor_kwargs or {})
+        is_batch = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
         chats = copy.deepcopy(list(conversation) if is_batch else [conversation])
-        for chat in chats:
-            for message in chat:
-                items = message.get("content")
-                for item in [items] if isinstance(items, str) else items or []:
-                    content = item if isinstance(item, str) else item.get("text") or ""
-                    if AUDIO_TOKEN in content:
-                        raise ValueError(f"A message holds {AUDIO_TOKEN}, which stands for a recording: take it out.")
-                    if not isinstance(item, str) and item.get("type") == "audio":
-                        # Files are read here, so that they sound the same whatever audio libraries are installed.
-                        source = next((item.pop(key) for key in ("audio", "path", "url") if key in item), None)
-                        if source is None:
-                            raise ValueError("An audio item needs `path`, `url` or `audio`.")
-                        item["audio"] = self._read(
-                            source, item.pop("sampling_rate", self.feature_extractor.sampling_rate)
-                        )
-        return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
+        for message in (message for chat in chats for message in chat):
+            content = message.get("content") or ""
+            items: list[dict[str, Any]] = [{"text": content}] if isinstance(content, str) else content
+            for item in items:
+                if AUDIO_TOKEN in (item.get("text") or ""):
+                    raise ValueError(f"A message holds {AUDIO_TOKEN}, which stands for a recording: take it out.")
+                if item.get("type") == "audio":
+                    # Files are read here, so that they sound the same whatever audio libraries are installed.
+                    source = next((item.pop(key) for key in ("audio", "path", "url") if key in item), None)
+                    if source is None:
+                        raise ValueError("An audio item needs `path`, `url` or `audio`.")
+                    given = item.pop("sampling_rate", processor_kwargs.get("sampling_rate", rate))
+                    item["audio"] = self._read(source, given)
+        processor_kwargs["sampling_rate"] = rate
+        return super().apply_chat_template(
+            chats if is_batch else chats[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
+        )
 
     def batch_decode(self, audio: Any) -> list[np.ndarray]:
         """
