@@ -6,8 +6,21 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from flexicodec_hf import (
+    FlexiCodecARForConditionalGeneration,
+    FlexiCodecFeatureExtractor,
+    FlexiCodecForTextToSpeech,
+    FlexiCodecModel,
+    FlexiCodecTTSProcessor,
+    save_repository,
+)
+from flexicodec_hf.audio import read_audio
+from flexicodec_hf.conversion.ar import convert_ar
 from flexicodec_hf.conversion.codec import convert_codec
+from flexicodec_hf.conversion.nar import convert_vocoder, convert_voicebox
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -86,3 +99,62 @@ def codec_dir(golden, tmp_path_factory):
         return converted[name]
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def tts_parts(golden, tmp_path_factory):
+    """The reference's text-to-speech files of the fixture `tts`, converted: a directory with codec, ar, voicebox, vocoder."""
+    fixture, folder = golden("tts"), tmp_path_factory.mktemp("tts")
+    sources = {}
+    for name in ("artts", "nartts", "vocos"):
+        tensors = {k.removeprefix(f"{name}/"): v for k, v in fixture.weights.items() if k.startswith(f"{name}/")}
+        sources[name] = folder / f"{name}.safetensors"
+        save_file(tensors, sources[name])
+    (folder / "codec.yaml").write_text(yaml.safe_dump(fixture.spec["codec_config"]))
+    convert_codec(sources["artts"], folder / "codec", codec_config=folder / "codec.yaml")
+    convert_ar(sources["artts"], folder / "ar", fixture.spec["ar_config"])
+    convert_voicebox(sources["nartts"], folder / "voicebox", fixture.spec["voicebox_config"])
+    convert_vocoder(sources["vocos"], folder / "vocoder", fixture.spec["vocos_config"])
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer as the released one is, but for its BPE, which has no merges: ids 0 to 255 are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|en|>", "<|zh|>", "<|fr|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def tts_repository(tts_parts, codec_dir, tmp_path_factory):
+    """A whole repository: another codec at the root, the fixture `tts` in `tts/`, and two voices.
+
+    The text vocabulary of the autoregressive model is enlarged for `byte_tokenizer`; the first 120 ids are the fixture's.
+    """
+    ar = FlexiCodecARForConditionalGeneration.from_pretrained(tts_parts / "ar")
+    encoder, vocabulary = ar.model.text_encoder, 300
+    table = torch.randn(vocabulary, encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    table[: encoder.config.vocab_size] = encoder.embed_tokens.weight.data
+    encoder.embed_tokens = torch.nn.Embedding.from_pretrained(table, freeze=False)
+    encoder.config.vocab_size = ar.config.text_encoder_config.vocab_size = vocabulary
+
+    model = FlexiCodecForTextToSpeech.from_parts_pretrained(
+        tts_parts / "codec", ar, tts_parts / "voicebox", tts_parts / "vocoder"
+    )
+    # Random weights do not know when to end, and more steps make their speech no better.
+    model.generation_config.update(min_new_tokens=4, max_new_tokens=8, num_inference_steps=2)
+    extractor = FlexiCodecFeatureExtractor.from_pretrained(tts_parts / "codec")
+    processor = FlexiCodecTTSProcessor(extractor, byte_tokenizer(), mel_config={})
+    for name, file, said in (
+        ("anna", "librivox_austen_0880.flac", "It is a truth universally acknowledged."),
+        ("ben", "librivox_austen_0890.flac", None),
+    ):
+        clip = read_audio(AUDIO / file, extractor.sampling_rate).waveform[: 3 * extractor.sampling_rate // 2]
+        inputs = processor(audio=clip, reference_text=said, sampling_rate=extractor.sampling_rate)
+        model.voices[name] = model.encode_voice(**inputs, metadata={"text": said or ""})
+    folder = tmp_path_factory.mktemp("repository")
+    save_repository(folder, FlexiCodecModel.from_pretrained(codec_dir()), model, processor)
+    return folder

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from conftest import assert_close
 from flexicodec_hf.conversion.ar import convert_ar
-from flexicodec_hf.generation_flexicodec_ar import PromptVocabularyLogitsProcessor
+from flexicodec_hf.generation_flexicodec_ar import PromptVocabularyLogitsProcessor, RowSampler
 from test_modeling_flexicodec_ar import fixture_model, mask_of, tiny_model  # noqa: F401
 
 
@@ -231,6 +231,38 @@ def test_sampling_follows_the_seed_and_the_duration_settings(device):
     assert scores.gather(-1, drawn.token_lengths[:, start:, None]).isfinite().all()
     cold = sample(duration_top_k=0, duration_temperature=1e-4)
     assert torch.equal(torch.stack(cold.duration_scores, 1).argmax(-1), cold.token_lengths[:, start:])
+
+
+def test_with_generators_a_row_is_the_same_in_any_batch(device):
+    model = tiny_model(device)
+    inputs = prompts(model, device, batch_size=3)
+    arguments = {"do_sample": True, "top_k": 25, "duration_top_k": 3, "min_new_tokens": 0, "max_new_tokens": 20}
+
+    def seeded(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = generate(model, inputs, **arguments, generator=seeded(1, 2, 3))
+    start = inputs["input_ids"].shape[1]
+    for row in range(3):
+        torch.manual_seed(row)  # the global generator has no say
+        own = inputs["attention_mask"][row].bool()
+        prompt = {key: tensor[row : row + 1, own] for key, tensor in inputs.items()}
+        alone = generate(model, prompt, **arguments, generator=seeded(row + 1))
+        size = alone.sequences.shape[1] - int(own.sum())
+        for name in ("sequences", "token_lengths"):
+            assert torch.equal(getattr(together, name)[row, start : start + size], getattr(alone, name)[0, -size:])
+    one = generate(model, inputs, **arguments, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(one.sequences, together.sequences)
+    with pytest.raises(ValueError, match="holds 2 generators for 3 rows"):
+        generate(model, inputs, **arguments, generator=seeded(1, 2))
+
+
+def test_rows_are_drawn_from_their_distribution(device):
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.6, 0.15, 0.0], device=device)
+    sampler = RowSampler(torch.Generator().manual_seed(0))
+    drawn = sampler.draw(probabilities.log().expand(4000, -1))
+    assert_close(torch.bincount(drawn, minlength=6) / 4000, probabilities.cpu(), atol=0.03)
+    assert set(drawn.tolist()) == {1, 3, 4}
 
 
 def test_generation_config_of_another_origin(device):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, pipeline
 
 from conftest import AUDIO
 
@@ -45,19 +45,83 @@ save_file({"codes": encoded.audio_codes, "lengths": encoded.token_lengths, "audi
 """
 
 
+SPEECH_SCRIPT = (
+    SCRIPT.split("import soundfile, torch")[0]
+    + """
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoFeatureExtractor, AutoModel, AutoModelForTextToWaveform, AutoProcessor, AutoTokenizer, pipeline
+)
+
+repository, clip, output, again = sys.argv[1:]
+trust = {"trust_remote_code": True}
+speaker = pipeline("text-to-speech", model=repository, **trust)
+spoken = {"text": speaker("Hello there.", generate_kwargs={"seed": 1})}
+chat = [
+    {"role": "voice", "content": [{"type": "audio", "path": clip}, {"type": "text", "text": "What I said."}]},
+    {"role": "user", "content": "Hello there."},
+]
+spoken["chat"] = speaker(chat, generate_kwargs={"seed": 1})
+assert type(AutoModel.from_pretrained(repository, **trust)).__name__ == "FlexiCodecModel"
+AutoTokenizer.from_pretrained(repository, **trust)
+AutoFeatureExtractor.from_pretrained(repository, **trust)
+
+processor = AutoProcessor.from_pretrained(repository, **trust)
+for path, options in ((repository, {}), (repository, {"subfolder": "tts"}), (repository + "/tts", {})):
+    model = AutoModelForTextToWaveform.from_pretrained(path, **options, **trust)
+    same = model.generate(**processor("Hello there."), seed=1)[0]
+    torch.testing.assert_close(same, torch.from_numpy(spoken["text"]["audio"]), atol=1e-5, rtol=0)
+voice = model.encode_voice(**processor(audio=clip, reference_text="What I said."))
+voice.save(output + ".voice.safetensors")
+same = model.generate(**processor("Hello there."), voice=output + ".voice.safetensors", seed=1)[0]
+torch.testing.assert_close(same, torch.from_numpy(spoken["chat"]["audio"]), atol=1e-5, rtol=0)
+
+# What was loaded from a repository makes a repository again.
+model.save_pretrained(again)
+processor.save_pretrained(again)
+once_more = pipeline("text-to-speech", model=again, **trust)("Hello there.", generate_kwargs={"seed": 1})
+torch.testing.assert_close(torch.from_numpy(once_more["audio"]), torch.from_numpy(spoken["text"]["audio"]), atol=1e-5, rtol=0)
+save_file({name: torch.from_numpy(one["audio"]) for name, one in spoken.items()}, output)
+"""
+)
+
+
+def run(script, *arguments, home):
+    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.fail(result.stderr)
+
+
+def test_a_repository_speaks_without_the_package(tts_repository, tmp_path):
+    clip, output = AUDIO / "librivox_austen_0880.flac", tmp_path / "output.safetensors"
+    auto_map = json.loads((tts_repository / "tts" / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForTextToWaveform"}
+
+    run(SPEECH_SCRIPT, tts_repository, clip, output, tmp_path / "again", home=tmp_path / "home")
+    speaker = pipeline("text-to-speech", model=str(tts_repository))
+    chat = [
+        {
+            "role": "voice",
+            "content": [{"type": "audio", "path": str(clip)}, {"type": "text", "text": "What I said."}],
+        },
+        {"role": "user", "content": "Hello there."},
+    ]
+    remote = load_file(output)
+    for name, text in (("text", "Hello there."), ("chat", chat)):
+        spoken = speaker(text, generate_kwargs={"seed": 1})["audio"]
+        torch.testing.assert_close(remote[name], torch.from_numpy(spoken), atol=1e-5, rtol=0)
+
+
 def test_repository_works_without_the_package(codec_dir, tmp_path):
     repository, clip = codec_dir(), AUDIO / "librivox_austen_0880.flac"
     auto_map = json.loads((repository / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForAudioTokenization"}
 
     output = tmp_path / "output.safetensors"
-    arguments = [str(repository), str(clip), str(output), str(tmp_path / "again")]
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        pytest.fail(result.stderr)
+    run(SCRIPT, repository, clip, output, tmp_path / "again", home=tmp_path / "home")
 
     extractor = AutoFeatureExtractor.from_pretrained(repository)
     model = AutoModel.from_pretrained(repository)

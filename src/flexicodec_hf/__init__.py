@@ -6,10 +6,13 @@ from transformers import (
     AutoModel,
     AutoModelForAudioTokenization,
     AutoModelForCausalLM,
+    AutoModelForTextToWaveform,
+    AutoProcessor,
 )
 
 from .configuration_flexicodec import FlexiCodecConfig
 from .configuration_flexicodec_ar import FlexiCodecARConfig
+from .configuration_flexicodec_tts import FlexiCodecTTSConfig
 from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
 from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
 from .feature_extraction_flexicodec import FlexiCodecFeatureExtractor
@@ -20,9 +23,18 @@ from .modeling_flexicodec_ar import (
     FlexiCodecARModel,
     FlexiCodecARPreTrainedModel,
 )
+from .modeling_flexicodec_tts import (
+    FlexiCodecForTextToSpeech,
+    FlexiCodecRepositoryForTextToSpeech,
+    FlexiCodecTTSOutput,
+    FlexiCodecTTSPreTrainedModel,
+    save_repository,
+)
 from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
+from .processing_flexicodec_tts import FlexiCodecTTSProcessor
 from .scheduling_flexicodec import FlexiCodecMidpointScheduler
+from .voice_flexicodec import FlexiCodecVoice
 
 
 __version__ = "0.1.0"
@@ -32,13 +44,18 @@ for _config, _model in (
     (FlexiCodecARConfig, FlexiCodecARModel),
     (FlexiCodecVoiceboxConfig, FlexiCodecVoiceboxModel),
     (FlexiCodecVocoderConfig, FlexiCodecVocoderModel),
+    (FlexiCodecTTSConfig, FlexiCodecForTextToSpeech),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
 AutoModelForAudioTokenization.register(FlexiCodecConfig, FlexiCodecModel)
 AutoModelForCausalLM.register(FlexiCodecARConfig, FlexiCodecARForConditionalGeneration)
+AutoModelForTextToWaveform.register(FlexiCodecTTSConfig, FlexiCodecForTextToSpeech)
+# One repository serves both: where it holds the codec, the text-to-speech system is in its `tts/`.
+AutoModelForTextToWaveform.register(FlexiCodecConfig, FlexiCodecRepositoryForTextToSpeech)
 AutoFeatureExtractor.register(FlexiCodecConfig, FlexiCodecFeatureExtractor)
 AutoFeatureExtractor.register(FlexiCodecVoiceboxConfig, FlexiCodecMelFeatureExtractor)
+AutoProcessor.register(FlexiCodecTTSConfig, FlexiCodecTTSProcessor)
 
 # Saved repositories carry their code, for `trust_remote_code=True` where this package is not installed.
 for _class in (
@@ -46,13 +63,16 @@ for _class in (
     FlexiCodecARConfig,
     FlexiCodecVoiceboxConfig,
     FlexiCodecVocoderConfig,
+    FlexiCodecTTSConfig,
     FlexiCodecFeatureExtractor,
     FlexiCodecMelFeatureExtractor,
+    FlexiCodecTTSProcessor,
 ):
     _class.register_for_auto_class()
 for _class in (FlexiCodecModel, FlexiCodecARModel, FlexiCodecVoiceboxModel, FlexiCodecVocoderModel):
     _class.register_for_auto_class("AutoModel")
 FlexiCodecARForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
+FlexiCodecForTextToSpeech.register_for_auto_class("AutoModelForTextToWaveform")
 
 __all__ = [
     "FlexiCodecARConfig",
@@ -61,13 +81,21 @@ __all__ = [
     "FlexiCodecARPreTrainedModel",
     "FlexiCodecConfig",
     "FlexiCodecFeatureExtractor",
+    "FlexiCodecForTextToSpeech",
     "FlexiCodecMelFeatureExtractor",
     "FlexiCodecMidpointScheduler",
     "FlexiCodecModel",
     "FlexiCodecPreTrainedModel",
+    "FlexiCodecRepositoryForTextToSpeech",
+    "FlexiCodecTTSConfig",
+    "FlexiCodecTTSOutput",
+    "FlexiCodecTTSPreTrainedModel",
+    "FlexiCodecTTSProcessor",
     "FlexiCodecVocoderConfig",
     "FlexiCodecVocoderModel",
+    "FlexiCodecVoice",
     "FlexiCodecVoiceboxConfig",
     "FlexiCodecVoiceboxModel",
     "FlexiCodecVoiceboxPreTrainedModel",
+    "save_repository",
 ]

@@ -86,9 +86,41 @@ class FlexiCodecARGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 @dataclass
+class RowSampler:
+    """Draws for each row of a batch with the row's own generator, so that no row has a say in another's speech."""
+
+    generators: torch.Generator | list[torch.Generator]
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """An index for each row `(num_rows,)`, of scores `(num_rows, num_choices)`."""
+        generators = self.generators
+        if not isinstance(generators, list):
+            generators = [generators] * len(scores)
+        if len(generators) != len(scores):
+            raise ValueError(f"`generator` holds {len(generators)} generators for {len(scores)} rows.")
+        # In (0, 1], so that a choice without any probability is never drawn.
+        draws = [1 - torch.rand(1, generator=generator, device=generator.device).cpu() for generator in generators]
+        cumulative = F.softmax(scores.float(), dim=-1).cumsum(dim=-1)
+        reached = torch.cat(draws).to(scores.device)[:, None] * cumulative[:, -1:]
+        return (cumulative < reached).sum(dim=-1)
+
+
+class RowSamplingLogitsProcessor(LogitsProcessor):
+    """Draws the next token of each row, and leaves the stock loop no other choice."""
+
+    def __init__(self, sampler: RowSampler):
+        self.sampler = sampler
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = self.sampler.draw(scores)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+@dataclass
 class DurationSampler:
     """Picks the durations in one call of `generate`, and keeps what the stock loop has no place to return."""
 
+    row_sampler: RowSampler | None = None
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     do_sample: bool = False
     scores: list[Tensor] = field(default_factory=list)
@@ -109,9 +141,11 @@ class DurationSampler:
         scores = self.processors(None, logits)
         self.logits.append(logits)
         self.scores.append(scores)
-        if self.do_sample:
-            return torch.multinomial(F.softmax(scores, dim=-1), num_samples=1)[:, 0]
-        return scores.argmax(dim=-1)
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        if self.row_sampler is not None:
+            return self.row_sampler.draw(scores)
+        return torch.multinomial(F.softmax(scores, dim=-1), num_samples=1)[:, 0]
 
 
 class PromptVocabularyLogitsProcessor(LogitsProcessor):
@@ -176,7 +210,11 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **kwargs: Any,
     ) -> FlexiCodecARGenerateOutput | Tensor:
         """
         Generate speech tokens, and the duration of each, after a prompt laid out by
@@ -196,6 +234,9 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
             min_token_text_ratio, max_token_text_ratio (`float`, *optional*, default to 0 and 20):
                 Limits on the new tokens of a row as a ratio of its text ids (rounded down). `max_new_tokens` and
                 `min_new_tokens` apply too; the stricter one wins.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of what sampling draws, instead of torch's global one: one for all rows, drawn from in turn, or
+                one for each, and then a row is the same in any batch. `scores` then show nothing but the drawn token.
 
         Returns:
             [`FlexiCodecARGenerateOutput`] with `return_dict_in_generate=True`, else its `sequences`. A prompt answered
@@ -212,7 +253,7 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
                     "`build_inputs` returns them."
                 )
             kwargs["token_lengths"] = torch.zeros_like(input_ids)
-        sampler = DurationSampler()
+        sampler = DurationSampler(None if generator is None else RowSampler(generator))
         output = super().generate(inputs, generation_config, duration_sampler=sampler, **kwargs)
         if not isinstance(output, ModelOutput):
             return output
@@ -342,6 +383,9 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
             if not isinstance(processor, _PROMPT_FREE):
                 processor = PromptVocabularyLogitsProcessor(processor, self.config.input_vocab_size)
             processors.append(processor)
+        row_sampler = kwargs["model_kwargs"]["duration_sampler"].row_sampler
+        if generation_config.do_sample and row_sampler is not None:
+            processors.append(RowSamplingLogitsProcessor(row_sampler))
         return processors
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, **kwargs: Any) -> StoppingCriteriaList:

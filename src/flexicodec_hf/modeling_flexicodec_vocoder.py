@@ -113,7 +113,8 @@ class FlexiCodecVocoderPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlexiCodecVocoderConvNeXtBlock"]
     # The phase is an angle: with the 8 bits of bfloat16 it would be off by up to a hundredth of a turn.
-    _keep_in_fp32_modules_strict = ["head"]
+    # Parts of names count: "head" alone would also keep the `lm_head` of a language model beside the vocoder.
+    _keep_in_fp32_modules_strict = ["head.linear"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -385,7 +385,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
             prompt_codes, prompt_token_lengths, prompt_mel, prompt_mel_mask, batch_size=len(codes)
         )
         if noise is None:
-            noise = self._draw_noise(frames.tolist(), generator)
+            noise = self.draw_noise(frames.tolist(), generator)
         if noise.shape != (*codes.shape, self.config.num_mel_bins):
             raise ValueError(
                 f"`noise` has shape {tuple(noise.shape)}, expected {(*codes.shape, self.config.num_mel_bins)}."
@@ -549,11 +549,12 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
         conditional = torch.rand(frames.shape, device=frames.device) >= self.config.unconditional_probability
         return lengths * conditional
 
-    def _draw_noise(
-        self, frames: list[int], generator: torch.Generator | list[torch.Generator] | None
-    ) -> torch.Tensor:
-        """One seed per item, and from it the item's own noise, always on the CPU: so neither the other items nor the
-        device have a say in it."""
+    def draw_noise(self, frames: list[int], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+        """Noise for `sample`, of shape `(batch_size, longest, num_mel_bins)`, for items of so many mel frames.
+
+        One seed per item, and from it the item's own noise, always on the CPU: so neither the other items nor the device
+        have a say in it.
+        """
         if isinstance(generator, list):
             if len(generator) != len(frames):
                 raise ValueError(f"`generator` holds {len(generator)} generators for {len(frames)} items.")

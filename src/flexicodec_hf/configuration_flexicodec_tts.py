@@ -1,0 +1,102 @@
+"""Configuration of the whole text-to-speech system: the codec, the two models on its tokens, and the vocoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .configuration_flexicodec import FlexiCodecConfig
+from .configuration_flexicodec_ar import FlexiCodecARConfig
+from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
+from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
+
+
+@strict
+class FlexiCodecTTSConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`FlexiCodecForTextToSpeech`].
+
+    Args:
+        codec_config (`dict` or [`FlexiCodecConfig`], *optional*):
+            The codec whose tokens are spoken. The released sizes by default.
+        ar_config (`dict` or [`FlexiCodecARConfig`], *optional*):
+            The autoregressive model, text to tokens. The released sizes by default.
+        voicebox_config (`dict` or [`FlexiCodecVoiceboxConfig`], *optional*):
+            The flow-matching model, tokens to mel spectrogram; `{}` for the released sizes. Left out with
+            `vocoder_config`, the system has no second stage: the codec alone turns tokens into speech.
+        vocoder_config (`dict` or [`FlexiCodecVocoderConfig`], *optional*):
+            The vocoder, mel spectrogram to waveform; goes with `voicebox_config`.
+        voices (`list[str]`, *optional*, defaults to `()`):
+            Names of the voices that are saved with the model. The first one speaks when a call names none.
+
+    Example:
+
+    ```python
+    >>> from flexicodec_hf import FlexiCodecForTextToSpeech, FlexiCodecTTSConfig
+
+    >>> config = FlexiCodecTTSConfig(voicebox_config={}, vocoder_config={})
+    >>> config.sampling_rate
+    24000
+    >>> FlexiCodecTTSConfig().sampling_rate  # the codec's
+    16000
+    ```
+    """
+
+    model_type = "flexicodec_tts"
+    sub_configs = {
+        "codec_config": FlexiCodecConfig,
+        "ar_config": FlexiCodecARConfig,
+        "voicebox_config": FlexiCodecVoiceboxConfig,
+        "vocoder_config": FlexiCodecVocoderConfig,
+    }
+
+    codec_config: Any = None
+    ar_config: Any = None
+    voicebox_config: Any = None
+    vocoder_config: Any = None
+    voices: list[str] | tuple[str, ...] = ()
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if value is None and name in ("codec_config", "ar_config"):
+                value = {}
+            if isinstance(value, dict):
+                setattr(self, name, config_class(**value))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the `@strict` validation: parts that must fit each other."""
+        if (self.voicebox_config is None) != (self.vocoder_config is None):
+            missing = "voicebox_config" if self.voicebox_config is None else "vocoder_config"
+            raise ValueError(
+                f"`{missing}` is missing: Voicebox and vocoder are one stage, pass the configurations of both or of neither."
+            )
+        vocabulary = self.codec_config.semantic_codebook_size
+        sizes = {"`ar_config.speech_vocab_size`": self.ar_config.speech_vocab_size}
+        if self.voicebox_config is not None:
+            sizes["`voicebox_config.codebook_size`"] = self.voicebox_config.codebook_size
+            if self.voicebox_config.num_mel_bins != self.vocoder_config.num_mel_bins:
+                raise ValueError(
+                    f"The Voicebox makes mel spectrograms of {self.voicebox_config.num_mel_bins} bins, the vocoder reads "
+                    f"{self.vocoder_config.num_mel_bins}: `num_mel_bins` must agree."
+                )
+            mel_rate = self.codec_config.frame_rate * self.voicebox_config.upsample_factor
+            if mel_rate != self.vocoder_config.frame_rate:
+                raise ValueError(
+                    f"The Voicebox makes {mel_rate:g} mel frames a second, the vocoder reads "
+                    f"{self.vocoder_config.frame_rate:g}: `upsample_factor` and the vocoder's `hop_length` must agree."
+                )
+        for name, size in sizes.items():
+            if size != vocabulary:
+                raise ValueError(f"{name} is {size}, but the codec has {vocabulary} semantic codes.")
+
+    @property
+    def sampling_rate(self) -> int:
+        """Rate of the speech in hertz: the vocoder's, or the codec's where there is no vocoder."""
+        return (self.codec_config if self.vocoder_config is None else self.vocoder_config).sampling_rate
+
+
+__all__ = ["FlexiCodecTTSConfig"]

@@ -1,0 +1,372 @@
+"""Processor of FlexiCodec's text-to-speech: text and reference recordings to what the model reads, speech to files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.audio_utils import load_audio
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .audio import read_audio, resample, write_audio
+from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
+from .text_flexicodec import language_token_id, prepare_text
+
+
+AUDIO_TOKEN = "<|audio|>"
+
+CHAT_TEMPLATE = """\
+{#- "<what the recording says><|audio|><what to say>"; without a recording, what to say alone. -#}
+{%- set chat = namespace(recordings=0, said='', say='') -%}
+{%- for message in messages -%}
+    {%- set say = loop.last -%}
+    {%- if message['content'] is string -%}
+        {%- set items = [{'type': 'text', 'text': message['content']}] -%}
+    {%- else -%}
+        {%- set items = message['content'] -%}
+    {%- endif -%}
+    {%- for item in items -%}
+        {%- if item['type'] == 'audio' -%}
+            {%- set chat.recordings = chat.recordings + 1 -%}
+        {%- elif item['type'] == 'text' and say -%}
+            {%- set chat.say = chat.say + item['text'] -%}
+        {%- elif item['type'] == 'text' -%}
+            {%- set chat.said = chat.said + item['text'] -%}
+        {%- else -%}
+            {{- raise_exception("Content must be of type 'text' or 'audio', got '" + item['type'] + "'.") -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- if chat.recordings > 1 -%}
+    {{- raise_exception('A conversation can have one recording, of the voice that speaks; this one has more.') -}}
+{%- elif chat.said and not chat.recordings -%}
+    {{- raise_exception('Only the last message is spoken: text before it must be what a recording (type audio) says.') -}}
+{%- endif -%}
+{%- if chat.recordings -%}{{- chat.said + '<|audio|>' -}}{%- endif -%}
+{{- chat.say -}}
+"""
+
+# Shorter recordings hardly show a voice, and quieter ones hold none.
+_MIN_REFERENCE_S = 0.5
+_MIN_REFERENCE_PEAK = 1e-3
+
+
+class FlexiCodecTTSProcessor(ProcessorMixin):
+    r"""
+    Text and reference recordings to the inputs of [`FlexiCodecForTextToSpeech`].
+
+    Recordings are brought to the codec's 16 kHz (with soxr), and from there to the 24 kHz of the mel spectrogram: the
+    Voicebox learned from speech without anything above 8 kHz.
+
+    Args:
+        feature_extractor ([`FlexiCodecFeatureExtractor`]): Of the codec.
+        tokenizer (`PreTrainedTokenizerFast`): Whisper's multilingual vocabulary.
+        chat_template (`str`, *optional*): Jinja template for `apply_chat_template`; a default one if left out.
+        mel_config (`dict`, *optional*):
+            Arguments of the [`FlexiCodecMelFeatureExtractor`] for a model with a Voicebox, `{}` for the released model's.
+            Left out, there are no mel spectrograms.
+        language (`str`, *optional*, defaults to `"en"`): Language of texts that come without one.
+
+    Example:
+
+    ```python
+    >>> processor = AutoProcessor.from_pretrained("jiaqili3/flexicodec")
+    >>> inputs = processor("Hello there.", audio="me.wav", reference_text="what I said")
+    >>> output = model.generate(**inputs, return_dict_in_generate=True)
+    >>> processor.save_audio(output, "hello.wav")
+    ```
+    """
+
+    def __init__(
+        self,
+        feature_extractor: Any,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        mel_config: dict[str, Any] | None = None,
+        language: str = "en",
+    ):
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.mel_config = mel_config
+        self.mel_extractor = None if mel_config is None else FlexiCodecMelFeatureExtractor(**mel_config)
+        self.language = language
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            "input_ids",
+            "attention_mask",
+            "continuation_ids",
+            "continuation_mask",
+            *(f"reference_{name}" for name in self.feature_extractor.model_input_names),
+            "reference_mel",
+            "reference_mel_mask",
+            "reference_text_ids",
+            "reference_text_mask",
+        ]
+
+    @property
+    def sampling_rate(self) -> int:
+        """Rate of the speech in hertz: the mel spectrogram's, or the codec's where there is none."""
+        return (self.mel_extractor or self.feature_extractor).sampling_rate
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        audio: Any = None,
+        reference_text: str | list[str] | None = None,
+        sampling_rate: int | None = None,
+        language: str | list[str] | None = None,
+        phonemes: bool = True,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Prepare texts to speak, recordings of voices, or both.
+
+        Args:
+            text (`str` or `list[str]`, *optional*): What to say; phonemes are made of English.
+            audio (`str`, `Path`, `np.ndarray`, `torch.Tensor`, `dict`, or a list of them, *optional*):
+                Recordings of the voice, one for all texts or one for each: a file, a URL, a waveform of shape
+                `(num_samples,)`, or a dictionary with `"array"` and `"sampling_rate"`. All are resampled as needed, and
+                the channels of files are averaged.
+            reference_text (`str` or `list[str]`, *optional*):
+                What the recordings say, word for word; goes with `audio`.
+            sampling_rate (`int`, *optional*): Rate of the waveforms in `audio` in hertz, required for these.
+            language (`str` or `list[str]`, *optional*):
+                Whisper's code of the language (`"en"`, `"zh"`, ...) of all texts or of each.
+            phonemes (`bool`, *optional*, defaults to `True`): Whether English is spoken from phonemes.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): Nothing else is on offer.
+
+        Returns:
+            [`BatchFeature`] with, for texts, `input_ids` and `attention_mask`, and `continuation_ids` and
+            `continuation_mask` (the form that follows a reference text), all `(batch_size, length)`; for recordings
+            `reference_input_values` and `reference_padding_mask` `(batch_size, num_samples)`, `reference_input_features`
+            `(batch_size, num_features, 560)` and `reference_input_features_mask`, `reference_mel` `(batch_size,
+            num_frames, num_mel_bins)` and `reference_mel_mask`; and for reference texts `reference_text_ids` and
+            `reference_text_mask`. See [`FlexiCodecForTextToSpeech.generate`].
+
+        Raises:
+            ValueError: A text without anything to speak, an unknown language, a recording that is too short or silent or
+                whose rate is not given, lists whose lengths do not fit.
+            AudioError: A file that cannot be read.
+        """
+        # Chat templates pass what other processors read, always empty here.
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None):
+            raise TypeError(f"{type(self).__name__} got unexpected arguments: {', '.join(unknown)}.")
+        if return_tensors != "pt":
+            raise ValueError(f"{type(self).__name__} returns PyTorch tensors: `return_tensors` must be 'pt'.")
+        if text is None and audio is None:
+            raise ValueError("There is nothing to process: pass `text`, `audio`, or both.")
+
+        texts = _as_list(text)
+        clips = [audio] if isinstance(audio, np.ndarray) or torch.is_tensor(audio) else _as_list(audio)
+        texts, said = self._split_chat_texts(texts, _as_list(reference_text), has_audio=bool(clips))
+        if said and not clips:
+            raise ValueError("`reference_text` goes with `audio`, the recording that it is the text of.")
+        if said and len(said) != len(clips):
+            raise ValueError(f"`reference_text` holds {len(said)} texts for {len(clips)} recordings.")
+        if texts and clips and len(clips) not in (1, len(texts)):
+            raise ValueError(
+                f"`audio` holds {len(clips)} recordings for {len(texts)} texts: pass one, or one for each."
+            )
+        languages = _as_list(language) or [self.language]
+        count = len(texts) or len(clips)
+        if len(languages) not in (1, count):
+            raise ValueError(
+                f"`language` holds {len(languages)} languages for {count} texts: pass one, or one for each."
+            )
+        languages = languages * count if len(languages) == 1 else languages
+
+        data: dict[str, torch.Tensor] = {}
+        if texts:
+            prefixes = [language_token_id(self.tokenizer, code) for code in languages]
+            spoken = [prepare_text(one, code, phonemes=phonemes) for one, code in zip(texts, languages, strict=True)]
+            for name, form in (("input", "{}"), ("continuation", " {}")):
+                ids = [[prefix, *self._encode(form.format(one))] for prefix, one in zip(prefixes, spoken, strict=True)]
+                mask = "attention_mask" if name == "input" else "continuation_mask"
+                data[f"{name}_ids"], data[mask] = _pad(ids)
+        if clips:
+            data |= self._process_recordings(clips, sampling_rate)
+        if said:
+            # A recording for several texts says what it says in the language of the first.
+            pairs = zip(said, languages, strict=False)
+            ids = [self._encode(f"{_prepare_reference(one, code, phonemes)},") for one, code in pairs]
+            data["reference_text_ids"], data["reference_text_mask"] = _pad(ids)
+        return BatchFeature(data)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Chat messages to inputs, or, with `tokenize=False`, to one string. The text of the last message is spoken; an
+        audio item (`path`, `url`, or `audio` with a waveform, at 16 kHz unless `sampling_rate` beside it says otherwise)
+        is the recording of the voice, and text in an earlier message is what it says:
+
+        ```python
+        [
+            {"role": "voice", "content": [{"type": "audio", "path": "me.wav"}, {"type": "text", "text": "what I said"}]},
+            {"role": "user", "content": [{"type": "text", "text": "Hello there."}]},
+        ]
+        ```
+
+        Other arguments are those of [`~ProcessorMixin.apply_chat_template`]; `processor_kwargs` go to `__call__`.
+        """
+        rate = self.feature_extractor.sampling_rate
+        processor_kwargs = dict(processor_kwargs or {})
+        is_batch = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
+        chats = copy.deepcopy(list(conversation) if is_batch else [conversation])
+        for message in (message for chat in chats for message in chat):
+            content = message.get("content") or ""
+            items: list[dict[str, Any]] = [{"text": content}] if isinstance(content, str) else content
+            for item in items:
+                if AUDIO_TOKEN in (item.get("text") or ""):
+                    raise ValueError(f"A message holds {AUDIO_TOKEN}, which stands for a recording: take it out.")
+                if item.get("type") == "audio":
+                    # Files are read here, so that they sound the same whatever audio libraries are installed.
+                    source = next((item.pop(key) for key in ("audio", "path", "url") if key in item), None)
+                    if source is None:
+                        raise ValueError("An audio item needs `path`, `url` or `audio`.")
+                    given = item.pop("sampling_rate", processor_kwargs.get("sampling_rate", rate))
+                    item["audio"] = self._read(source, given)
+        processor_kwargs["sampling_rate"] = rate
+        return super().apply_chat_template(
+            chats if is_batch else chats[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
+        )
+
+    def batch_decode(self, audio: Any) -> list[np.ndarray]:
+        """
+        The waveforms of a batch.
+
+        Args:
+            audio ([`FlexiCodecTTSOutput`], `torch.Tensor`, `np.ndarray`, or a list of waveforms):
+                What the model returned, padded or not.
+
+        Returns:
+            `list[np.ndarray]`, each of shape `(num_samples,)`, in float32 and without padding if `audio` says what is
+            padding.
+        """
+        mask = None
+        if isinstance(audio, Mapping):
+            audio, mask = audio["audio"], audio.get("audio_mask")
+        if (torch.is_tensor(audio) or isinstance(audio, np.ndarray)) and audio.ndim == 1:
+            audio = [audio]
+        waveforms = [torch.as_tensor(one).detach().float().cpu() for one in audio]
+        if mask is not None:
+            waveforms = [one[valid.cpu()] for one, valid in zip(waveforms, mask, strict=True)]
+        return [one.numpy() for one in waveforms]
+
+    def save_audio(
+        self, audio: Any, saving_path: str | Path | list[str | Path], sampling_rate: int | None = None
+    ) -> None:
+        """
+        Write speech to audio files in the format that their suffixes name.
+
+        Args:
+            audio ([`FlexiCodecTTSOutput`], `torch.Tensor`, `np.ndarray`, or a list of waveforms): As for `batch_decode`.
+            saving_path (`str`, `Path`, or a list of them): A path for each waveform.
+            sampling_rate (`int`, *optional*): Rate of the waveforms; that of the output or else of this processor.
+
+        Raises:
+            ValueError: As many paths as waveforms are needed.
+            AudioError: A file that cannot be written.
+        """
+        if sampling_rate is None and isinstance(audio, Mapping):
+            sampling_rate = audio["sampling_rate"]
+        waveforms, paths = self.batch_decode(audio), _as_list(saving_path)
+        if len(waveforms) != len(paths):
+            raise ValueError(f"`saving_path` holds {len(paths)} paths for {len(waveforms)} waveforms.")
+        for waveform, path in zip(waveforms, paths, strict=True):
+            write_audio(path, waveform, int(sampling_rate or self.sampling_rate))
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _split_chat_texts(self, texts: list[str], said: list[str], has_audio: bool) -> tuple[list[str], list[str]]:
+        """What to say and what the recordings say, of rendered chats as of plain texts."""
+        if not has_audio or not any(AUDIO_TOKEN in text for text in texts):
+            return texts, said
+        parts = [text.split(AUDIO_TOKEN) for text in texts]
+        if any(len(part) != 2 for part in parts):
+            raise ValueError("Of these conversations, each needs a recording, or none: pass the others by themselves.")
+        chat_said = [part[0] for part in parts]
+        if any(chat_said) and not all(chat_said):
+            raise ValueError("The recordings need what they say each, or none: pass the others by themselves.")
+        return [part[1] for part in parts], chat_said if any(chat_said) else said
+
+    def _process_recordings(self, clips: list[Any], sampling_rate: int | None) -> dict[str, torch.Tensor]:
+        waveforms = [self._read(clip, sampling_rate) for clip in clips]
+        rate = self.feature_extractor.sampling_rate
+        inputs = self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt")
+        for item, waveform in enumerate(waveforms):
+            name = "`audio`" if len(clips) == 1 else f"`audio[{item}]`"
+            if len(waveform) < _MIN_REFERENCE_S * rate:
+                raise ValueError(
+                    f"{name} lasts {len(waveform) / rate:.2f} s, too short to show a voice: at least {_MIN_REFERENCE_S} s "
+                    "are needed, and 3 to 15 s are best."
+                )
+            if np.abs(waveform).max() < _MIN_REFERENCE_PEAK:
+                raise ValueError(f"{name} is silent (its peak is below {_MIN_REFERENCE_PEAK}): pass one with speech.")
+        # Two dimensions, so that pipelines can pad it like text.
+        inputs["input_values"] = inputs["input_values"][:, 0]
+        if self.mel_extractor is not None:
+            mel_rate = self.mel_extractor.sampling_rate
+            inputs |= self.mel_extractor(
+                [resample(waveform, rate, mel_rate) for waveform in waveforms],
+                sampling_rate=mel_rate,
+                return_tensors="pt",
+            )
+        return {f"reference_{name}": tensor for name, tensor in inputs.items()}
+
+    def _read(self, clip: Any, sampling_rate: int | None) -> np.ndarray:
+        """A recording as `(num_samples,)` at the codec's rate."""
+        rate = self.feature_extractor.sampling_rate
+        if isinstance(clip, str) and clip.startswith(("http://", "https://")):
+            return load_audio(clip, sampling_rate=rate)
+        if isinstance(clip, (str, Path)):
+            return read_audio(clip, rate).waveform
+        if isinstance(clip, Mapping):
+            clip, sampling_rate = clip["array"], clip["sampling_rate"]
+        if sampling_rate is None:
+            raise ValueError("`sampling_rate` is missing: say at which rate the waveforms in `audio` are.")
+        waveform = np.asarray(clip.detach().float().cpu() if torch.is_tensor(clip) else clip)
+        if waveform.ndim == 2 and len(waveform) == 1:
+            waveform = waveform[0]
+        if waveform.ndim != 1 or waveform.dtype.kind != "f" or len(waveform) == 0:
+            raise ValueError(
+                "A waveform in `audio` must be floats in [-1, 1] of shape (num_samples,), got "
+                f"{waveform.dtype} of shape {waveform.shape}."
+            )
+        return resample(waveform.astype(np.float32), sampling_rate, rate)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and their mask, padded on the right."""
+    ids = [torch.tensor(row) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return pad_sequence(ids, batch_first=True), mask
+
+
+def _prepare_reference(text: str, language: str, phonemes: bool) -> str:
+    try:
+        return prepare_text(text, language, phonemes=phonemes)
+    except ValueError as error:
+        raise ValueError(f"`reference_text` must say what is heard in `audio`, got {text!r}.") from error
+
+
+__all__ = ["FlexiCodecTTSProcessor"]

@@ -1,0 +1,483 @@
+"""The whole text-to-speech system, on the reference's tiny models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForTextToWaveform,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    pipeline,
+)
+
+from conftest import AUDIO, assert_close
+from flexicodec_hf import (
+    FlexiCodecFeatureExtractor,
+    FlexiCodecForTextToSpeech,
+    FlexiCodecTTSConfig,
+    FlexiCodecTTSProcessor,
+    FlexiCodecVoice,
+)
+from flexicodec_hf.audio import read_audio
+
+
+TEXTS = ["Hello there.", "Good morning to all of you!"]
+CLIPS = [
+    {"array": read_audio(AUDIO / f"librivox_austen_{name}.flac", 16_000).waveform[:24_000], "sampling_rate": 16_000}
+    for name in ("0920", "0870")
+]
+
+
+@pytest.fixture(scope="module")
+def processor(tts_repository):
+    return FlexiCodecTTSProcessor.from_pretrained(tts_repository)
+
+
+@pytest.fixture(scope="module")
+def loaded(tts_repository):
+    return FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts")
+
+
+@pytest.fixture
+def model(loaded, device):
+    return loaded.to(device)
+
+
+def speak(model, inputs, **kwargs):
+    return model.generate(**inputs.to(model.device), return_dict_in_generate=True, **({"seed": 1} | kwargs))
+
+
+def assert_same_speech(one, other, row=0, other_row=0):
+    """Item `row` of an output says what item `other_row` of another does, up to padding."""
+    for mask, names in (("audio_codes_mask", ("token_lengths", "audio_codes")), ("audio_mask", ("audio",))):
+        size = int(one[mask][row].sum())
+        assert size == int(other[mask][other_row].sum()) > 0
+        for name in names:
+            assert_close(one[name][row, ..., :size], other[name][other_row, ..., :size].cpu(), atol=1e-5)
+
+
+def test_parity_with_the_reference(golden, tts_parts, device):
+    fixture = golden("tts")
+    model = FlexiCodecForTextToSpeech.from_parts_pretrained(
+        *(tts_parts / part for part in ("codec", "ar", "voicebox", "vocoder"))
+    ).to(device)
+    extractor = FlexiCodecFeatureExtractor.from_pretrained(tts_parts / "codec")
+    recording = extractor(fixture["in/ref_wave"][0].numpy(), sampling_rate=16_000, return_tensors="pt")
+    voice = model.encode_voice(
+        **{f"reference_{name}": tensor for name, tensor in recording.items()}, reference_mel=fixture["nar/prompt_mel"]
+    )
+    for threshold, codes, lengths in (
+        (fixture.spec["ar_framerate"], "ar/prompt_speech_token", "ar/prompt_token_lengths"),
+        (fixture.spec["nar_framerate"], "nar/prompt_codes_aggregated", "nar/prompt_token_lengths"),
+    ):
+        assert voice.tokens_at(threshold)[0].tolist() == fixture[codes].flatten().tolist()
+        assert voice.tokens_at(threshold)[1].tolist() == fixture[lengths].flatten().tolist()
+
+    output = model.generate(
+        fixture["in/text_ids"][None].to(device),
+        voice=voice,
+        merging_threshold=fixture.spec["ar_framerate"],
+        do_sample=False,
+        max_token_text_ratio=fixture.spec["max_token_text_ratio"],
+        use_nar=False,
+        return_dict_in_generate=True,
+    )
+    assert output.audio_codes[:, 0].tolist() == fixture["ar/speech_tokens"].tolist()
+    assert output.token_lengths.tolist() == fixture["ar/duration_classes"].tolist()
+    assert output.sampling_rate == 16_000
+    assert_close(output.audio[:, None], fixture["ar/codec_only_audio"])
+
+    # The reference's second stage cuts the first frame of its target for the 65th of the prompt; 4 frames are a token's.
+    spoken = model.decode_speech(
+        output.audio_codes, output.token_lengths, voice=voice, merging_threshold=fixture.spec["nar_framerate"], seed=0
+    )
+    assert spoken.sampling_rate == 24_000
+    assert spoken.audio.shape[1] == fixture["nar/audio_24k"].shape[0] + 480
+
+
+def test_second_stage_is_voicebox_and_vocoder(model, processor):
+    output = speak(model, processor("Hello there."), seed=5, num_inference_steps=3, guidance_scale=1.5)
+    voice = model.voices["anna"]
+    codes, lengths = (tensor[None].to(model.device) for tensor in voice.tokens_at(0.91))
+    numbers = torch.randint(2**63 - 1, (2,), generator=torch.Generator().manual_seed(5)).tolist()
+    sampled = model.voicebox.sample(
+        output.audio_codes[:, 0],
+        output.token_lengths,
+        codes,
+        lengths,
+        voice.mel[None].to(model.device),
+        num_inference_steps=3,
+        guidance_scale=1.5,
+        generator=[torch.Generator().manual_seed(numbers[1])],
+    )
+    assert_close(output.audio, model.vocoder(sampled.mel).audio_values.detach().cpu(), atol=1e-5)
+    assert output.audio.shape[1] == 1920 * int(output.token_lengths.sum())
+
+
+@pytest.mark.parametrize("use_nar", [True, False])
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_batch_equals_single_items(model, processor, use_nar, do_sample):
+    options = {"use_nar": use_nar, "do_sample": do_sample, "duration_top_k": 3}
+    voices = ["ben", "anna"]
+    together = speak(model, processor(TEXTS), voice=voices, **options)
+    for item, (text, voice) in enumerate(zip(TEXTS, voices, strict=True)):
+        assert_same_speech(speak(model, processor(text), voice=voice, **options), together, 0, item)
+    assert together.audio_mask.shape == together.audio.shape
+    assert not together.audio[~together.audio_mask].any()
+
+
+def test_a_reference_is_the_voice_encoded_from_it(model, processor, tmp_path):
+    texts = {"audio": CLIPS[0], "reference_text": "However little known the feelings may be."}
+    direct = speak(model, processor("Hello there.", **texts))
+    voice = model.encode_voice(**processor(**texts).to(model.device), metadata={"name": "me"})
+    assert_same_speech(direct, speak(model, processor("Hello there."), voice=voice))
+
+    voice.save(tmp_path / "me.safetensors")
+    again = FlexiCodecVoice.load(tmp_path / "me.safetensors")
+    assert again.metadata == {"name": "me"}
+    assert sorted(again.tokens) == [0.86, 0.91, 1.0]
+    assert_same_speech(direct, speak(model, processor("Hello there."), voice=again))
+    assert_same_speech(direct, speak(model, processor("Hello there."), voice=str(tmp_path / "me.safetensors")))
+    assert not torch.equal(direct.audio_codes, speak(model, processor("Hello there.")).audio_codes)
+    # The text of the recording is read too.
+    voice.text_ids = None
+    assert not torch.equal(direct.audio_codes, speak(model, processor("Hello there."), voice=voice).audio_codes)
+
+
+def test_each_item_can_bring_its_recording(model, processor):
+    together = speak(model, processor(TEXTS, audio=CLIPS), use_nar=False)
+    for item in range(2):
+        alone = speak(model, processor(TEXTS[item], audio=CLIPS[item]), use_nar=False)
+        assert_same_speech(alone, together, 0, item)
+    one = speak(model, processor(TEXTS, audio=CLIPS[0]), use_nar=False)
+    assert_same_speech(one, together)
+
+
+def test_tokens_decode_later_as_at_once(model, processor):
+    output = speak(model, processor(TEXTS), voice="ben", seed=[3, 4])
+    later = model.decode_speech(
+        output.audio_codes, output.token_lengths, output.audio_codes_mask, voice="ben", seed=[3, 4]
+    )
+    for item in range(2):
+        assert_same_speech(output, later, item, item)
+    # Two quantizers: the codec reads both, the Voicebox the semantic one.
+    codes = output.audio_codes.repeat(1, 2, 1) % 16
+    rich, plain = (model.decode_speech(c, output.token_lengths, use_nar=False) for c in (codes, codes[:, :1]))
+    assert not torch.equal(rich.audio, plain.audio)
+    assert rich.sampling_rate == 16_000
+    rich, plain = (model.decode_speech(c, output.token_lengths, seed=0) for c in (codes, codes[:, :1]))
+    assert torch.equal(rich.audio, plain.audio)
+
+
+def test_sources_of_chance(model, processor):
+    inputs = processor(TEXTS)
+
+    def codes(**kwargs):
+        return speak(model, inputs, **({"seed": None, "use_nar": False} | kwargs)).audio_codes.tolist()
+
+    assert codes(seed=7) == codes(seed=[7, 7]) != codes(seed=[7, 8])
+    torch.manual_seed(0)
+    first = codes()
+    assert first != codes()
+    torch.manual_seed(0)
+    assert first == codes()
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    assert codes(generator=generators) == codes(seed=7)
+    one = codes(generator=torch.Generator().manual_seed(7))
+    assert one[0] == codes(seed=7)[0] and one[1] != codes(seed=7)[1]
+
+
+def test_several_takes_of_a_text(model, processor):
+    output = speak(model, processor(TEXTS), num_return_sequences=2, voice=["anna", "ben"])
+    assert len(output.audio) == 4
+    assert not torch.equal(output.audio_codes[0], output.audio_codes[1])
+    assert_same_speech(speak(model, processor(TEXTS[1]), voice="ben"), output, 0, 2)
+
+
+def test_generation_config_is_heeded(model, processor):
+    inputs = processor("Hello there.").to(model.device)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "merging_threshold": 0.86}
+    config = GenerationConfig(**settings)
+    chosen = speak(model, inputs, generation_config=config, use_nar=False)
+    assert chosen.audio_codes.shape[2] == 5
+    named = speak(model, inputs, **settings, use_nar=False)
+    assert_same_speech(chosen, named)
+    assert config.guidance_scale is None and not config.return_dict_in_generate
+    assert torch.equal(model.generate(**inputs, seed=1), speak(model, inputs).audio)
+
+
+class EndAtOnce(LogitsProcessor):
+    """Lets the first row say nothing."""
+
+    def __init__(self, end_token_id):
+        self.end_token_id = end_token_id
+
+    def __call__(self, input_ids, scores):
+        end = scores[0, self.end_token_id].clone()
+        scores[0] = -torch.inf
+        scores[0, self.end_token_id] = end
+        return scores
+
+
+def test_an_item_may_say_nothing(model, processor):
+    silence = {
+        "logits_processor": LogitsProcessorList([EndAtOnce(model.config.ar_config.end_token_id)]),
+        "min_new_tokens": 0,
+    }
+    output = speak(model, processor(TEXTS), **silence)
+    assert output.audio_mask.sum(dim=1).tolist()[0] == 0 and output.token_lengths[0].sum() == 0
+    assert_same_speech(output, speak(model, processor(TEXTS[1]), min_new_tokens=0), 1, 0)
+    nothing = speak(model, processor(TEXTS[0]), **silence)
+    assert nothing.audio.shape == (1, 0) and nothing.sampling_rate == 24_000
+    spoken = model.decode_speech(torch.ones(2, 1, 3).long(), torch.tensor([[0, 0, 0], [2, 0, 0]]), use_nar=False)
+    assert spoken.audio_mask.sum(dim=1).tolist() == [0, 2544]
+
+
+def test_a_model_without_second_stage(tts_parts, device, processor):
+    model = FlexiCodecForTextToSpeech.from_parts_pretrained(tts_parts / "codec", tts_parts / "ar").to(device)
+    assert model.config.sampling_rate == 16_000
+    assert model.voicebox is None and model.vocoder is None
+    output = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, return_dict_in_generate=True)
+    assert output.sampling_rate == 16_000
+    with pytest.raises(ValueError, match="has no Voicebox: pass `use_nar=False`"):
+        model.decode_speech(output.audio_codes, output.token_lengths, use_nar=True)
+    with pytest.raises(ValueError, match="has no Voicebox"):
+        model.convert_voice(**source(processor))
+
+
+def source(processor):
+    return processor.feature_extractor(CLIPS[0]["array"], sampling_rate=16_000, return_tensors="pt")
+
+
+def test_convert_voice_says_the_tokens_of_the_source(model, processor):
+    inputs = source(processor).to(model.device)
+    output = model.convert_voice(**inputs, voice="ben", seed=3)
+    encoded = model.codec.encode(**inputs, num_quantizers=1, merging_threshold=0.91)
+    assert torch.equal(output.audio_codes, encoded.audio_codes)
+    spoken = model.decode_speech(encoded.audio_codes, encoded.token_lengths, voice="ben", seed=3)
+    assert_same_speech(output, spoken)
+    unmerged = model.convert_voice(**inputs, voice="ben", merging_threshold=1.0)
+    assert unmerged.token_lengths.unique().tolist() == [1]
+
+
+def test_long_speech_is_decoded_in_bounded_chunks(model, processor, monkeypatch):
+    clips = [read_audio(AUDIO / "librivox_long.flac", 16_000).waveform[: 16_000 * seconds] for seconds in (7, 5)]
+    inputs = processor.feature_extractor(clips, sampling_rate=16_000, return_tensors="pt").to(model.device)
+    frames = []
+    sample = model.voicebox.sample
+    monkeypatch.setattr(
+        model.voicebox, "sample", lambda *args, **kwargs: frames.append(args[0].shape[1]) or sample(*args, **kwargs)
+    )
+    together = model.convert_voice(**inputs, voice=["anna", "ben"], seed=2, chunk_length_s=2)
+    # Chunks of 25 frames with up to 25 on each side.
+    assert frames == [50, 75, 62, 37]
+    whole = model.convert_voice(**inputs, voice=["anna", "ben"], seed=2, chunk_length_s=None)
+    assert together.audio.shape == whole.audio.shape
+    assert torch.equal(together.audio_mask, whole.audio_mask)
+    assert together.audio.isfinite().all()
+    alone = processor.feature_extractor(clips[1], sampling_rate=16_000, return_tensors="pt").to(model.device)
+    assert_same_speech(model.convert_voice(**alone, voice="ben", seed=2, chunk_length_s=2), together, 0, 1)
+    with pytest.raises(ValueError, match=r"must be more than 0.16 seconds, got 0.1"):
+        model.convert_voice(**alone, chunk_length_s=0.1)
+
+
+def test_save_and_load_in_shards(model, processor, tmp_path, device):
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again, info = FlexiCodecForTextToSpeech.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert list(again.voices) == list(model.voices) == again.config.voices
+    assert again.generation_config.num_inference_steps == 2
+    assert_same_speech(speak(model, processor(TEXTS[0])), speak(again.to(device), processor(TEXTS[0])))
+    assert "/" not in json.dumps({k: v for k, v in again.config.to_dict().items() if k == "codec_config"})
+
+
+def test_config_round_trip(model):
+    config = FlexiCodecTTSConfig.from_dict(model.config.to_dict())
+    assert config.to_dict() == model.config.to_dict()
+    whole = FlexiCodecTTSConfig(voicebox_config={}, vocoder_config={})
+    assert whole.sampling_rate == 24_000 and whole.ar_config.hidden_size == 1024
+    for wrong, message in (
+        ({"voicebox_config": {}}, "`vocoder_config` is missing"),
+        ({"vocoder_config": {}}, "`voicebox_config` is missing"),
+        ({"ar_config": {"speech_vocab_size": 9}}, "`ar_config.speech_vocab_size` is 9, but the codec has 32768"),
+        ({"voicebox_config": {"codebook_size": 9}, "vocoder_config": {}}, "`voicebox_config.codebook_size` is 9"),
+        ({"voicebox_config": {}, "vocoder_config": {"num_mel_bins": 80}}, "of 128 bins, the vocoder reads 80"),
+        ({"voicebox_config": {"upsample_factor": 2}, "vocoder_config": {}}, "25 mel frames a second, .* reads 50"),
+    ):
+        with pytest.raises(Exception, match=message):
+            FlexiCodecTTSConfig(**wrong)
+
+
+def test_dtypes(tts_repository, processor, device):
+    load = FlexiCodecForTextToSpeech.from_pretrained
+    half = load(tts_repository, subfolder="tts", dtype=torch.bfloat16).to(device)
+    assert {part: getattr(half, part).dtype for part in ("codec", "ar", "voicebox", "vocoder")} == {
+        "codec": torch.float32,
+        "ar": torch.bfloat16,
+        "voicebox": torch.bfloat16,
+        "vocoder": torch.bfloat16,
+    }
+    assert half.dtype == torch.float32 and half.vocoder.head.linear.weight.dtype == torch.float32
+    output = speak(half, processor(TEXTS, audio=CLIPS[0]))
+    assert output.audio.dtype == torch.float32 and output.audio.isfinite().all()
+
+    mixed = load(tts_repository, subfolder="tts", dtype={"ar": "bfloat16", "vocoder": torch.bfloat16})
+    assert mixed.ar.dtype == mixed.vocoder.dtype == torch.bfloat16
+    assert mixed.codec.dtype == mixed.voicebox.dtype == mixed.vocoder.head.linear.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"no part \['nar'\]"):
+        load(tts_repository, subfolder="tts", dtype={"nar": torch.bfloat16})
+
+
+def test_device_map(tts_repository, processor, device):
+    model = FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts", device_map="auto")
+    reference = FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts")
+    assert_same_speech(speak(model, processor(TEXTS[0])), speak(reference, processor(TEXTS[0])))
+
+
+def test_one_repository_for_codec_and_speech(tts_repository, tmp_path):
+    shutil.copytree(tts_repository, tmp_path, dirs_exist_ok=True)
+    speech = AutoModelForTextToWaveform.from_pretrained(tmp_path)
+    assert type(speech) is FlexiCodecForTextToSpeech
+    assert list(speech.voices) == ["anna", "ben"]
+    for path, options in ((tmp_path, {"subfolder": "tts"}), (tmp_path / "tts", {})):
+        for auto_class in (AutoModel, AutoModelForTextToWaveform):
+            same = auto_class.from_pretrained(path, **options)
+            assert type(same) is FlexiCodecForTextToSpeech
+            assert list(same.voices) == ["anna", "ben"]
+    # The codec needs nothing of the system, whose codec is another.
+    codec = AutoModel.from_pretrained(tmp_path)
+    assert codec.config.hidden_size != 0 and codec.num_parameters() != speech.codec.num_parameters()
+    shutil.rmtree(tmp_path / "tts")
+    assert type(AutoModel.from_pretrained(tmp_path)) is type(codec)
+    with pytest.raises(OSError, match=r"cannot speak: it holds the codec alone, there is no tts/config.json"):
+        AutoModelForTextToWaveform.from_pretrained(tmp_path)
+
+
+def test_voices_that_are_missing_are_left_out(tts_repository, tmp_path, caplog):
+    shutil.copytree(tts_repository / "tts", tmp_path / "alone")
+    model = FlexiCodecForTextToSpeech.from_pretrained(tmp_path / "alone")
+    assert model.voices == {}
+    # Nobody's voice then.
+    assert model.generate(torch.tensor([[257, 72, 105]]), seed=0).shape[1] > 0
+
+
+def test_voice_files(model, tmp_path):
+    voice = model.voices["anna"]
+    voice.save(tmp_path / "voice.safetensors")
+    tensors = load_file(tmp_path / "voice.safetensors")
+    assert {"mel", "text_ids", "audio_codes/0.91", "token_lengths/0.91"} < tensors.keys()
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name, message in (
+        ("nobody.safetensors", "there is no such voice file"),
+        ("text.safetensors", "is no safetensors file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FlexiCodecVoice.load(tmp_path / name)
+
+
+def test_a_file_of_weights_is_no_voice(tts_repository):
+    with pytest.raises(ValueError, match="holds no voice"):
+        FlexiCodecVoice.load(tts_repository / "model.safetensors")
+
+
+def test_wrong_use_says_what_to_do(model, processor):
+    inputs = processor(TEXTS).to(model.device)
+    reference = processor(audio=CLIPS[0]).to(model.device)
+    codes, lengths = torch.ones(2, 1, 3).long(), torch.ones(2, 3).long()
+    unknown = FlexiCodecVoice(tokens={0.5: (torch.ones(1).long(), torch.ones(1).long())})
+    no_mel = FlexiCodecVoice(tokens=model.voices["anna"].tokens)
+    for call, message in (
+        (lambda: model.generate(), "nothing to say: `input_ids` hold no text"),
+        (lambda: model.generate(torch.zeros(1, 0).long()), "nothing to say"),
+        (lambda: model.generate(torch.ones(1, 3).long(), torch.zeros(1, 3)), "item 0 of `input_ids` holds no text"),
+        (lambda: model.generate(**inputs, voice="cleo"), r"'cleo' is not known. This model has \['anna', 'ben'\]"),
+        (lambda: model.generate(**inputs, voice=["anna"] * 3), "2 items to speak and 3 voices"),
+        (lambda: model.generate(**inputs, voice="anna", **reference), "either `voice` or a reference recording"),
+        (lambda: model.generate(**inputs, reference_mel=reference["reference_mel"]), "came without the recording"),
+        (lambda: model.generate(**inputs, merging_threshold=0.5), r"trained with \[0.86, 0.91\]"),
+        (lambda: model.generate(**inputs, voice=unknown), r"no tokens at `merging_threshold`=0.91, only at \[0.5\]"),
+        (lambda: model.generate(**inputs, voice=no_mel), "no mel spectrogram for the Voicebox"),
+        (lambda: model.generate(**inputs, seed=1, generator=torch.Generator()), "either `seed` or `generator`"),
+        (lambda: model.generate(**inputs, seed=[1, 2, 3]), "`seed` is a list of 3 for 2 items"),
+        (lambda: model.generate(**inputs, generator=[torch.Generator()]), "`generator` is a list of 1 for 2 items"),
+        (lambda: model.generate(**inputs, temprature=1.0), "temprature"),
+        (
+            lambda: model.generate(**(inputs | {"continuation_ids": torch.ones(1, 3).long()})),
+            "`continuation_ids` holds 1 texts and `input_ids` 2",
+        ),
+        (lambda: model.decode_speech(codes[:, 0], lengths), r"Semantic codes alone are `codes\[:, None\]`"),
+        (lambda: model.decode_speech(codes, lengths[:, :2]), "`token_lengths` must have the shape .* = \\(2, 3\\)"),
+        (lambda: model.encode_voice(**processor(audio=CLIPS)), "A voice is one recording, got 2"),
+        (
+            lambda: model.encode_voice(reference["reference_input_values"], reference["reference_input_features"]),
+            "`reference_mel` is missing",
+        ),
+        (
+            lambda: model.save_pretrained("x") if model.voices.update({"../a": no_mel}) is None else 0,
+            "name of a voice",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    model.voices.pop("../a", None)
+
+
+def chat(text, clip=None, said=None):
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    if clip is not None:
+        items = [{"type": "audio", "audio": clip["array"]}]
+        if said:
+            items.append({"type": "text", "text": said})
+        messages.insert(0, {"role": "voice", "content": items})
+    return messages
+
+
+def test_the_stock_pipeline_speaks(tts_repository, model, processor, device):
+    pipe = pipeline("text-to-speech", model=str(tts_repository), device=device)
+    assert type(pipe.model) is FlexiCodecForTextToSpeech and type(pipe.processor) is FlexiCodecTTSProcessor
+    expected = speak(model, processor(TEXTS))
+
+    def same(spoken, item=0, output=expected):
+        assert spoken["sampling_rate"] == 24_000
+        assert_close(torch.from_numpy(spoken["audio"]), output.audio[item][output.audio_mask[item]].cpu(), atol=1e-5)
+
+    same(pipe(TEXTS[0], generate_kwargs={"seed": 1}))
+    torch.manual_seed(0)
+    first = pipe(TEXTS[0])["audio"]
+    torch.manual_seed(0)
+    assert_close(torch.from_numpy(first), model.generate(**processor(TEXTS[0]).to(device))[0].cpu(), atol=1e-5)
+    for item, spoken in enumerate(pipe(TEXTS, generate_kwargs={"seed": 1})):
+        same(spoken, item)
+    # In a batch the stock pipeline leaves the padding on.
+    for item, spoken in enumerate(pipe(TEXTS, batch_size=2, generate_kwargs={"seed": 1})):
+        assert_close(torch.from_numpy(spoken["audio"]), expected.audio[item].cpu(), atol=1e-5)
+
+    options = {"voice": "ben", "do_sample": False, "seed": 1}
+    same(pipe(TEXTS[0], generate_kwargs=options), output=speak(model, processor(TEXTS[0]), **options))
+    said = "However little known."
+    cloned = speak(model, processor(TEXTS[0], audio=CLIPS[0], reference_text=said))
+    same(pipe(chat(TEXTS[0], CLIPS[0], said), generate_kwargs={"seed": 1}), output=cloned)
+    for spoken in pipe([chat(TEXTS[0], CLIPS[0], said)] * 2, generate_kwargs={"seed": 1}):
+        same(spoken, output=cloned)
+    french = speak(model, processor(TEXTS[0], language="fr"))
+    same(pipe(TEXTS[0], preprocess_params={"language": "fr"}, generate_kwargs={"seed": 1}), output=french)
+    with pytest.raises(ValueError, match="must hold something to speak"):
+        pipe("...")
+
+
+def test_the_stock_pipeline_keeps_references_exact_in_bfloat16(tts_repository, processor, device):
+    pipe = pipeline("text-to-speech", model=str(tts_repository), dtype=torch.bfloat16, device=device)
+    seen = []
+    encode = pipe.model.codec.encode
+    pipe.model.codec.encode = lambda *args, **kwargs: seen.append(kwargs) or encode(*args, **kwargs)
+    assert pipe.model.ar.dtype == torch.bfloat16
+    pipe(chat(TEXTS[0], CLIPS[0]))
+    exact = processor(audio=CLIPS[0])
+    assert torch.equal(seen[0]["input_values"][:, 0].cpu(), exact["reference_input_values"])
+    assert torch.equal(seen[0]["input_features"].cpu(), exact["reference_input_features"])
