@@ -206,12 +206,12 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             # One class, two Auto classes; `register_for_auto_class` knows of one.
             auto_map = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = auto_map | {"AutoModel": _class_reference(type(self))}
-        self.config.voices = list(self.voices)
-        if kwargs.get("is_main_process", True):
+        self.config.voices = [_checked_name(name) for name in self.voices]
+        if kwargs.get("is_main_process", True) and self.voices:
+            folder = Path(voices_directory or save_directory) / VOICES_DIR
+            folder.mkdir(parents=True, exist_ok=True)
             for name, voice in self.voices.items():
-                folder = Path(voices_directory or save_directory) / VOICES_DIR
-                folder.mkdir(parents=True, exist_ok=True)
-                voice.save(folder / f"{_checked_name(name)}.safetensors")
+                voice.save(folder / f"{name}.safetensors")
         super().save_pretrained(save_directory, **kwargs)
 
     def encode_voice(
