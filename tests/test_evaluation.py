@@ -368,8 +368,10 @@ def test_one_frame_a_token_is_no_merging(codec):
 def test_errors_of_systems(codec):
     with pytest.raises(EvaluationError, match="got merging_threshold, frames_per_token"):
         CodecReconstruction(*codec, merging_threshold=0.9, frames_per_token=2)
-    with pytest.raises(EvaluationError, match="at least 1, got 0"):
+    with pytest.raises(EvaluationError, match="`frames_per_token` must be at least 1, got 0"):
         CodecReconstruction(*codec, frames_per_token=0)
+    with pytest.raises(EvaluationError, match="`num_quantizers` must be at least 1, got 0"):
+        CodecReconstruction(*codec, num_quantizers=0)
 
 
 # The run

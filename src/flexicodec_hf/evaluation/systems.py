@@ -96,7 +96,11 @@ class CodecReconstruction:
         if len(rate) > 1:
             raise EvaluationError(f"pass one of {', '.join(given)}, got {', '.join(rate)}.")
         rate = rate or {"merging_threshold": codec.config.merging_threshold}
-        rows = min(num_quantizers or codec.config.num_quantizers, codec.config.num_quantizers)
+        rows = (
+            codec.config.num_quantizers if num_quantizers is None else min(num_quantizers, codec.config.num_quantizers)
+        )
+        if rows < 1:
+            raise EvaluationError(f"`num_quantizers` must be at least 1, got {num_quantizers}.")
 
         ((kind, value),) = rate.items()
         name = {"merging_threshold": "threshold", "target_frame_rate": "rate", "frames_per_token": "fixed"}[kind]
