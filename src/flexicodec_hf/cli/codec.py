@@ -15,7 +15,10 @@ from .common import (
     CommandError,
     add_model_arguments,
     choose_device,
+    cosine,
     load_codec_config,
+    not_negative,
+    positive_int,
     report_error,
     usage_error,
     whole_file,
@@ -76,7 +79,7 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--num-quantizers",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="rows of codes to use: 1 is the semantic row alone, 8 a good compromise (default: all)",
     )
@@ -84,7 +87,7 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
         rate = parser.add_mutually_exclusive_group()
         rate.add_argument(
             "--merging-threshold",
-            type=_cosine,
+            type=cosine,
             metavar="X",
             help="frames more alike than this cosine similarity share a token; 1 never merges (default: the model's)",
         )
@@ -97,41 +100,20 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
     if many:
         parser.add_argument(
             "--batch-size",
-            type=_positive_int,
+            type=positive_int,
             default=1,
             metavar="N",
             help="files to process at once, of similar length: faster on a GPU, with the same results (default: 1)",
         )
     parser.add_argument(
         "--chunk-length-s",
-        type=_not_negative,
+        type=not_negative,
         default=30.0,
         metavar="S",
         help="process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does "
         "(default: 30)",
     )
     add_model_arguments(parser)
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text}")
-    return value
-
-
-def _cosine(text: str) -> float:
-    value = float(text)
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between -1 and 1, got {text}")
-    return value
 
 
 @dataclass(frozen=True)

@@ -55,18 +55,43 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID_OR_DIR",
         help="converted model, a Hub id or a directory (default: %(default)s)",
     )
-    group.add_argument(
+    add_running_arguments(group)
+
+
+def add_running_arguments(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda", "mps"),
         help="where to run (default: cuda or mps if there is one, else cpu)",
     )
-    group.add_argument(
+    parser.add_argument(
         "--dtype",
         default="float32",
         choices=DTYPES,
         help="type to run in (default: %(default)s); the other two may change some codes",
     )
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text}")
+    return value
+
+
+def cosine(text: str) -> float:
+    value = float(text)
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between -1 and 1, got {text}")
+    return value
 
 
 def choose_device(args: argparse.Namespace) -> str:
