@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[tts,dev]"
+	$(BIN)/pip install --quiet --editable ".[tts,eval,train,dev]"
 	touch $@
 
 demo: setup
