@@ -967,6 +967,24 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             features = features * token_mask[..., None]
         return features.transpose(1, 2)
 
+    def get_semantic_frames(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> Tensor:
+        r"""
+        What the frozen semantic encoder hears, one vector a codec frame, before anything is merged or quantized.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`): As for `encode`.
+            input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*): As for `encode`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`, on the frames that the tokens of
+            `encode` cover; 0 at padding.
+        """
+        lengths = _valid_lengths(input_features_mask, input_features, "input_features_mask")
+        frame_lengths = self._semantic_lengths(lengths)
+        frames = _resample(self._encode_semantic(input_features, lengths, None).float(), lengths, frame_lengths)
+        mask = _length_mask(frame_lengths, frames)
+        return frames if mask is None else frames * mask[..., None]
+
     def _encode_frames(
         self,
         input_values: Tensor,
@@ -993,9 +1011,9 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         sample_lengths = _valid_lengths(padding_mask, input_values[:, 0], "padding_mask")
         feature_lengths = _valid_lengths(input_features_mask, input_features, "input_features_mask")
 
-        hop, factor = self.config.hop_length, self.config.semantic_downsampling_factor
+        hop = self.config.hop_length
         acoustic_lengths = [-(-length // hop) for length in sample_lengths]
-        semantic_lengths = [max(int(length / factor), 1) for length in feature_lengths]
+        semantic_lengths = self._semantic_lengths(feature_lengths)
         for num_acoustic, num_semantic in zip(acoustic_lengths, semantic_lengths, strict=True):
             if not 0 <= num_acoustic - num_semantic <= 2:
                 raise ValueError(
@@ -1021,6 +1039,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         acoustic_frames = _in_windows(run, values, acoustic_lengths, chunk, in_hop=hop)
         # The acoustic stream is 0 to 2 frames longer.
         return semantic_frames, acoustic_frames[:, : semantic_frames.shape[1]], semantic_lengths
+
+    def _semantic_lengths(self, feature_lengths: list[int]) -> list[int]:
+        """Codec frames of each item."""
+        return [max(int(length / self.config.semantic_downsampling_factor), 1) for length in feature_lengths]
 
     @torch.no_grad()
     def _encode_semantic(self, input_features: Tensor, lengths: list[int], chunk: tuple[int, int] | None) -> Tensor:
