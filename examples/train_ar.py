@@ -20,7 +20,6 @@ from flexicodec_hf.text_flexicodec import encode_text, prepare_text
 from flexicodec_hf.training.tts import (
     ARBatches,
     SpeechCollator,
-    SpeechDataArguments,
     SpeechEncoder,
     SpeechSamples,
     TTSTrainer,
@@ -37,7 +36,6 @@ logger = logging.get_logger("transformers.train_ar")
 
 # Texts that a tokenizer is trained on at most.
 NUM_TOKENIZER_TEXTS = 100_000
-MAX_SAMPLE_TOKENS = 200
 
 
 @dataclass
@@ -62,14 +60,13 @@ class ModelArguments:
         default=None, metadata={"help": "Train a tokenizer of so many ids on the texts, for a new model."}
     )
     language: str = field(default="en", metadata={"help": "Language of the texts, Whisper's code."})
-    phonemes: bool = field(
-        default=True, metadata={"help": "Read English as phonemes, which needs the `[tts]` extra."}
-    )
+    phonemes: bool = field(default=True, metadata={"help": "Read English as phonemes, which needs the `[tts]` extra."})
     sample_texts: list[str] = field(
         default_factory=lambda: ["The frame rate follows the speech.", "Good morning, how are you today?"],
         metadata={"help": "What to speak along the way."},
     )
     sample_steps: int = field(default=1000, metadata={"help": "Speak it every so many steps."})
+    sample_tokens: int = field(default=200, metadata={"help": "Tokens of a sample at most."})
 
 
 def load_tokenizer(model_args: ModelArguments, dataset: Any) -> Any:
@@ -122,7 +119,7 @@ class Speaker:
             ids = encode_text(self.tokenizer, text, args.language, phonemes=args.phonemes)
             for threshold in model.config.merging_thresholds or [None]:
                 inputs = model.build_inputs(torch.tensor([ids], device=model.device), merging_threshold=threshold)
-                output = model.generate(**inputs, max_new_tokens=MAX_SAMPLE_TOKENS, return_dict_in_generate=True)
+                output = model.generate(**inputs, max_new_tokens=args.sample_tokens, return_dict_in_generate=True)
                 new = slice(inputs["input_ids"].shape[1], None)
                 codes, lengths = output.sequences[:, new], output.token_lengths[:, new]
                 spoken = lengths[0] > 0

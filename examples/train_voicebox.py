@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor
 
@@ -22,7 +21,6 @@ from flexicodec_hf import (
 )
 from flexicodec_hf.training.tts import (
     SpeechCollator,
-    SpeechDataArguments,
     SpeechEncoder,
     SpeechSamples,
     TTSTrainer,
@@ -72,7 +70,9 @@ def load_model(model_args: ModelArguments, codec: FlexiCodecModel, statistics: A
     if model_args.model_name_or_path is not None:
         model = FlexiCodecVoiceboxModel.from_pretrained(model_args.model_name_or_path)
         if model_args.predict_latents and not model.config.predicts_latent:
-            raise ValueError(f"{model_args.model_name_or_path} predicts mel spectrograms: leave out --predict_latents.")
+            raise ValueError(
+                f"{model_args.model_name_or_path} predicts mel spectrograms: leave out --predict_latents."
+            )
     else:
         values = {
             "codebook_size": codec.config.semantic_codebook_size,

@@ -38,7 +38,7 @@ from ..audio import resample, write_audio
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import IGNORE_INDEX, FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
-from ..text_flexicodec import encode_text, prepare_text
+from ..text_flexicodec import encode_text
 from .data import decode_audio, load_speech
 
 
@@ -52,7 +52,9 @@ class SpeechDataArguments:
     """What to train on. Sources are those of `flexicodec_hf.training.data.load_speech`."""
 
     dataset: str = field(
-        metadata={"help": "A folder with metadata.jsonl or metadata.csv, such a file, or a dataset on the Hub or on disk."}
+        metadata={
+            "help": "A folder with metadata.jsonl or metadata.csv, such a file, or a dataset on the Hub or on disk."
+        }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The configuration of a dataset."})
     train_split: str = field(default="train", metadata={"help": "The split to train on."})
@@ -65,7 +67,9 @@ class SpeechDataArguments:
     )
     num_eval_examples: int = field(
         default=64,
-        metadata={"help": "Examples to evaluate on at most; held out from the training data if nothing else is named."},
+        metadata={
+            "help": "Examples to evaluate on at most; held out from the training data if nothing else is named."
+        },
     )
     max_train_examples: int | None = field(default=None, metadata={"help": "Train on so many examples at most."})
     streaming: bool = field(default=False, metadata={"help": "Read the training data while training."})
@@ -94,6 +98,8 @@ def parse_arguments(model_arguments: type) -> tuple[Any, SpeechDataArguments, Tr
     else:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     training_args.remove_unused_columns = False
+    # Trainer writes it into the model's configuration: without it, what is trained would be slow to generate.
+    training_args.use_cache = True
     # Each process reads the stream and takes its share: batches of one process could not be cut up for the others.
     training_args.accelerator_config.dispatch_batches = False
     if training_args.should_log:
@@ -223,7 +229,9 @@ def train_text_tokenizer(texts: Iterator[str], vocab_size: int, languages: Seque
     special = [AddedToken(token, special=True) for token in ("<|endoftext|>", *(f"<|{code}|>" for code in languages))]
     smallest = 256 + len(special)
     if vocab_size < smallest:
-        raise ValueError(f"`vocab_size` must be at least {smallest}, the bytes and the special tokens, got {vocab_size}.")
+        raise ValueError(
+            f"`vocab_size` must be at least {smallest}, the bytes and the special tokens, got {vocab_size}."
+        )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -299,8 +307,8 @@ class SpeechEncoder:
 
         Returns:
             A function that opens the whole dataset, to be called when all processes are done: `codes` and
-            `token_lengths` (for each threshold), `length` (frames), and `semantic_frames` and `latents` if asked for (bytes
-            of `(num_frames, size)` in float16), beside the columns of `dataset`.
+            `token_lengths` (for each threshold), `length` (frames), `item_seed` (of `SpeechCollator`) and, if asked for,
+            `semantic_frames` and `latents` (bytes of `(num_frames, size)` in float16), beside the columns of `dataset`.
         """
         key = Hasher.hash(
             (dataset._fingerprint, self._digest(), self.thresholds, self.semantic_frames, self.latents, "1")
@@ -309,6 +317,7 @@ class SpeechEncoder:
             "codes": List(List(Value("int32"))),
             "token_lengths": List(List(Value("int32"))),
             "length": Value("int32"),
+            "item_seed": Value("int64"),
         }
         names = [name for name in ("semantic_frames", "latents") if getattr(self, name)]
         features |= dict.fromkeys(names, Value("binary"))
@@ -337,12 +346,11 @@ class SpeechEncoder:
             for item, (codes, lengths, mask) in enumerate(rows):
                 new["codes"][item].append(codes[mask].tolist())
                 new["token_lengths"][item].append(lengths[mask].tolist())
+        new["item_seed"] = [_checksum(waveform) for waveform in waveforms]
         new["length"] = [sum(lengths[0]) for lengths in new["token_lengths"]]
         for name, frames in self._frames(inputs).items():
             frames = frames.half().cpu()
-            new[name] = [
-                item[:length].numpy().tobytes() for item, length in zip(frames, new["length"], strict=True)
-            ]
+            new[name] = [item[:length].numpy().tobytes() for item, length in zip(frames, new["length"], strict=True)]
         return new
 
     def _digest(self) -> str:
@@ -394,7 +402,7 @@ class SpeechCollator:
         if not cached or self.mel_feature_extractor is not None:
             waveforms = [decode_audio(example["audio"], rate) for example in examples]
         if cached:
-            contents = [np.array(example["codes"][0]) for example in examples]
+            seeds = [example["item_seed"] for example in examples]
             for name in ("codes", "token_lengths"):
                 batch[name] = _pad_lists([example[name] for example in examples])
             for name in {"semantic_frames", "latents"} & examples[0].keys():
@@ -402,7 +410,7 @@ class SpeechCollator:
                 frames = [item.view(example["length"], -1) for item, example in zip(frames, examples, strict=True)]
                 batch[name] = pad_sequence(frames, batch_first=True)
         else:
-            contents = waveforms
+            seeds = [_checksum(waveform) for waveform in waveforms]
             batch |= self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt")
         if self.mel_feature_extractor is not None:
             mel_rate = self.mel_feature_extractor.sampling_rate
@@ -415,8 +423,12 @@ class SpeechCollator:
             ]
             batch["text_ids"] = pad_sequence(ids, batch_first=True)
             batch["text_attention_mask"] = pad_sequence([torch.ones_like(item) for item in ids], batch_first=True)
-        batch["item_seeds"] = torch.tensor([zlib.crc32(np.ascontiguousarray(item).data) for item in contents])
+        batch["item_seeds"] = torch.tensor(seeds)
         return batch
+
+
+def _checksum(waveform: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(waveform).data)
 
 
 def _pad_lists(items: list[list[list[int]]]) -> Tensor:
@@ -455,7 +467,7 @@ class ARBatches:
             "token_loss": (inputs["labels"] != IGNORE_INDEX).sum(),
             "duration_loss": (inputs["duration_labels"] != IGNORE_INDEX).sum(),
         }
-        return inputs, counts
+        return inputs | {"use_cache": False}, counts
 
 
 class VoiceboxBatches:
