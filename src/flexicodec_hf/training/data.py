@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ def speech_loader(
     process_index: int = 0,
     num_processes: int = 1,
     num_workers: int = 0,
+    lengths: Sequence[float] | None = None,
 ) -> DataLoader:
     """
     Batches without end, epoch after epoch, each in another order. What is in a batch depends on `seed` and on its place
@@ -133,6 +134,7 @@ def speech_loader(
         collate: Makes a batch of a list of items.
         start: The epoch, and the batch in it, to begin with.
         num_workers: Worker processes. A streamed dataset has always one.
+        lengths: How long each example is, in any unit, to batch examples of about the same length.
 
     Returns:
         A loader of `((epoch, batch), collated batch)`: the place of a batch, for `start`.
@@ -152,7 +154,7 @@ def speech_loader(
         return DataLoader(stream, local_size, num_workers=1, collate_fn=collate_places, persistent_workers=True)
     if len(dataset) < batch_size:
         raise ValueError(f"The dataset has {len(dataset)} examples, fewer than `batch_size`={batch_size}.")
-    sampler = _PlaceSampler(len(dataset), batch_size, seed, start, process_index, num_processes)
+    sampler = _PlaceSampler(len(dataset), batch_size, seed, start, process_index, num_processes, lengths)
     examples = _Examples(dataset, transform, seed)
     return DataLoader(
         examples,
@@ -167,19 +169,34 @@ class _PlaceSampler(Sampler[list[tuple[int, int, int]]]):
     """Batches of (epoch, batch, index of an example), of this process."""
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, start: tuple[int, int], process_index: int, num_processes: int
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: tuple[int, int],
+        process_index: int,
+        num_processes: int,
+        lengths: Sequence[float] | None,
     ):
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.lengths = None if lengths is None else np.asarray(lengths)
         self.part = slice(process_index, None, num_processes)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, first = self.start
         while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length).tolist()
-            for batch in range(first, self.length // self.batch_size):
-                indices = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.part]
-                yield [(epoch, batch, index) for index in indices]
+            batches = self._batches(np.random.default_rng((self.seed, epoch)))
+            for batch in range(first, len(batches)):
+                yield [(epoch, batch, index) for index in batches[batch, self.part].tolist()]
             epoch, first = epoch + 1, 0
+
+    def _batches(self, random: np.random.Generator) -> np.ndarray:
+        """All batches of an epoch, `(num_batches, batch_size)`."""
+        order = random.permutation(self.length)[: self.length // self.batch_size * self.batch_size]
+        if self.lengths is not None:
+            order = order[np.argsort(self.lengths[order], kind="stable")]
+            return random.permutation(order.reshape(-1, self.batch_size))
+        return order.reshape(-1, self.batch_size)
 
 
 class _Examples(TorchDataset):
