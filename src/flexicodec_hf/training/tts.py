@@ -34,12 +34,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..audio import resample, write_audio
+from ..audio import resample
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import IGNORE_INDEX, FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 from ..text_flexicodec import encode_text
 from .data import decode_audio, load_speech
+from .samples import write_samples
 
 
 logger = logging.get_logger("transformers.flexicodec_hf")
@@ -574,8 +575,7 @@ class TTSTrainer(Trainer):
 
 class SpeechSamples(TrainerCallback):
     """
-    Lets the model speak every `every` steps and at the end, into `output_dir/samples/step-N/*.wav` and TensorBoard.
-    Training goes on as if it had not: random states are put back.
+    Lets the model speak every `every` steps and at the end, into `output_dir/samples` and TensorBoard. Training goes on as if it had not: random states are put back.
 
     Args:
         speak: Called with the model, gives names and waveforms `(num_samples,)`.
@@ -599,18 +599,17 @@ class SpeechSamples(TrainerCallback):
         self._last_step = state.global_step
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / "samples" / f"step-{state.global_step:07d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(args.output_dir) / "samples"
         training = model.training
         model.eval()
         devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), SummaryWriter(str(folder.parent / "runs")) as writer:
+        with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(args.seed)
-            for name, waveform in self.speak(model):
-                waveform = waveform.detach().float().cpu().clamp(-1, 1)
-                write_audio(folder / f"{name}.wav", waveform.numpy(), self.sampling_rate)
-                writer.add_audio(name, waveform[None], state.global_step, self.sampling_rate)
+            waveforms = {name: waveform.cpu().numpy() for name, waveform in self.speak(model)}
         model.train(training)
+        if waveforms:
+            with SummaryWriter(str(folder)) as writer:
+                write_samples(writer, folder, state.global_step, waveforms, self.sampling_rate)
 
 
 def cache_splits(
