@@ -142,8 +142,7 @@ def main() -> None:
     model = load_model(model_args, codec, tokenizer)
     thresholds = model.config.merging_thresholds or [codec.config.merging_threshold]
     encoder = SpeechEncoder(codec, feature_extractor, thresholds)
-    if data_args.token_cache is not None:
-        train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args, training_args)
+    train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args, training_args)
 
     # The tokenizer is saved as the collator's: as `processing_class` it would be made to share the model's special ids.
     trainer = TTSTrainer(

@@ -284,7 +284,7 @@ def test_splits_hold_out_filter_and_complain(speech, tmp_path):
     texts = [example["text"] for example in stream]
     assert len(texts) == 9 and not set(texts) & set(evaluation["text"])
     with pytest.raises(ValueError, match="`--token_cache` keeps what is read, `--streaming` does not"):
-        cache_splits(None, stream, evaluation, None, None)
+        cache_splits(None, stream, evaluation, SpeechDataArguments("", token_cache=str(tmp_path)), None)
 
 
 def test_config_overrides_reach_any_depth_and_know_every_key(tmp_path):

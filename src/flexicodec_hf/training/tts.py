@@ -447,7 +447,7 @@ class ARBatches:
     def __init__(self, model: FlexiCodecARForConditionalGeneration, encoder: SpeechEncoder, seed: int):
         self.model, self.encoder, self.seed = model, encoder, seed
 
-    def __call__(self, batch: dict[str, Tensor], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(self, batch: dict[str, Tensor], step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         randoms = _item_randoms(batch["item_seeds"], self.seed, step)
         thresholds = self.encoder.thresholds
         choice = torch.tensor([int(random.integers(len(thresholds))) for random in randoms])
@@ -478,7 +478,7 @@ class VoiceboxBatches:
     def __init__(self, model: FlexiCodecVoiceboxModel, encoder: SpeechEncoder, seed: int):
         self.model, self.encoder, self.seed = model, encoder, seed
 
-    def __call__(self, batch: dict[str, Tensor], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(self, batch: dict[str, Tensor], step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         device = batch["item_seeds"].device
         factor = self.model.config.upsample_factor
         randoms = _item_randoms(batch["item_seeds"], self.seed, step)
@@ -523,7 +523,7 @@ class TTSTrainer(Trainer):
             returns the model's inputs and, for each loss that the model's output has, over how many values it is a mean.
     """
 
-    def __init__(self, *args: Any, prepare: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]], **kwargs: Any):
+    def __init__(self, *args: Any, prepare: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]], **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -618,18 +618,17 @@ def cache_splits(
     evaluation: Dataset | None,
     data: SpeechDataArguments,
     training: TrainingArguments,
-) -> tuple[Dataset, Dataset | None]:
-    """Both splits with the codec's tokens, computed once by all processes (see `SpeechEncoder.cache`)."""
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """Both splits with the codec's tokens, computed once by all processes, if `data.token_cache` names a folder."""
+    if data.token_cache is None:
+        return train, evaluation
     if isinstance(train, IterableDataset):
         raise ValueError("`--token_cache` keeps what is read, `--streaming` does not: choose one of them.")
-    share = (training.process_index, training.world_size)
-    openers = [
-        None if dataset is None else encoder.cache(dataset, data.token_cache, data.token_cache_batch_size, *share)
-        for dataset in (train, evaluation)
-    ]
+    folder, size, share = data.token_cache, data.token_cache_batch_size, (training.process_index, training.world_size)
+    open_train = encoder.cache(train, folder, size, *share)
+    open_evaluation = None if evaluation is None else encoder.cache(evaluation, folder, size, *share)
     PartialState().wait_for_everyone()
-    cached = [None if opener is None else opener() for opener in openers]
-    return cached[0], cached[1]
+    return open_train(), None if open_evaluation is None else open_evaluation()
 
 
 def run_training(trainer: Trainer, data: SpeechDataArguments) -> None:
