@@ -65,7 +65,9 @@ class ModelArguments:
         default_factory=lambda: ["The frame rate follows the speech.", "Good morning, how are you today?"],
         metadata={"help": "What to speak along the way."},
     )
-    sample_steps: int = field(default=1000, metadata={"help": "Speak it every so many steps."})
+    sample_steps: int = field(
+        default=1000, metadata={"help": "Speak it every so many steps and at the end; 0: never."}
+    )
     sample_tokens: int = field(default=200, metadata={"help": "Tokens of a sample at most."})
 
 
@@ -144,6 +146,8 @@ def main() -> None:
     encoder = SpeechEncoder(codec, feature_extractor, thresholds)
     train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args, training_args)
 
+    speaker = Speaker(model_args, tokenizer, codec)
+    samples = SpeechSamples(speaker, codec.config.sampling_rate, model_args.sample_steps)
     # The tokenizer is saved as the collator's: as `processing_class` it would be made to share the model's special ids.
     trainer = TTSTrainer(
         model,
@@ -151,9 +155,7 @@ def main() -> None:
         data_collator=SpeechCollator(feature_extractor, tokenizer, model_args.language, model_args.phonemes),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        callbacks=[
-            SpeechSamples(Speaker(model_args, tokenizer, codec), codec.config.sampling_rate, model_args.sample_steps)
-        ],
+        callbacks=[samples] if model_args.sample_steps else None,
         prepare=ARBatches(model, encoder, training_args.seed),
     )
     run_training(trainer, data_args)

@@ -62,7 +62,9 @@ class ModelArguments:
     vocoder: str | None = field(
         default=None, metadata={"help": "A vocoder, a Hub id or a directory, to hear mel spectrograms along the way."}
     )
-    sample_steps: int = field(default=1000, metadata={"help": "Speak clips of the evaluation every so many steps."})
+    sample_steps: int = field(
+        default=1000, metadata={"help": "Speak clips of the evaluation every so many steps and at the end; 0: never."}
+    )
     num_samples: int = field(default=3, metadata={"help": "So many, in the voice of the one after each."})
 
 
@@ -138,7 +140,11 @@ def make_sampler(
     model_args: ModelArguments, batches: VoiceboxBatches, collator: SpeechCollator, dataset: Any
 ) -> SpeechSamples | None:
     codec = batches.encoder.codec
-    if dataset is None or not (batches.model.config.predicts_latent or model_args.vocoder):
+    if (
+        dataset is None
+        or not model_args.sample_steps
+        or not (batches.model.config.predicts_latent or model_args.vocoder)
+    ):
         return None
     vocoder, sampling_rate = None, codec.config.sampling_rate
     if not batches.model.config.predicts_latent:
