@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoFeatureExtractor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoTokenizer, TrainingArguments
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf import (
@@ -32,6 +32,7 @@ from flexicodec_hf.training.tts import (
     SpeechCollator,
     SpeechDataArguments,
     SpeechEncoder,
+    TTSTrainer,
     VoiceboxBatches,
     cache_splits,
     fresh_config,
@@ -157,14 +158,19 @@ def test_two_processes_are_one_with_twice_the_batch(recipe, extra, codec_dir, sp
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     found = []
     for count in (1, 2):
-        args = arguments(recipe, codec_dir, speech, tmp_path / str(count), "--max_steps", "4", "--use_cpu", **config)
+        output_dir = tmp_path / str(count)
+        args = arguments(recipe, codec_dir, speech, output_dir, "--max_steps", "4", "--use_cpu", *extra, **config)
         args[args.index("--per_device_train_batch_size") + 1] = str(4 // count)
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         if "--streaming" in extra and recipe == "voicebox":
             args += ["--do_eval", "--num_eval_examples", "4"]
-        subprocess.run([sys.executable, *launch, *args, *extra], check=True, env=environment, cwd=tmp_path)
-        found.append(list(losses(tmp_path / str(count)).values()))
-    assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], rel=1e-5)
+        # `--cpu` would start one process, whatever the number.
+        launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+        options = "--mixed_precision no --dynamo_backend no"
+        command = [sys.executable, *(f"{launch} {options}".split() if count == 2 else []), *args]
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+        state = json.loads((output_dir / "trainer_state.json").read_text())
+        found.append([state["epoch"], *losses(output_dir).values()])
+    assert len(found[0]) == 5 and found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.fixture
@@ -353,6 +359,14 @@ def test_a_latent_voicebox_speaks_in_the_codecs_own_scale(encoder, speech, devic
     assert output.mel.shape == latents.shape
     audio = encoder.codec.decode(latents=output.mel.transpose(1, 2), audio_codes_mask=output.mel_mask)
     assert torch.equal(audio.padding_mask.sum(dim=1), lengths.sum(dim=1) * 1280 - 16)
+
+
+def test_one_process_does_not_take_two_gpus(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = 2
+    model = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**MEL_VOICEBOX))
+    with pytest.raises(ValueError, match="There are 2 GPUs, and one process: start one for each"):
+        TTSTrainer(model, args, prepare=None)
 
 
 def test_latent_statistics_must_fit_the_model():

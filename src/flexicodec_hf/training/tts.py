@@ -575,7 +575,8 @@ class TTSTrainer(Trainer):
 
 class SpeechSamples(TrainerCallback):
     """
-    Lets the model speak every `every` steps and at the end, into `output_dir/samples` and TensorBoard. Training goes on as if it had not: random states are put back.
+    Lets the model speak every `every` steps and at the end, into `output_dir/samples` and TensorBoard. Training goes on as
+    if it had not: random states are put back.
 
     Args:
         speak: Called with the model, gives names and waveforms `(num_samples,)`.
@@ -654,3 +655,21 @@ def run_training(trainer: Trainer, data: SpeechDataArguments) -> None:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
+
+
+__all__ = [
+    "CODEC_INPUTS",
+    "ARBatches",
+    "SpeechCollator",
+    "SpeechDataArguments",
+    "SpeechEncoder",
+    "SpeechSamples",
+    "TTSTrainer",
+    "VoiceboxBatches",
+    "cache_splits",
+    "fresh_config",
+    "load_splits",
+    "parse_arguments",
+    "run_training",
+    "train_text_tokenizer",
+]
