@@ -20,13 +20,13 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerFast, get_scheduler
+from transformers import PreTrainedTokenizerFast
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
 
 from flexicodec_hf import FlexiCodecFeatureExtractor
 from flexicodec_hf.audio import resample
 from flexicodec_hf.training.data import decode_audio, load_speech, speech_loader
-from flexicodec_hf.training.loop import TrainingLoop, add_loop_arguments, make_accelerator
+from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, decode_ctc, train_tokenizer
 
 
@@ -72,11 +72,7 @@ class SemanticEncoderRecipe:
             vocab_size=len(self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        model = SemanticEncoderForCTC(config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-        self.scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps, args.max_steps)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.trained = TrainedModel(SemanticEncoderForCTC(config), args, self.accelerator, betas=(0.9, 0.98))
 
     def _prepare_inputs(self, directory: Path) -> None:
         """The feature extractor, which normalizes, and the tokenizer: those in `directory`, or new ones."""
@@ -130,21 +126,17 @@ class SemanticEncoderRecipe:
         )
 
     def train_step(self, inputs: dict[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
-        self.model.train()
+        self.trained.model.train()
         inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
-        loss = self.model(**inputs).loss
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": self.scheduler.get_last_lr()[0]}
+        loss = self.trained.model(**inputs).loss
+        norm = self.trained.update(loss)
+        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": self.trained.learning_rate}
 
     @torch.inference_mode()
     def evaluate(self, step: int, writer: SummaryWriter | None) -> Mapping[str, float]:
         if writer is None:
             return {}
-        model = self.accelerator.unwrap_model(self.model).eval()
+        model = self.trained.unwrapped.eval()
         losses, texts, heard = [], [], []
         for start in range(0, len(self.validation), self.args.batch_size):
             examples = self.validation[start : start + self.args.batch_size]
@@ -160,7 +152,7 @@ class SemanticEncoderRecipe:
         return {"loss": float(np.mean(losses)), "wer": jiwer.wer(texts, heard), "cer": jiwer.cer(texts, heard)}
 
     def save_pretrained(self, directory: Path) -> None:
-        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+        self.trained.unwrapped.save_pretrained(directory)
         self.feature_extractor.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
