@@ -10,8 +10,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import soundfile
-from datasets import Audio, Dataset, IterableDataset, load_dataset
-from datasets.distributed import split_dataset_by_node
+from datasets import Dataset, IterableDataset, Value, load_dataset
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -77,8 +76,9 @@ def load_speech(
     else:
         dataset = load_dataset(str(source), config_name, split=split, streaming=streaming)
         _check_column(dataset, audio_column, source)
-        # Undecoded: `datasets` decodes with torchcodec, we with soundfile, and only what is used.
-        dataset = dataset.cast_column(audio_column, Audio(decode=False))
+        # Undecoded: `datasets` reads audio with torchcodec, we with soundfile, and only what is used. The plain struct, because
+        # even `Audio(decode=False)` asks for torchcodec where a dataset is streamed.
+        dataset = dataset.cast_column(audio_column, {"bytes": Value("binary"), "path": Value("string")})
         if audio_column != "audio":
             dataset = dataset.rename_column(audio_column, "audio")
     if text_column != "text":
@@ -143,14 +143,14 @@ def speech_loader(
         raise ValueError(
             f"`batch_size` ({batch_size}) must be a multiple of the number of processes, {num_processes}."
         )
-    local_size = batch_size // num_processes
 
     def collate_places(items: list[tuple[tuple[int, int], Any]]) -> tuple[tuple[int, int], Any]:
         return items[0][0], collate([item for _, item in items])
 
     if isinstance(dataset, IterableDataset):
-        stream = _Stream(dataset, transform, seed, start, local_size, process_index, num_processes)
+        stream = _Stream(dataset, transform, seed, start, batch_size, process_index, num_processes)
         # `datasets` shuffles otherwise in a worker than outside, so that the number of workers has to be fixed.
+        local_size = batch_size // num_processes
         return DataLoader(stream, local_size, num_workers=1, collate_fn=collate_places, persistent_workers=True)
     if len(dataset) < batch_size:
         raise ValueError(f"The dataset has {len(dataset)} examples, fewer than `batch_size`={batch_size}.")
@@ -210,7 +210,10 @@ class _Examples(TorchDataset):
 
 
 class _Stream(TorchIterableDataset):
-    """Items of this process from a streamed dataset. What comes before `start` in its epoch is read again, undecoded."""
+    """
+    Items of this process from a streamed dataset. Every process reads the whole stream and decodes its own part, so that
+    all agree where an epoch ends; what comes before `start` in its epoch is read again, undecoded.
+    """
 
     def __init__(
         self,
@@ -218,32 +221,29 @@ class _Stream(TorchIterableDataset):
         transform: Callable[[dict[str, Any], np.random.Generator], Any],
         seed: int,
         start: tuple[int, int],
-        local_size: int,
+        batch_size: int,
         process_index: int,
         num_processes: int,
     ):
-        dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        self.dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
-        self.transform, self.seed, self.start = transform, seed, start
-        self.local_size = local_size
-        self.process_index, self.num_processes = process_index, num_processes
+        self.dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        self.transform, self.seed, self.start, self.batch_size = transform, seed, start, batch_size
+        self.part = slice(process_index, None, num_processes)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], Any]]:
         epoch, first = self.start
         while True:
             self.dataset.set_epoch(epoch)
-            whole: list[tuple[int, dict[str, Any]]] = []
+            examples: list[tuple[int, dict[str, Any]]] = []
             for number, example in enumerate(self.dataset):
-                batch = number // self.local_size
+                batch = number // self.batch_size
                 if batch < first:
                     continue
-                whole.append((number, example))
-                if len(whole) == self.local_size:
-                    for number, example in whole:
-                        place = number * self.num_processes + self.process_index
-                        random = np.random.default_rng((self.seed, epoch, place))
+                examples.append((number, example))
+                if len(examples) == self.batch_size:
+                    for number, example in examples[self.part]:
+                        random = np.random.default_rng((self.seed, epoch, number))
                         yield (epoch, batch), self.transform(example, random)
-                    whole = []
+                    examples = []
             epoch, first = epoch + 1, 0
 
 
