@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import soundfile
+import torch
 from datasets import Dataset, IterableDataset, Value, load_dataset
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
@@ -151,7 +152,14 @@ def speech_loader(
         stream = _Stream(dataset, transform, seed, start, batch_size, process_index, num_processes)
         # `datasets` shuffles otherwise in a worker than outside, so that the number of workers has to be fixed.
         local_size = batch_size // num_processes
-        return DataLoader(stream, local_size, num_workers=1, collate_fn=collate_places, persistent_workers=True)
+        return DataLoader(
+            stream,
+            local_size,
+            num_workers=1,
+            collate_fn=collate_places,
+            persistent_workers=True,
+            generator=torch.Generator(),
+        )
     if len(dataset) < batch_size:
         raise ValueError(f"The dataset has {len(dataset)} examples, fewer than `batch_size`={batch_size}.")
     sampler = _PlaceSampler(len(dataset), batch_size, seed, start, process_index, num_processes, lengths)
@@ -162,6 +170,7 @@ def speech_loader(
         num_workers=num_workers,
         collate_fn=collate_places,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # without one, each loader that is made draws from the random numbers of the model
     )
 
 
