@@ -3,18 +3,21 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel
 
-from conftest import AUDIO
+from conftest import AUDIO, assert_close
 from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
 from flexicodec_hf.audio import read_audio
+from flexicodec_hf.conversion.checkpoint import CheckpointError
+from flexicodec_hf.conversion.codec import convert_codec
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -175,6 +178,26 @@ def test_codec_starts_from_a_codec(run, codec, tmp_path):
         *("--crop-s", 0.48, "--num-validation", 1, "--discriminator-start", 1, "--learning-rate", 0),
     )
     assert rows[-1]["mel_all_rows"] == pytest.approx(codec[1][-1]["mel_all_rows"], rel=1e-5)
+
+
+def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):
+    """A file that lacks what makes the rate dynamic, as DualCodec's does."""
+    fixture = golden("codec_tiny")
+    weights = {
+        name: weight for name, weight in fixture.weights.items() if not re.match("bottleneck|.*aggregator", name)
+    }
+    save_file(weights, tmp_path / "start.safetensors")
+    (tmp_path / "start.yaml").write_text(json.dumps({"model": fixture.spec["config"]}))
+    with pytest.raises(CheckpointError, match=r"no query token aggregator .* Pass `--allow-partial`"):
+        convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml")
+    convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml", allow_partial=True)
+    run(
+        *("train_codec", tmp_path / "codec", "--init-from", tmp_path / "start", "--max-steps", 1, "--batch-size", 2),
+        *("--crop-s", 0.48, "--num-validation", 0, "--discriminator-start", 1, "--learning-rate", 0),
+    )
+    model = FlexiCodecModel.from_pretrained(tmp_path / "codec" / "model")
+    assert_close(model.acoustic_decoder.conv1.bias, weights["dac.decoder.model.0.bias"])
+    assert model.bottleneck.layers[0].fc1.weight.std() > 0
 
 
 def test_codec_says_what_it_can_start_from(run, tmp_path, capsys):
