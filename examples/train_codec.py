@@ -11,6 +11,7 @@ machine, `--discriminator-start` puts off the discriminators, which cost several
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,23 @@ def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
     return codec
 
 
+def crop(example: dict[str, Any], random: np.random.Generator, sampling_rate: int, num_samples: int) -> np.ndarray:
+    return random_crop(decode_audio(example["audio"], sampling_rate), num_samples, random)
+
+
+def prepare(
+    waveforms: list[np.ndarray], feature_extractor: FlexiCodecFeatureExtractor, num_samples: int
+) -> dict[str, Tensor]:
+    inputs = feature_extractor(
+        waveforms,
+        sampling_rate=feature_extractor.sampling_rate,
+        padding="max_length",
+        max_length=num_samples,
+        return_tensors="pt",
+    )
+    return dict(inputs)
+
+
 class CodecRecipe:
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -87,8 +105,8 @@ class CodecRecipe:
     def batches(self, start: tuple[int, int]) -> DataLoader:
         return speech_loader(
             self.dataset,
-            self._crop,
-            self._collate,
+            functools.partial(crop, sampling_rate=self.config.sampling_rate, num_samples=self.num_samples),
+            functools.partial(prepare, feature_extractor=self.feature_extractor, num_samples=self.num_samples),
             batch_size=self.args.batch_size,
             seed=self.args.seed,
             start=start,
@@ -96,19 +114,6 @@ class CodecRecipe:
             num_processes=self.accelerator.num_processes,
             num_workers=self.args.num_workers,
         )
-
-    def _crop(self, example: dict[str, Any], random: np.random.Generator) -> np.ndarray:
-        return random_crop(decode_audio(example["audio"], self.config.sampling_rate), self.num_samples, random)
-
-    def _collate(self, waveforms: list[np.ndarray]) -> dict[str, Tensor]:
-        inputs = self.feature_extractor(
-            waveforms,
-            sampling_rate=self.config.sampling_rate,
-            padding="max_length",
-            max_length=self.num_samples,
-            return_tensors="pt",
-        )
-        return dict(inputs)
 
     def train_step(self, inputs: dict[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
         self.trained.model.train()

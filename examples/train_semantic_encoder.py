@@ -45,6 +45,25 @@ def augment(waveform: np.ndarray, sampling_rate: int, random: np.random.Generato
     return np.clip(waveform, -1, 1).astype(np.float32)
 
 
+def read(example: dict[str, Any], random: np.random.Generator, sampling_rate: int) -> tuple[np.ndarray, str]:
+    return augment(decode_audio(example["audio"], sampling_rate), sampling_rate, random), example["text"]
+
+
+def prepare(
+    items: list[tuple[np.ndarray, str]],
+    feature_extractor: FlexiCodecFeatureExtractor,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Tensor]:
+    waveforms, texts = zip(*items, strict=True)
+    inputs = feature_extractor(list(waveforms), sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
+    labels = tokenizer(list(texts), padding=True, return_tensors="pt")
+    return {
+        "input_features": inputs.input_features,
+        "input_features_mask": inputs.input_features_mask,
+        "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
+    }
+
+
 class SemanticEncoderRecipe:
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -92,30 +111,14 @@ class SemanticEncoderRecipe:
         self.tokenizer.save_pretrained(directory)
         self.feature_extractor.save_pretrained(directory)
 
-    def _example(self, example: dict[str, Any], random: np.random.Generator) -> tuple[np.ndarray, str]:
-        waveform = decode_audio(example["audio"], self.feature_extractor.sampling_rate)
-        return augment(waveform, self.feature_extractor.sampling_rate, random), example["text"]
-
-    def _collate(self, items: list[tuple[np.ndarray, str]]) -> dict[str, Tensor]:
-        waveforms, texts = zip(*items, strict=True)
-        inputs = self.feature_extractor(
-            list(waveforms), sampling_rate=self.feature_extractor.sampling_rate, return_tensors="pt"
-        )
-        labels = self.tokenizer(list(texts), padding=True, return_tensors="pt")
-        return {
-            "input_features": inputs.input_features,
-            "input_features_mask": inputs.input_features_mask,
-            "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
-        }
-
     def batches(self, start: tuple[int, int]) -> DataLoader:
         lengths = None
         if isinstance(self.dataset, Dataset):
             lengths = [len(text) for text in self.dataset["text"]]  # about as long as the speech
         return speech_loader(
             self.dataset,
-            self._example,
-            self._collate,
+            functools.partial(read, sampling_rate=self.feature_extractor.sampling_rate),
+            functools.partial(prepare, feature_extractor=self.feature_extractor, tokenizer=self.tokenizer),
             batch_size=self.args.batch_size,
             seed=self.args.seed,
             start=start,
@@ -141,7 +144,8 @@ class SemanticEncoderRecipe:
         for start in range(0, len(self.validation), self.args.batch_size):
             examples = self.validation[start : start + self.args.batch_size]
             clips = [decode_audio(example["audio"], self.feature_extractor.sampling_rate) for example in examples]
-            inputs = self._collate([(clip, example["text"]) for clip, example in zip(clips, examples, strict=True)])
+            pairs = [(clip, example["text"]) for clip, example in zip(clips, examples, strict=True)]
+            inputs = prepare(pairs, self.feature_extractor, self.tokenizer)
             output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
             losses += [output.loss.item()] * len(examples)
             heard += decode_ctc(self.tokenizer, output.logits, inputs["input_features_mask"])

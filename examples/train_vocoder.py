@@ -9,6 +9,7 @@ The losses are the codec's: multi-scale mel spectra, discriminators to fool, and
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,17 @@ from flexicodec_hf.training.samples import write_samples
 
 
 MEL_WEIGHT, ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 15.0, 1.0, 2.0
+
+
+def crop(example: dict[str, Any], random: np.random.Generator, sampling_rate: int, num_samples: int) -> np.ndarray:
+    waveform = random_crop(decode_audio(example["audio"], sampling_rate), num_samples, random)
+    return np.pad(waveform, (0, num_samples - len(waveform)))
+
+
+def prepare(waveforms: list[np.ndarray], feature_extractor: FlexiCodecMelFeatureExtractor) -> tuple[Tensor, Tensor]:
+    """Mel spectrograms, and the waveforms that they are of."""
+    features = feature_extractor(waveforms, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
+    return features.mel, torch.from_numpy(np.stack(waveforms))[:, None]
 
 
 class VocoderRecipe:
@@ -73,8 +85,8 @@ class VocoderRecipe:
     def batches(self, start: tuple[int, int]) -> DataLoader:
         return speech_loader(
             self.dataset,
-            self._crop,
-            self._collate,
+            functools.partial(crop, sampling_rate=self.config.sampling_rate, num_samples=self.num_samples),
+            functools.partial(prepare, feature_extractor=self.feature_extractor),
             batch_size=self.args.batch_size,
             seed=self.args.seed,
             start=start,
@@ -82,14 +94,6 @@ class VocoderRecipe:
             num_processes=self.accelerator.num_processes,
             num_workers=self.args.num_workers,
         )
-
-    def _crop(self, example: dict[str, Any], random: np.random.Generator) -> np.ndarray:
-        waveform = random_crop(decode_audio(example["audio"], self.config.sampling_rate), self.num_samples, random)
-        return np.pad(waveform, (0, self.num_samples - len(waveform)))
-
-    def _collate(self, waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        features = self.feature_extractor(waveforms, sampling_rate=self.config.sampling_rate, return_tensors="pt")
-        return features.mel, torch.from_numpy(np.stack(waveforms))[:, None]
 
     def train_step(self, inputs: tuple[Tensor, Tensor], step: int) -> Mapping[str, Tensor | float]:
         self.trained.model.train()
@@ -118,7 +122,7 @@ class VocoderRecipe:
         distances = []
         with self.ema.applied():
             for number, waveform in enumerate(self.validation):
-                mel, real = (tensor.to(vocoder.device) for tensor in self._collate([waveform]))
+                mel, real = (tensor.to(vocoder.device) for tensor in prepare([waveform], self.feature_extractor))
                 fake = vocoder(mel).audio_values[:, None]
                 distances.append(self.mel_loss(fake, real).item())
                 if number == 0:

@@ -106,6 +106,10 @@ def test_crops_at_random_places():
     np.testing.assert_array_equal(random_crop(waveform, 20, np.random.default_rng(0)), waveform)
 
 
+def name_and_number(row, random):
+    return row["name"], random.random()
+
+
 def batches(dataset, number, **options):
     loader = iter(speech_loader(dataset, lambda row, random: (row["name"], random.random()), list, seed=3, **options))
     return [next(loader) for _ in range(number)]

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,12 +173,31 @@ def test_interrupted_codec_resumes_to_the_same_losses(run, codec, codec_options,
         assert torch.equal(weight, expected[name]), name
 
 
-def test_codec_starts_from_a_codec(run, codec, tmp_path):
+def test_codec_starts_from_a_codec_and_a_stream(run, codec, tmp_path):
     rows = run(
         *("train_codec", tmp_path, "--init-from", codec[0] / "model", "--max-steps", 1, "--batch-size", 2),
-        *("--crop-s", 0.48, "--num-validation", 1, "--discriminator-start", 1, "--learning-rate", 0),
+        *("--crop-s", 0.48, "--num-validation", 1, "--discriminator-start", 1, "--learning-rate", 0, "--streaming"),
     )
     assert rows[-1]["mel_all_rows"] == pytest.approx(codec[1][-1]["mel_all_rows"], rel=1e-5)
+
+
+def test_pushes_the_model_at_the_end(run, codec, codec_options, tmp_path, monkeypatch):
+    calls = []
+
+    class FakeApi:
+        def create_repo(self, repo_id, exist_ok):
+            calls.append((repo_id, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr("flexicodec_hf.training.loop.HfApi", FakeApi)
+    shutil.copytree(codec[0], tmp_path / "codec")
+    run("train_codec", tmp_path / "codec", *codec_options, "--max-steps", 4, "--push-to-hub", "me/codec")
+    (created, files) = calls
+    assert created == ("me/codec", True)
+    assert files[0] == "me/codec"
+    assert files[1] >= {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_flexicodec.py"}
 
 
 def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def speech_loader(
     Args:
         dataset: From `load_speech`. A streamed one is shuffled in a buffer.
         transform: Makes an item of an example, with a random generator of its own.
-        collate: Makes a batch of a list of items.
+        collate: Makes a batch of a list of items. Both travel to worker processes: no lambdas, no models inside.
         start: The epoch, and the batch in it, to begin with.
         num_workers: Worker processes. A streamed dataset has always one.
         lengths: How long each example is, in any unit, to batch examples of about the same length.
@@ -145,9 +146,7 @@ def speech_loader(
             f"`batch_size` ({batch_size}) must be a multiple of the number of processes, {num_processes}."
         )
 
-    def collate_places(items: list[tuple[tuple[int, int], Any]]) -> tuple[tuple[int, int], Any]:
-        return items[0][0], collate([item for _, item in items])
-
+    collate_places = functools.partial(_collate_places, collate)
     if isinstance(dataset, IterableDataset):
         stream = _Stream(dataset, transform, seed, start, batch_size, process_index, num_processes)
         # `datasets` shuffles otherwise in a worker than outside, so that the number of workers has to be fixed.
@@ -172,6 +171,12 @@ def speech_loader(
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # without one, each loader that is made draws from the random numbers of the model
     )
+
+
+def _collate_places(
+    collate: Callable[[list[Any]], Any], items: list[tuple[tuple[int, int], Any]]
+) -> tuple[tuple[int, int], Any]:
+    return items[0][0], collate([item for _, item in items])
 
 
 class _PlaceSampler(Sampler[list[tuple[int, int, int]]]):
