@@ -226,6 +226,26 @@ def test_codec_says_what_it_can_start_from(run, tmp_path, capsys):
     assert "pass either --init-from, or --config and --semantic-encoder" in capsys.readouterr().err
 
 
+def test_codec_trains_in_mixed_precision(codec, device):
+    """The quantizers choose in float32 even then."""
+    model = FlexiCodecModel.from_pretrained(codec[0] / "model").to(device)
+    extractor = AutoFeatureExtractor.from_pretrained(codec[0] / "model")
+    waveform = read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform
+    inputs = extractor([waveform[:20_000], waveform[:12_000]], sampling_rate=16_000, return_tensors="pt").to(device)
+    chosen = {}
+    for number, quantizer in enumerate([model.semantic_quantizer.fsq, *model.acoustic_quantizer.quantizers]):
+        quantizer.register_forward_hook(
+            lambda module, args, output, number=number: chosen.update({number: (args, output)})
+        )
+    with torch.autocast(device, torch.bfloat16):
+        output = model(**inputs, merging_threshold=0.9)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    for number, (arguments, outputs) in chosen.items():
+        quantizer = model.semantic_quantizer.fsq if number == 0 else model.acoustic_quantizer.quantizers[number - 1]
+        assert torch.equal(quantizer(arguments[0].float())[-1], outputs[-1])
+
+
 def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, tmp_path):
     options = (*codec_options, "--max-steps", 4, "--learning-rate", 0.001)
     arguments = [
