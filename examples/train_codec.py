@@ -11,6 +11,7 @@ machine, `--discriminator-start` puts off the discriminators, which cost several
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,19 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import get_scheduler
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
+from flexicodec_hf.training.adversarial import Adversary
 from flexicodec_hf.training.data import decode_audio, load_speech, random_crop, speech_loader
 from flexicodec_hf.training.discriminators import Discriminators
 from flexicodec_hf.training.ema import ExponentialMovingAverage
-from flexicodec_hf.training.loop import TrainingLoop, add_loop_arguments, make_accelerator
-from flexicodec_hf.training.losses import (
-    MultiScaleMelLoss,
-    adversarial_loss,
-    discriminator_loss,
-    feature_matching_loss,
-)
+from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
+from flexicodec_hf.training.losses import MultiScaleMelLoss
 from flexicodec_hf.training.samples import write_samples
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 
@@ -60,6 +56,23 @@ def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
     return codec
 
 
+def crop(example: dict[str, Any], random: np.random.Generator, sampling_rate: int, num_samples: int) -> np.ndarray:
+    return random_crop(decode_audio(example["audio"], sampling_rate), num_samples, random)
+
+
+def prepare(
+    waveforms: list[np.ndarray], feature_extractor: FlexiCodecFeatureExtractor, num_samples: int
+) -> dict[str, Tensor]:
+    inputs = feature_extractor(
+        waveforms,
+        sampling_rate=feature_extractor.sampling_rate,
+        padding="max_length",
+        max_length=num_samples,
+        return_tensors="pt",
+    )
+    return dict(inputs)
+
+
 class CodecRecipe:
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -82,27 +95,18 @@ class CodecRecipe:
 
         self.mel_loss = MultiScaleMelLoss(self.config.sampling_rate).to(self.accelerator.device)
         self.ema = ExponentialMovingAverage(codec.to(self.accelerator.device), args.ema_decay)
-        self.codec, self.codec_optimizer, self.codec_scheduler = self._prepare(codec)
+        self.trained = TrainedModel(codec, args, self.accelerator)
         self.accelerator.register_for_checkpointing(self.ema)
-        self.adversarial = args.discriminator_start < args.max_steps
-        if self.adversarial:
+        self.adversary = None
+        if args.discriminator_start < args.max_steps:
             discriminators = Discriminators(size=args.discriminator_size)
-            self.discriminators, self.discriminator_optimizer, self.discriminator_scheduler = self._prepare(
-                discriminators
-            )
-
-    def _prepare(self, model: nn.Module) -> tuple[nn.Module, Any, Any]:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.args.learning_rate, betas=(0.9, 0.99))
-        scheduler = get_scheduler(self.args.lr_schedule, optimizer, self.args.warmup_steps, self.args.max_steps)
-        self.accelerator.register_for_checkpointing(scheduler)
-        return *self.accelerator.prepare(model, optimizer), scheduler
+            self.adversary = Adversary(discriminators, args, self.accelerator)
 
     def batches(self, start: tuple[int, int]) -> DataLoader:
         return speech_loader(
             self.dataset,
-            self._crop,
-            self._collate,
+            functools.partial(crop, sampling_rate=self.config.sampling_rate, num_samples=self.num_samples),
+            functools.partial(prepare, feature_extractor=self.feature_extractor, num_samples=self.num_samples),
             batch_size=self.args.batch_size,
             seed=self.args.seed,
             start=start,
@@ -111,25 +115,12 @@ class CodecRecipe:
             num_workers=self.args.num_workers,
         )
 
-    def _crop(self, example: dict[str, Any], random: np.random.Generator) -> np.ndarray:
-        return random_crop(decode_audio(example["audio"], self.config.sampling_rate), self.num_samples, random)
-
-    def _collate(self, waveforms: list[np.ndarray]) -> dict[str, Tensor]:
-        inputs = self.feature_extractor(
-            waveforms,
-            sampling_rate=self.config.sampling_rate,
-            padding="max_length",
-            max_length=self.num_samples,
-            return_tensors="pt",
-        )
-        return dict(inputs)
-
     def train_step(self, inputs: dict[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
-        self.codec.train()
+        self.trained.model.train()
         inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
         real = inputs["input_values"]
         threshold, num_quantizers = self._draw(step)
-        output = self.codec(**inputs, merging_threshold=threshold, num_quantizers=num_quantizers)
+        output = self.trained.model(**inputs, merging_threshold=threshold, num_quantizers=num_quantizers)
         fake = output.audio_values.float()
 
         losses = {
@@ -148,13 +139,12 @@ class CodecRecipe:
             share = num_tokens / self.accelerator.reduce(num_tokens, "mean")
             losses["distillation"] = output.distillation_loss * share
             loss = loss + self.config.distillation_loss_weight * losses["distillation"]
-        if self.adversarial and step >= self.args.discriminator_start:
-            losses["discriminator"] = self._train_discriminators(real, fake.detach())
-            losses["adversarial"], losses["feature"] = self._judge(real, fake)
+        if self.adversary is not None and step >= self.args.discriminator_start:
+            losses["discriminator"] = self.adversary.train(real, fake)
+            losses["adversarial"], losses["feature"] = self.adversary.judge(real, fake)
             loss = loss + ADVERSARIAL_WEIGHT * losses["adversarial"] + FEATURE_WEIGHT * losses["feature"]
 
-        self.accelerator.backward(loss)
-        norm = self._update(self.codec, self.codec_optimizer, self.codec_scheduler)
+        norm = self.trained.update(loss)
         self.ema.update()
         duration = output.token_lengths.sum() / self.config.frame_rate
         return {
@@ -162,7 +152,7 @@ class CodecRecipe:
             **{name: value.detach() for name, value in losses.items()},
             "gradient_norm": norm,
             "tokens_per_second": output.audio_codes_mask.sum() / duration,
-            "learning_rate": self.codec_scheduler.get_last_lr()[0],
+            "learning_rate": self.trained.learning_rate,
         }
 
     def _draw(self, step: int) -> tuple[float, int | Tensor]:
@@ -179,38 +169,11 @@ class CodecRecipe:
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         return threshold, torch.from_numpy(counts[mine])
 
-    def _train_discriminators(self, real: Tensor, fake: Tensor) -> Tensor:
-        scores, _ = self.discriminators(torch.cat([real, fake]))
-        halves = [score.float().chunk(2) for score in scores]
-        loss = discriminator_loss([real for real, _ in halves], [fake for _, fake in halves])
-        self.accelerator.backward(loss)
-        self._update(self.discriminators, self.discriminator_optimizer, self.discriminator_scheduler)
-        return loss
-
-    def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The adversarial and the feature matching loss."""
-        discriminators = self.accelerator.unwrap_model(self.discriminators).requires_grad_(False)
-        with self.accelerator.autocast():
-            scores, features = discriminators(torch.cat([real, fake]))
-        discriminators.requires_grad_(True)
-        halves = [[feature.float().chunk(2) for feature in layers] for layers in features]
-        matching = feature_matching_loss(
-            [[real for real, _ in layers] for layers in halves], [[fake for _, fake in layers] for layers in halves]
-        )
-        return adversarial_loss([score.float().chunk(2)[1] for score in scores]), matching
-
-    def _update(self, model: nn.Module, optimizer: Any, scheduler: Any) -> Tensor:
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        return norm
-
     @torch.inference_mode()
     def evaluate(self, step: int, writer: SummaryWriter | None) -> Mapping[str, float]:
         if writer is None:
             return {}
-        codec = self.accelerator.unwrap_model(self.codec).eval()
+        codec = self.trained.unwrapped.eval()
         metrics: dict[str, list[float]] = {}
         with self.ema.applied():
             for number, waveform in enumerate(self.validation):
@@ -231,7 +194,7 @@ class CodecRecipe:
 
     def save_pretrained(self, directory: Path) -> None:
         with self.ema.applied():
-            self.accelerator.unwrap_model(self.codec).save_pretrained(directory)
+            self.trained.unwrapped.save_pretrained(directory)
         self.feature_extractor.save_pretrained(directory)
 
 

@@ -20,13 +20,13 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerFast, get_scheduler
+from transformers import PreTrainedTokenizerFast
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
 
 from flexicodec_hf import FlexiCodecFeatureExtractor
 from flexicodec_hf.audio import resample
 from flexicodec_hf.training.data import decode_audio, load_speech, speech_loader
-from flexicodec_hf.training.loop import TrainingLoop, add_loop_arguments, make_accelerator
+from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, decode_ctc, train_tokenizer
 
 
@@ -43,6 +43,25 @@ def augment(waveform: np.ndarray, sampling_rate: int, random: np.random.Generato
     noise = np.sqrt(np.mean(waveform**2)) * 10 ** (-random.uniform(15, 60) / 20)
     waveform = waveform + noise * random.standard_normal(len(waveform))
     return np.clip(waveform, -1, 1).astype(np.float32)
+
+
+def read(example: dict[str, Any], random: np.random.Generator, sampling_rate: int) -> tuple[np.ndarray, str]:
+    return augment(decode_audio(example["audio"], sampling_rate), sampling_rate, random), example["text"]
+
+
+def prepare(
+    items: list[tuple[np.ndarray, str]],
+    feature_extractor: FlexiCodecFeatureExtractor,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Tensor]:
+    waveforms, texts = zip(*items, strict=True)
+    inputs = feature_extractor(list(waveforms), sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
+    labels = tokenizer(list(texts), padding=True, return_tensors="pt")
+    return {
+        "input_features": inputs.input_features,
+        "input_features_mask": inputs.input_features_mask,
+        "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
+    }
 
 
 class SemanticEncoderRecipe:
@@ -72,11 +91,7 @@ class SemanticEncoderRecipe:
             vocab_size=len(self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        model = SemanticEncoderForCTC(config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-        self.scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps, args.max_steps)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.trained = TrainedModel(SemanticEncoderForCTC(config), args, self.accelerator, betas=(0.9, 0.98))
 
     def _prepare_inputs(self, directory: Path) -> None:
         """The feature extractor, which normalizes, and the tokenizer: those in `directory`, or new ones."""
@@ -96,30 +111,14 @@ class SemanticEncoderRecipe:
         self.tokenizer.save_pretrained(directory)
         self.feature_extractor.save_pretrained(directory)
 
-    def _example(self, example: dict[str, Any], random: np.random.Generator) -> tuple[np.ndarray, str]:
-        waveform = decode_audio(example["audio"], self.feature_extractor.sampling_rate)
-        return augment(waveform, self.feature_extractor.sampling_rate, random), example["text"]
-
-    def _collate(self, items: list[tuple[np.ndarray, str]]) -> dict[str, Tensor]:
-        waveforms, texts = zip(*items, strict=True)
-        inputs = self.feature_extractor(
-            list(waveforms), sampling_rate=self.feature_extractor.sampling_rate, return_tensors="pt"
-        )
-        labels = self.tokenizer(list(texts), padding=True, return_tensors="pt")
-        return {
-            "input_features": inputs.input_features,
-            "input_features_mask": inputs.input_features_mask,
-            "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
-        }
-
     def batches(self, start: tuple[int, int]) -> DataLoader:
         lengths = None
         if isinstance(self.dataset, Dataset):
             lengths = [len(text) for text in self.dataset["text"]]  # about as long as the speech
         return speech_loader(
             self.dataset,
-            self._example,
-            self._collate,
+            functools.partial(read, sampling_rate=self.feature_extractor.sampling_rate),
+            functools.partial(prepare, feature_extractor=self.feature_extractor, tokenizer=self.tokenizer),
             batch_size=self.args.batch_size,
             seed=self.args.seed,
             start=start,
@@ -130,26 +129,23 @@ class SemanticEncoderRecipe:
         )
 
     def train_step(self, inputs: dict[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
-        self.model.train()
+        self.trained.model.train()
         inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
-        loss = self.model(**inputs).loss
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": self.scheduler.get_last_lr()[0]}
+        loss = self.trained.model(**inputs).loss
+        norm = self.trained.update(loss)
+        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": self.trained.learning_rate}
 
     @torch.inference_mode()
     def evaluate(self, step: int, writer: SummaryWriter | None) -> Mapping[str, float]:
         if writer is None:
             return {}
-        model = self.accelerator.unwrap_model(self.model).eval()
+        model = self.trained.unwrapped.eval()
         losses, texts, heard = [], [], []
         for start in range(0, len(self.validation), self.args.batch_size):
             examples = self.validation[start : start + self.args.batch_size]
             clips = [decode_audio(example["audio"], self.feature_extractor.sampling_rate) for example in examples]
-            inputs = self._collate([(clip, example["text"]) for clip, example in zip(clips, examples, strict=True)])
+            pairs = [(clip, example["text"]) for clip, example in zip(clips, examples, strict=True)]
+            inputs = prepare(pairs, self.feature_extractor, self.tokenizer)
             output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
             losses += [output.loss.item()] * len(examples)
             heard += decode_ctc(self.tokenizer, output.logits, inputs["input_features_mask"])
@@ -160,7 +156,7 @@ class SemanticEncoderRecipe:
         return {"loss": float(np.mean(losses)), "wer": jiwer.wer(texts, heard), "cer": jiwer.cer(texts, heard)}
 
     def save_pretrained(self, directory: Path) -> None:
-        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+        self.trained.unwrapped.save_pretrained(directory)
         self.feature_extractor.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 

@@ -23,6 +23,7 @@ from transformers.models.dac.modeling_dac import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexicodec import FlexiCodecConfig
 
@@ -298,7 +299,7 @@ class FlexiCodecTokenAggregator(nn.Module):
         num_tokens = token_lengths.shape[1]
         length = num_frames + num_tokens
 
-        queries = mean_by_token(frames, token_lengths, frame_mask) + self.query_embedding
+        queries = (mean_by_token(frames, token_lengths, frame_mask) + self.query_embedding).to(frames.dtype)
         frame_positions = torch.arange(num_frames, device=frames.device) + frame_to_token(token_lengths, num_frames)
         query_positions = token_lengths.cumsum(dim=1) + torch.arange(num_tokens, device=frames.device)
         positions = torch.cat([frame_positions, query_positions], dim=1)
@@ -357,7 +358,8 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
             The quantized vectors, of the same shape, and the codes, `(batch_size, num_tokens)`.
         """
         # In float32 whatever the model's dtype: a rounding decision is not to hang on the last bits of bfloat16.
-        projected = F.linear(hidden_states.float(), self.project_in.weight.float(), self.project_in.bias.float())
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            projected = F.linear(hidden_states.float(), self.project_in.weight.float(), self.project_in.bias.float())
         half_width = self.levels // 2
         half_range = (self.levels - 1) * (1 - 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
@@ -395,12 +397,13 @@ class FlexiCodecVectorQuantizer(nn.Module):
             Their projection and the chosen entries, both `(batch_size, num_tokens, codebook_dim)` in float32, and the
             codes `(batch_size, num_tokens)`.
         """
-        projected = F.linear(hidden_states.float(), self.in_proj.weight.float(), self.in_proj.bias.float())
-        codebook = F.normalize(self.codebook.weight.float())
-        # The squared distance of unit vectors, less a constant: that the norms of the entries are not exactly 1 in
-        # float32 decides near ties, as it does in the released codec (transformers' `DacVectorQuantize` adds them
-        # with the other sign).
-        distances = codebook.square().sum(dim=1) - 2 * F.normalize(projected, dim=-1) @ codebook.t()
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            projected = F.linear(hidden_states.float(), self.in_proj.weight.float(), self.in_proj.bias.float())
+            codebook = F.normalize(self.codebook.weight.float())
+            # The squared distance of unit vectors, less a constant: that the norms of the entries are not exactly 1 in
+            # float32 decides near ties, as it does in the released codec (transformers' `DacVectorQuantize` adds them
+            # with the other sign).
+            distances = codebook.square().sum(dim=1) - 2 * F.normalize(projected, dim=-1) @ codebook.t()
         codes = distances.argmin(dim=-1)
         return projected, self.codebook(codes).float(), codes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import fsspec
 import numpy as np
 import soundfile
-from datasets import Audio, Dataset, IterableDataset, load_dataset
-from datasets.distributed import split_dataset_by_node
+import torch
+from datasets import Dataset, IterableDataset, Value, load_dataset
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -77,8 +78,9 @@ def load_speech(
     else:
         dataset = load_dataset(str(source), config_name, split=split, streaming=streaming)
         _check_column(dataset, audio_column, source)
-        # Undecoded: `datasets` decodes with torchcodec, we with soundfile, and only what is used.
-        dataset = dataset.cast_column(audio_column, Audio(decode=False))
+        # Undecoded: `datasets` reads audio with torchcodec, we with soundfile, and only what is used. The plain struct, because
+        # even `Audio(decode=False)` asks for torchcodec where a dataset is streamed.
+        dataset = dataset.cast_column(audio_column, {"bytes": Value("binary"), "path": Value("string")})
         if audio_column != "audio":
             dataset = dataset.rename_column(audio_column, "audio")
     if text_column != "text":
@@ -131,7 +133,7 @@ def speech_loader(
     Args:
         dataset: From `load_speech`. A streamed one is shuffled in a buffer.
         transform: Makes an item of an example, with a random generator of its own.
-        collate: Makes a batch of a list of items.
+        collate: Makes a batch of a list of items. Both travel to worker processes: no lambdas, no models inside.
         start: The epoch, and the batch in it, to begin with.
         num_workers: Worker processes. A streamed dataset has always one.
         lengths: How long each example is, in any unit, to batch examples of about the same length.
@@ -143,15 +145,20 @@ def speech_loader(
         raise ValueError(
             f"`batch_size` ({batch_size}) must be a multiple of the number of processes, {num_processes}."
         )
-    local_size = batch_size // num_processes
 
-    def collate_places(items: list[tuple[tuple[int, int], Any]]) -> tuple[tuple[int, int], Any]:
-        return items[0][0], collate([item for _, item in items])
-
+    collate_places = functools.partial(_collate_places, collate)
     if isinstance(dataset, IterableDataset):
-        stream = _Stream(dataset, transform, seed, start, local_size, process_index, num_processes)
+        stream = _Stream(dataset, transform, seed, start, batch_size, process_index, num_processes)
         # `datasets` shuffles otherwise in a worker than outside, so that the number of workers has to be fixed.
-        return DataLoader(stream, local_size, num_workers=1, collate_fn=collate_places, persistent_workers=True)
+        local_size = batch_size // num_processes
+        return DataLoader(
+            stream,
+            local_size,
+            num_workers=1,
+            collate_fn=collate_places,
+            persistent_workers=True,
+            generator=torch.Generator(),
+        )
     if len(dataset) < batch_size:
         raise ValueError(f"The dataset has {len(dataset)} examples, fewer than `batch_size`={batch_size}.")
     sampler = _PlaceSampler(len(dataset), batch_size, seed, start, process_index, num_processes, lengths)
@@ -162,7 +169,14 @@ def speech_loader(
         num_workers=num_workers,
         collate_fn=collate_places,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # without one, each loader that is made draws from the random numbers of the model
     )
+
+
+def _collate_places(
+    collate: Callable[[list[Any]], Any], items: list[tuple[tuple[int, int], Any]]
+) -> tuple[tuple[int, int], Any]:
+    return items[0][0], collate([item for _, item in items])
 
 
 class _PlaceSampler(Sampler[list[tuple[int, int, int]]]):
@@ -210,7 +224,10 @@ class _Examples(TorchDataset):
 
 
 class _Stream(TorchIterableDataset):
-    """Items of this process from a streamed dataset. What comes before `start` in its epoch is read again, undecoded."""
+    """
+    Items of this process from a streamed dataset. Every process reads the whole stream and decodes its own part, so that
+    all agree where an epoch ends; what comes before `start` in its epoch is read again, undecoded.
+    """
 
     def __init__(
         self,
@@ -218,32 +235,29 @@ class _Stream(TorchIterableDataset):
         transform: Callable[[dict[str, Any], np.random.Generator], Any],
         seed: int,
         start: tuple[int, int],
-        local_size: int,
+        batch_size: int,
         process_index: int,
         num_processes: int,
     ):
-        dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        self.dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
-        self.transform, self.seed, self.start = transform, seed, start
-        self.local_size = local_size
-        self.process_index, self.num_processes = process_index, num_processes
+        self.dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        self.transform, self.seed, self.start, self.batch_size = transform, seed, start, batch_size
+        self.part = slice(process_index, None, num_processes)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], Any]]:
         epoch, first = self.start
         while True:
             self.dataset.set_epoch(epoch)
-            whole: list[tuple[int, dict[str, Any]]] = []
+            examples: list[tuple[int, dict[str, Any]]] = []
             for number, example in enumerate(self.dataset):
-                batch = number // self.local_size
+                batch = number // self.batch_size
                 if batch < first:
                     continue
-                whole.append((number, example))
-                if len(whole) == self.local_size:
-                    for number, example in whole:
-                        place = number * self.num_processes + self.process_index
-                        random = np.random.default_rng((self.seed, epoch, place))
+                examples.append((number, example))
+                if len(examples) == self.batch_size:
+                    for number, example in examples[self.part]:
+                        random = np.random.default_rng((self.seed, epoch, number))
                         yield (epoch, batch), self.transform(example, random)
-                    whole = []
+                    examples = []
             epoch, first = epoch + 1, 0
 
 

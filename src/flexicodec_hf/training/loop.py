@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, set_seed
 from huggingface_hub import HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import SchedulerType
+from transformers import SchedulerType, get_scheduler
 
 
 class Recipe(Protocol):
@@ -87,6 +87,53 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
     set_seed(args.seed)
     return Accelerator(kwargs_handlers=[kwargs])
+
+
+class TrainedModel:
+    """
+    A model with its optimizer (AdamW) and its learning rate schedule.
+
+    Args:
+        model: Its frozen parameters stay as they are.
+        args: With the options of `add_loop_arguments`.
+        accelerator: Prepares them; its checkpoints hold them.
+        betas: Of AdamW.
+
+    Attributes:
+        model: Prepared: call this one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ):
+        self.accelerator = accelerator
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, weight_decay=0.01)
+        self.scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps, args.max_steps)
+        accelerator.register_for_checkpointing(self.scheduler)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model itself."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """A step down the gradient, clipped to a norm of 1. Returns the norm."""
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        return self.scheduler.get_last_lr()[0]
 
 
 class TrainingLoop:
@@ -205,4 +252,4 @@ class TrainingLoop:
         return broadcast_object_list(over)[0]  # the processes stop together
 
 
-__all__ = ["Recipe", "TrainingLoop", "add_loop_arguments", "make_accelerator"]
+__all__ = ["Recipe", "TrainedModel", "TrainingLoop", "add_loop_arguments", "make_accelerator"]
