@@ -53,6 +53,10 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
             Width of the semantic features that it is compared with.
         repa_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the alignment loss.
+        latent_mean, latent_std (`list[float]`, *optional*):
+            Mean and standard deviation of each channel of the codec's decoder latent, for a model that predicts this
+            latent instead of a mel spectrogram: `num_mel_bins` is then the codec's `hidden_size` and `upsample_factor`
+            1, so that the flow runs at 12.5 Hz and the codec's own decoder takes the place of a vocoder.
     """
 
     model_type = "flexicodec_voicebox"
@@ -77,6 +81,8 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
     repa_hidden_size: int = positive_int_field(default=2048)
     semantic_hidden_size: int = positive_int_field(default=512)
     repa_loss_weight: float = interval(min=0.0)(default=1.0)
+    latent_mean: list[float] | None = None
+    latent_std: list[float] | None = None
 
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation: sizes that must fit each other."""
@@ -90,6 +96,22 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
                 f"`repa_layer_index` is {self.repa_layer_index}, but the model has {self.num_hidden_layers} blocks, "
                 "counted from 0. Set it to None for a model without the alignment projection."
             )
+
+        statistics = (self.latent_mean, self.latent_std)
+        if statistics != (None, None):
+            sizes = [None if values is None else len(values) for values in statistics]
+            if sizes != [self.num_mel_bins] * 2:
+                raise ValueError(
+                    f"`latent_mean` and `latent_std` must both have `num_mel_bins` ({self.num_mel_bins}) values, or both "
+                    f"be None for a model of mel spectrograms, got {sizes[0]} and {sizes[1]}."
+                )
+            if min(self.latent_std or ()) <= 0:
+                raise ValueError(f"`latent_std` must be positive, but its minimum is {min(self.latent_std or ())}.")
+
+    @property
+    def predicts_latent(self) -> bool:
+        """Whether the model predicts the codec's decoder latent and not a mel spectrogram."""
+        return self.latent_mean is not None
 
     # What the Llama attention and MLP of transformers also ask for, fixed in this architecture.
     @property

@@ -23,6 +23,7 @@ from transformers.models.dac.modeling_dac import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexicodec import FlexiCodecConfig
 
@@ -298,7 +299,7 @@ class FlexiCodecTokenAggregator(nn.Module):
         num_tokens = token_lengths.shape[1]
         length = num_frames + num_tokens
 
-        queries = mean_by_token(frames, token_lengths, frame_mask) + self.query_embedding
+        queries = (mean_by_token(frames, token_lengths, frame_mask) + self.query_embedding).to(frames.dtype)
         frame_positions = torch.arange(num_frames, device=frames.device) + frame_to_token(token_lengths, num_frames)
         query_positions = token_lengths.cumsum(dim=1) + torch.arange(num_tokens, device=frames.device)
         positions = torch.cat([frame_positions, query_positions], dim=1)
@@ -357,7 +358,8 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
             The quantized vectors, of the same shape, and the codes, `(batch_size, num_tokens)`.
         """
         # In float32 whatever the model's dtype: a rounding decision is not to hang on the last bits of bfloat16.
-        projected = F.linear(hidden_states.float(), self.project_in.weight.float(), self.project_in.bias.float())
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            projected = F.linear(hidden_states.float(), self.project_in.weight.float(), self.project_in.bias.float())
         half_width = self.levels // 2
         half_range = (self.levels - 1) * (1 - 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
@@ -395,12 +397,13 @@ class FlexiCodecVectorQuantizer(nn.Module):
             Their projection and the chosen entries, both `(batch_size, num_tokens, codebook_dim)` in float32, and the
             codes `(batch_size, num_tokens)`.
         """
-        projected = F.linear(hidden_states.float(), self.in_proj.weight.float(), self.in_proj.bias.float())
-        codebook = F.normalize(self.codebook.weight.float())
-        # The squared distance of unit vectors, less a constant: that the norms of the entries are not exactly 1 in
-        # float32 decides near ties, as it does in the released codec (transformers' `DacVectorQuantize` adds them
-        # with the other sign).
-        distances = codebook.square().sum(dim=1) - 2 * F.normalize(projected, dim=-1) @ codebook.t()
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            projected = F.linear(hidden_states.float(), self.in_proj.weight.float(), self.in_proj.bias.float())
+            codebook = F.normalize(self.codebook.weight.float())
+            # The squared distance of unit vectors, less a constant: that the norms of the entries are not exactly 1 in
+            # float32 decides near ties, as it does in the released codec (transformers' `DacVectorQuantize` adds them
+            # with the other sign).
+            distances = codebook.square().sum(dim=1) - 2 * F.normalize(projected, dim=-1) @ codebook.t()
         codes = distances.argmin(dim=-1)
         return projected, self.codebook(codes).float(), codes
 
@@ -967,6 +970,24 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             features = features * token_mask[..., None]
         return features.transpose(1, 2)
 
+    def get_semantic_frames(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> Tensor:
+        r"""
+        What the frozen semantic encoder hears, one vector a codec frame, before anything is merged or quantized.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`): As for `encode`.
+            input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*): As for `encode`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`, on the frames that the tokens of
+            `encode` cover; 0 at padding.
+        """
+        lengths = _valid_lengths(input_features_mask, input_features, "input_features_mask")
+        frame_lengths = self._semantic_lengths(lengths)
+        frames = _resample(self._encode_semantic(input_features, lengths, None).float(), lengths, frame_lengths)
+        mask = _length_mask(frame_lengths, frames)
+        return frames if mask is None else frames * mask[..., None]
+
     def _encode_frames(
         self,
         input_values: Tensor,
@@ -993,9 +1014,9 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         sample_lengths = _valid_lengths(padding_mask, input_values[:, 0], "padding_mask")
         feature_lengths = _valid_lengths(input_features_mask, input_features, "input_features_mask")
 
-        hop, factor = self.config.hop_length, self.config.semantic_downsampling_factor
+        hop = self.config.hop_length
         acoustic_lengths = [-(-length // hop) for length in sample_lengths]
-        semantic_lengths = [max(int(length / factor), 1) for length in feature_lengths]
+        semantic_lengths = self._semantic_lengths(feature_lengths)
         for num_acoustic, num_semantic in zip(acoustic_lengths, semantic_lengths, strict=True):
             if not 0 <= num_acoustic - num_semantic <= 2:
                 raise ValueError(
@@ -1021,6 +1042,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         acoustic_frames = _in_windows(run, values, acoustic_lengths, chunk, in_hop=hop)
         # The acoustic stream is 0 to 2 frames longer.
         return semantic_frames, acoustic_frames[:, : semantic_frames.shape[1]], semantic_lengths
+
+    def _semantic_lengths(self, feature_lengths: list[int]) -> list[int]:
+        """Codec frames of each item."""
+        return [max(int(length / self.config.semantic_downsampling_factor), 1) for length in feature_lengths]
 
     @torch.no_grad()
     def _encode_semantic(self, input_features: Tensor, lengths: list[int], chunk: tuple[int, int] | None) -> Tensor:

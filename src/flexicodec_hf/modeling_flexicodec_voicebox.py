@@ -58,7 +58,8 @@ class FlexiCodecVoiceboxSampleOutput(ModelOutput):
     """
     Args:
         mel (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
-            Normalised log mel spectrogram of the target, float32, zero in the padding.
+            Normalised log mel spectrogram of the target (or the codec's decoder latent, for `codec.decode`), float32,
+            zero in the padding.
         mel_mask (`torch.BoolTensor` of shape `(batch_size, frames)`):
             Which frames belong to each item.
     """
@@ -201,6 +202,10 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
 
     [`~FlexiCodecVoiceboxModel.sample`] speaks; `forward` gives the velocity of the flow at one time, or the training
     loss. What an item gives does not depend on the items it is batched with.
+
+    With `config.latent_mean` and `config.latent_std`, the codec's decoder latent stands for the mel wherever this class
+    says mel: what `codec.encode(..., merging_threshold=1.0).latents` gives and `codec.decode(latents=...)` takes,
+    transposed, as it is (the flow itself, `noisy_mel` and `velocity`, is in normalised channels).
     """
 
     def __init__(self, config: FlexiCodecVoiceboxConfig):
@@ -292,10 +297,9 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
 
         if condition is None:
             raise ValueError("Training needs `audio_codes` beside `labels`.")
-        target = mel.float()
+        target = self._normalize(mel).float()
         if timesteps is None:
-            uniform = torch.rand(batch_size, device=mel.device).clamp(min=1e-5)
-            timesteps = 1 - torch.cos(uniform * (math.pi / 2))
+            timesteps = self._flow_times(torch.rand(batch_size, device=mel.device))
         if noise is None:
             noise = torch.randn_like(target)
         if prompt_lengths is None:
@@ -428,7 +432,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
             mel = scheduler.step(velocity, timestep, mel).prev_sample
             if callback_on_step_end is not None:
                 mel = (callback_on_step_end(self, step, timestep, {"mel": mel}) or {}).get("mel", mel)
-        return FlexiCodecVoiceboxSampleOutput(mel=mel * mask[..., None], mel_mask=mask)
+        return FlexiCodecVoiceboxSampleOutput(mel=self._denormalize(mel) * mask[..., None], mel_mask=mask)
 
     def _prepare_passes(
         self,
@@ -542,12 +546,51 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
             1 - similarity, mask[:, : num_pools * factor].unflatten(1, (num_pools, factor)).all(dim=-1)
         )
 
-    def _draw_prompt_lengths(self, frames: torch.Tensor) -> torch.Tensor:
+    def draw_flow(self, frames: torch.Tensor, generators: list[torch.Generator]) -> dict[str, torch.Tensor]:
+        """What `forward` draws in training, from a generator for each item: then it does not depend on the other items
+        of the batch, nor on the process that an item is given to.
+
+        Args:
+            frames (`torch.LongTensor` of shape `(batch_size,)`): Mel frames of each item.
+            generators: As many as there are items, on any device.
+
+        Returns:
+            `timesteps` and `prompt_lengths` of shape `(batch_size,)` and `noise` of shape `(batch_size, longest item,
+            num_mel_bins)`, to be passed to `forward`.
+        """
+        uniform = torch.stack([torch.rand(3, generator=one, device=one.device) for one in generators], dim=1)
+        uniform = uniform.to(frames.device)
+        noise = [
+            torch.randn(count, self.config.num_mel_bins, generator=one, device=one.device)
+            for count, one in zip(frames.tolist(), generators, strict=True)
+        ]
+        return {
+            "timesteps": self._flow_times(uniform[0]),
+            "prompt_lengths": self._draw_prompt_lengths(frames, uniform[1:]),
+            "noise": nn.utils.rnn.pad_sequence(noise, batch_first=True).to(frames.device),
+        }
+
+    def _flow_times(self, uniform: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.cos(uniform.clamp(min=1e-5) * (math.pi / 2))
+
+    def _draw_prompt_lengths(self, frames: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        if uniform is None:
+            uniform = torch.rand(2, *frames.shape, device=frames.device)
         lowest = (frames // 4).clamp(max=5)
         span = ((frames * self.config.max_prompt_fraction).long() - lowest).clamp(min=1)
-        lengths = lowest + (torch.rand(frames.shape, device=frames.device) * span).long()
-        conditional = torch.rand(frames.shape, device=frames.device) >= self.config.unconditional_probability
-        return lengths * conditional
+        lengths = lowest + (uniform[0] * span).long()
+        return lengths * (uniform[1] >= self.config.unconditional_probability)
+
+    def _normalize(self, latent: torch.Tensor) -> torch.Tensor:
+        if not self.config.predicts_latent:
+            return latent
+        latent = latent.float()
+        return (latent - latent.new_tensor(self.config.latent_mean)) / latent.new_tensor(self.config.latent_std)
+
+    def _denormalize(self, latent: torch.Tensor) -> torch.Tensor:
+        if not self.config.predicts_latent:
+            return latent
+        return latent * latent.new_tensor(self.config.latent_std) + latent.new_tensor(self.config.latent_mean)
 
     def draw_noise(self, frames: list[int], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
         """Noise for `sample`, of shape `(batch_size, longest, num_mel_bins)`, for items of so many mel frames.
@@ -586,6 +629,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel):
 
         token_lengths = self._check_codes(codes, token_lengths, "prompt_", batch_size)
         _check_mel(mel, "prompt_mel", self.config.num_mel_bins, batch_size)
+        mel = self._normalize(mel)
         mel_frames = codes.new_full((batch_size,), mel.shape[1])
         if mel_mask is not None:
             if mel_mask.shape != mel.shape[:2]:

@@ -94,7 +94,9 @@ def convert_codec(
         semantic: SenseVoice-small's `model.pt`, for codec files without the semantic encoder.
         dtype: Type to store the weights in.
         allow_partial: Convert in spite of unknown tensors (left out) and missing ones (freshly initialised on loading).
-            Those that show the sizes of the model must be there.
+            Those that show the sizes of the model must be there, but for the transformers: a codec of a fixed rate has
+            none, and becomes the start for training one of a dynamic rate. Their sizes are then the YAML's or the
+            released ones.
 
     Returns:
         The configuration that was written.
@@ -105,7 +107,7 @@ def convert_codec(
             missing tensors.
     """
     codec, semantic_source = _open_sources(Path(source), semantic)
-    config = infer_config(codec, semantic_source, _read_yaml(codec_config))
+    config = infer_config(codec, semantic_source, _read_yaml(codec_config), allow_partial)
 
     with torch.device("meta"):
         model = FlexiCodecModel(config).to(dtype)
@@ -153,7 +155,10 @@ def released_feature_extractor() -> FlexiCodecFeatureExtractor:
 
 
 def infer_config(
-    codec: SourceCheckpoint, semantic: SourceCheckpoint, options: Mapping[str, Any] | None = None
+    codec: SourceCheckpoint,
+    semantic: SourceCheckpoint,
+    options: Mapping[str, Any] | None = None,
+    allow_partial: bool = False,
 ) -> FlexiCodecConfig:
     """The configuration that the shapes of the tensors imply, completed by and checked against the YAML's `options`."""
     options = dict(options or {})
@@ -167,10 +172,11 @@ def infer_config(
         raise CheckpointError(
             "The codec's YAML has no `max_tokens_per_group`; a limit, as in the released files, is needed."
         )
-    if "semantic_aggregator.query_embedding" not in codec:
+    fixed_rate = not any(re.match(r"(semantic_aggregator|bottleneck_transformer)\.", name) for name in codec)
+    if "semantic_aggregator.query_embedding" not in codec and not (fixed_rate and allow_partial):
         raise CheckpointError(
             f"{codec.path} has no query token aggregator ('{codec.prefix}semantic_aggregator.query_embedding'): it is not "
-            "a FlexiCodec with a dynamic frame rate."
+            "a FlexiCodec with a dynamic frame rate. Pass `--allow-partial` to make it the start for training one."
         )
 
     def count(pattern: str, checkpoint: SourceCheckpoint = codec) -> int:
@@ -199,9 +205,6 @@ def infer_config(
         "downsampling_ratios": down,
         "decoder_hidden_size": codec.shape("dac.decoder.model.0.weight")[0],
         "upsampling_ratios": up,
-        "aggregator_hidden_size": width(aggregator),
-        "aggregator_intermediate_size": codec.shape(f"{aggregator}.transformer.layers.0.linear1.weight")[0],
-        "num_aggregator_layers": count(r"semantic_aggregator\.transformer\.transformer\.layers\.(\d+)\."),
         "convnext_hidden_size": codec.shape("convnext_encoder.0.weight")[0],
         "convnext_intermediate_size": codec.shape("convnext_encoder.1.pwconv1.weight")[0],
         "num_convnext_layers": count(r"convnext_encoder\.(\d+)\.dwconv"),
@@ -209,10 +212,20 @@ def infer_config(
         "num_quantizers": num_acoustic + 1,
         "codebook_size": codebook[0],
         "codebook_dim": codebook[1],
-        "bottleneck_hidden_size": width(bottleneck),
-        "bottleneck_intermediate_size": codec.shape(f"{bottleneck}.transformer.layers.0.linear1.weight")[0],
-        "num_bottleneck_layers": count(r"bottleneck_transformer\.transformer\.layers\.(\d+)\."),
     }
+    if not fixed_rate:
+        sizes |= {
+            "aggregator_hidden_size": width(aggregator),
+            "aggregator_intermediate_size": codec.shape(f"{aggregator}.transformer.layers.0.linear1.weight")[0],
+            "num_aggregator_layers": count(r"semantic_aggregator\.transformer\.transformer\.layers\.(\d+)\."),
+            "bottleneck_hidden_size": width(bottleneck),
+            "bottleneck_intermediate_size": codec.shape(f"{bottleneck}.transformer.layers.0.linear1.weight")[0],
+            "num_bottleneck_layers": count(r"bottleneck_transformer\.transformer\.layers\.(\d+)\."),
+        }
+    else:
+        sizes |= {
+            ours: options[theirs] for theirs, ours in YAML_NAMES.items() if ours not in sizes and theirs in options
+        }
     rest: dict[str, Any] = {}
     for theirs, ours in YAML_ONLY_NAMES.items():
         if (value := options.get(theirs)) is not None:
@@ -230,7 +243,7 @@ def infer_config(
         "num_mel_bins": query_embedding[1] // 7,
         "fsmn_kernel_size": fsmn[2],
     }
-    shown = {theirs: sizes[ours] for theirs, ours in YAML_NAMES.items()}
+    shown = {theirs: sizes[ours] for theirs, ours in YAML_NAMES.items() if ours in sizes}
     shown |= {"n_codebooks": num_acoustic, "ssl_dim": fsmn[0]}
     for name, found in shown.items():
         if options.get(name) not in (None, found):

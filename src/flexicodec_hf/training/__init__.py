@@ -1,0 +1,1 @@
+"""What the training recipes in `examples/` are made of. Needs `pip install flexicodec-hf[train]`."""

@@ -1,0 +1,331 @@
+"""The training scripts in `examples/` on recorded clips: a few steps, interruptions, two processes."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoFeatureExtractor, AutoModel
+
+from conftest import AUDIO, assert_close
+from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
+from flexicodec_hf.audio import read_audio
+from flexicodec_hf.conversion.checkpoint import CheckpointError
+from flexicodec_hf.conversion.codec import convert_codec
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CODEC = {
+    "hidden_size": 16,
+    "encoder_hidden_size": 2,
+    "decoder_hidden_size": 32,
+    "aggregator_hidden_size": 16,
+    "aggregator_intermediate_size": 16,
+    "num_aggregator_layers": 1,
+    "num_aggregator_attention_heads": 2,
+    "convnext_hidden_size": 16,
+    "convnext_intermediate_size": 16,
+    "num_convnext_layers": 1,
+    "num_quantizers": 3,
+    "codebook_size": 16,
+    "bottleneck_hidden_size": 16,
+    "bottleneck_intermediate_size": 16,
+    "num_bottleneck_layers": 1,
+    "num_bottleneck_attention_heads": 2,
+}
+VOCODER = {
+    "num_mel_bins": 20,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "n_fft": 320,
+    "hop_length": 80,
+    "sampling_rate": 16_000,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four recorded sentences."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = (AUDIO / "metadata.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["file_name"].startswith("librivox_austen")]
+    with (folder / "metadata.jsonl").open("w") as file:
+        for row in rows:
+            file.write(json.dumps({"file_name": str(AUDIO / row["file_name"]), "text": row["text"]}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    """Runs a script of `examples/` in this process."""
+    sys.path.insert(0, str(EXAMPLES))
+
+    def run(script, output_dir, *options):
+        arguments = ["--dataset", data, "--validation-split", "train", "--output-dir", output_dir, "--log-every", 1]
+        importlib.import_module(script).main([str(argument) for argument in (*arguments, *options)])
+        return metrics(output_dir)
+
+    yield run
+    sys.path.remove(str(EXAMPLES))
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_losses(rows):
+    return [row["loss"] for row in rows if row["group"] == "train"]
+
+
+SEMANTIC_OPTIONS = (
+    *("--hidden-size", 16, "--intermediate-size", 16, "--num-layers", 1, "--num-heads", 2, "--vocab-size", 40),
+    *("--batch-size", 2, "--num-validation", 2, "--evaluate-every", 100),
+)
+
+
+@pytest.fixture(scope="module")
+def semantic_encoder(run, tmp_path_factory):
+    """Its folder, and what was logged."""
+    folder = tmp_path_factory.mktemp("semantic")
+    rows = run("train_semantic_encoder", folder, *SEMANTIC_OPTIONS, "--max-steps", 3)
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def codec_options(semantic_encoder, tmp_path_factory):
+    config = tmp_path_factory.mktemp("config") / "codec.json"
+    config.write_text(json.dumps(CODEC))
+    return (
+        *("--config", config, "--semantic-encoder", semantic_encoder[0] / "model"),
+        *("--batch-size", 2, "--crop-s", 0.48, "--num-validation", 1, "--evaluate-every", 100),
+        *("--discriminator-start", 2, "--discriminator-size", 1, "--fixed-rate-steps", 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def codec(run, codec_options, tmp_path_factory):
+    """Its folder, and what was logged."""
+    folder = tmp_path_factory.mktemp("codec")
+    rows = run("train_codec", folder, *codec_options, "--max-steps", 4, "--learning-rate", 0.001)
+    return folder, rows
+
+
+def test_semantic_encoder(semantic_encoder):
+    folder, rows = semantic_encoder
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    assert {"loss", "wer", "cer"} <= rows[-1].keys()
+    extractor = AutoFeatureExtractor.from_pretrained(folder / "model")
+    features = extractor(read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform, 16_000, return_tensors="pt")
+    assert features.input_features.std().item() == pytest.approx(1, abs=0.3)  # normalized by what it was trained on
+
+
+def test_interrupted_semantic_encoder_resumes_to_the_same_losses(run, semantic_encoder, tmp_path):
+    options = (*SEMANTIC_OPTIONS, "--max-steps", 3, "--time-limit", 0)  # a step a run
+    for _ in range(2):
+        run("train_semantic_encoder", tmp_path, *options)
+    assert run("train_semantic_encoder", tmp_path, *options) == semantic_encoder[1]
+
+
+def test_codec(codec, semantic_encoder):
+    folder, rows = codec
+    losses = [row for row in rows if row["group"] == "train"]
+    assert losses[0]["tokens_per_second"] == 12.5  # nothing merged in the first step
+    assert [("discriminator" in row) for row in losses] == [False, False, True, True]
+    assert {"mel_all_rows", "mel_semantic", "mel_merged"} <= rows[-1].keys()
+    assert {path.name for path in (folder / "samples" / "step-00000004").iterdir()} >= {
+        "original.flac",
+        "semantic.flac",
+        "spectrograms.png",
+    }
+    assert any((folder / "logs").iterdir())
+
+    model = AutoModel.from_pretrained(folder / "model")
+    assert isinstance(model, FlexiCodecModel)
+    assert model.config.merging_threshold_range == [0.85, 1.0]
+    weights = load_file(semantic_encoder[0] / "model" / "model.safetensors")
+    for name, parameter in model.semantic_encoder.named_parameters():
+        assert torch.equal(parameter, weights[f"encoder.{name}"]), name  # frozen
+
+
+def test_losses_of_the_codec_are_weighted_as_published(codec):
+    weights = {"mel": 15, "commitment": 0.25, "codebook": 1, "distillation": 15, "adversarial": 1, "feature": 2}
+    for row in codec[1][:-1]:
+        expected = sum(weight * row.get(name, 0) for name, weight in weights.items())
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_interrupted_codec_resumes_to_the_same_losses(run, codec, codec_options, tmp_path):
+    options = (*codec_options, "--max-steps", 4, "--learning-rate", 0.001, "--time-limit", 0)
+    for _ in range(3):
+        run("train_codec", tmp_path, *options)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert run("train_codec", tmp_path, *options) == codec[1]
+    expected = load_file(codec[0] / "model" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_codec_starts_from_a_codec_and_a_stream(run, codec, tmp_path):
+    rows = run(
+        *("train_codec", tmp_path, "--init-from", codec[0] / "model", "--max-steps", 1, "--batch-size", 2),
+        *("--crop-s", 0.48, "--num-validation", 1, "--discriminator-start", 1, "--learning-rate", 0, "--streaming"),
+    )
+    assert rows[-1]["mel_all_rows"] == pytest.approx(codec[1][-1]["mel_all_rows"], rel=1e-5)
+
+
+def test_pushes_the_model_at_the_end(run, codec, codec_options, tmp_path, monkeypatch):
+    calls = []
+
+    class FakeApi:
+        def create_repo(self, repo_id, exist_ok):
+            calls.append((repo_id, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr("flexicodec_hf.training.loop.HfApi", FakeApi)
+    shutil.copytree(codec[0], tmp_path / "codec")
+    run("train_codec", tmp_path / "codec", *codec_options, "--max-steps", 4, "--push-to-hub", "me/codec")
+    (created, files) = calls
+    assert created == ("me/codec", True)
+    assert files[0] == "me/codec"
+    assert files[1] >= {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_flexicodec.py"}
+
+
+def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):
+    """A file that lacks what makes the rate dynamic, as DualCodec's does."""
+    fixture = golden("codec_tiny")
+    weights = {
+        name: weight for name, weight in fixture.weights.items() if not re.match("bottleneck|.*aggregator", name)
+    }
+    save_file(weights, tmp_path / "start.safetensors")
+    (tmp_path / "start.yaml").write_text(json.dumps({"model": fixture.spec["config"]}))
+    with pytest.raises(CheckpointError, match=r"no query token aggregator .* Pass `--allow-partial`"):
+        convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml")
+    convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml", allow_partial=True)
+    run(
+        *("train_codec", tmp_path / "codec", "--init-from", tmp_path / "start", "--max-steps", 1, "--batch-size", 2),
+        *("--crop-s", 0.48, "--num-validation", 0, "--discriminator-start", 1, "--learning-rate", 0),
+    )
+    model = FlexiCodecModel.from_pretrained(tmp_path / "codec" / "model")
+    assert_close(model.acoustic_decoder.conv1.bias, weights["dac.decoder.model.0.bias"])
+    assert model.bottleneck.layers[0].fc1.weight.std() > 0
+
+
+def test_codec_says_what_it_can_start_from(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("train_codec", tmp_path, "--init-from", "a", "--config", "b", "--semantic-encoder", "c")
+    assert "pass either --init-from, or --config and --semantic-encoder" in capsys.readouterr().err
+
+
+def test_codec_trains_in_mixed_precision(codec, device):
+    """The quantizers choose in float32 even then."""
+    model = FlexiCodecModel.from_pretrained(codec[0] / "model").to(device)
+    extractor = AutoFeatureExtractor.from_pretrained(codec[0] / "model")
+    waveform = read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform
+    inputs = extractor([waveform[:20_000], waveform[:12_000]], sampling_rate=16_000, return_tensors="pt").to(device)
+    chosen = {}
+    for number, quantizer in enumerate([model.semantic_quantizer.fsq, *model.acoustic_quantizer.quantizers]):
+        quantizer.register_forward_hook(
+            lambda module, args, output, number=number: chosen.update({number: (args, output)})
+        )
+    with torch.autocast(device, torch.bfloat16):
+        output = model(**inputs, merging_threshold=0.9)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    for number, (arguments, outputs) in chosen.items():
+        quantizer = model.semantic_quantizer.fsq if number == 0 else model.acoustic_quantizer.quantizers[number - 1]
+        assert torch.equal(quantizer(arguments[0].float())[-1], outputs[-1])
+
+
+def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, tmp_path):
+    options = (*codec_options, "--max-steps", 4, "--learning-rate", 0.001)
+    arguments = [
+        "--dataset",
+        data,
+        "--validation-split",
+        "train",
+        "--output-dir",
+        tmp_path,
+        "--log-every",
+        1,
+        *options,
+    ]
+    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [
+        sys.executable,
+        "-m",
+        *launch.split(),
+        "--dynamo_backend",
+        "no",
+        EXAMPLES / "train_codec.py",
+        *arguments,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29571", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([str(part) for part in command], check=True, env=environment, capture_output=True)
+    # Sums are taken in another order, and the discriminators amplify it from step to step.
+    for row, expected in zip(metrics(tmp_path), codec[1], strict=True):
+        assert row["loss" if "loss" in row else "mel_all_rows"] == pytest.approx(
+            expected["loss" if "loss" in row else "mel_all_rows"], rel=1e-4
+        )
+
+
+def test_vocoder(run, tmp_path):
+    config = tmp_path / "vocoder.json"
+    config.write_text(json.dumps(VOCODER))
+    options = (
+        *("--config", config, "--max-steps", 3, "--batch-size", 2, "--crop-s", 0.3, "--num-validation", 1),
+        *("--discriminator-start", 1, "--discriminator-size", 1, "--evaluate-every", 100),
+    )
+    expected = run("train_vocoder", tmp_path / "whole", *options)
+    assert "mel" in expected[-1]
+    for _ in range(3):
+        rows = run("train_vocoder", tmp_path / "parts", *options, "--time-limit", 0)
+    assert rows == expected
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "whole" / "model"), FlexiCodecVocoderModel)
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "whole" / "model")
+    assert (extractor.feature_size, extractor.hop_length) == (20, 80)
+
+
+def test_synthetic_speech(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("make_synthetic_speech")
+    lines = [
+        '"It is a truth universally acknowledged," said Mr. Bennet--and then',
+        "he slept. No!",
+        "",
+        "Chapter 1",
+        "",
+    ]
+    assert list(script.sentences(iter(lines), min_words=4, max_words=24)) == [
+        "It is a truth universally acknowledged, said Mister Bennet, and then he slept."
+    ]
+    spoken = []
+
+    def flite(command, check):
+        spoken.append(command[2])
+        script.soundfile.write(command[-1], [0.0] * 16_000, 16_000)
+
+    monkeypatch.setattr(script.subprocess, "run", flite)
+    book = tmp_path / "book.txt"
+    letters = "abcdefghijklmnopqrst"
+    book.write_text("\n\n".join(f"This is the letter {letter}." for letter in letters))
+    arguments = ["--text", str(book), "--output-dir", str(tmp_path / "speech"), "--held-out-minutes", "0.03"]
+    script.main([*arguments, "--hours", "0.001"])
+    script.main([*arguments, "--hours", "0.002"])
+    texts = {}
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (tmp_path / "speech" / split / "metadata.jsonl").read_text().splitlines()]
+        assert sum(row["seconds"] for row in rows) == {"train": 8, "validation": 2, "test": 2}[split]
+        assert all((tmp_path / "speech" / split / row["file_name"]).exists() for row in rows)
+        texts[split] = {row["text"] for row in rows}
+    assert not texts["train"] & (texts["validation"] | texts["test"])
+    assert {"kal16", "slt", "rms", "awb"} <= set(spoken)
