@@ -104,11 +104,9 @@ def load_corpus(
         if not path.is_file():
             raise CorpusError(f"{dataset}: there is no such file.")
         table = read_table(path)
-        column = audio_column or next((name for name in AUDIO_NAMES if name in table.column_names), None)
+        column = audio_column or next((name for name in AUDIO_NAMES if name in table.column_names), "audio")
         if column not in table.column_names:
-            raise CorpusError(
-                f"{dataset}: {f'no column {column!r}' if column else 'no column of paths'} among {table.column_names}."
-            )
+            raise CorpusError(f"{dataset}: there is no column {column!r} of paths among {table.column_names}.")
         return _with_audio(table, column, path.parent)
     if suffix in (".parquet", ".tar"):
         builder = "webdataset" if suffix == ".tar" else "parquet"
@@ -178,8 +176,12 @@ def read_table(path: Path) -> pa.Table:
             elif path.suffix == ".json":
                 rows = json.load(file)
             else:
-                tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-                rows = [{k: v or None for k, v in row.items() if k} for row in csv.DictReader(file, **tabs)]
+                # Transcripts in TSV files have quotation marks that quote nothing.
+                tabs = path.suffix == ".tsv"
+                reader = csv.DictReader(
+                    file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+                )
+                rows = [{name: value or None for name, value in row.items() if name} for row in reader]
             columns = list(dict.fromkeys(name for row in rows for name in row))
             return pa.table({name: pa.array([row.get(name) for row in rows]) for name in columns})
         except (ValueError, AttributeError, TypeError, pa.ArrowException, csv.Error) as error:

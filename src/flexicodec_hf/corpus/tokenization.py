@@ -260,10 +260,6 @@ def _digest(dataset: Dataset | IterableDataset, columns: Columns) -> str | None:
 
 
 def _complete(shards: Mapping[tuple[int, int], Shard], streams: int) -> bool:
-    return all(finished_blocks(shards, stream) is not None for stream in range(streams))
-
-
-def _complete(shards: Mapping[tuple[int, int], Shard], streams: int) -> bool:
     return all(finished_blocks(shards, stream) for stream in range(streams))
 
 
@@ -345,7 +341,7 @@ def _blocks(
     for stream in share.reads():
         if finished_blocks(shards, stream):
             continue
-        sizes = []
+        sizes: list[int] = []
         while (stream, len(sizes)) in shards:
             sizes.append(shards[stream, len(sizes)].summary["num_clips"])
         blocks = read_stream(dataset, stream, columns.audio, sizes, clips_per_shard)
@@ -491,9 +487,10 @@ class _Encoder:
             encoded = self.codec.quantize_frames(
                 frames, self.num_quantizers, setting.merging_threshold, setting.target_frame_rate, chunk_length_s=chunk
             )
-            all_codes = encoded.audio_codes.to("cpu", torch.int32).numpy()
-            all_lengths = encoded.token_lengths.to("cpu", torch.int32).numpy()
-            found = encoded.merging_threshold.tolist()
+            all_codes, all_lengths = (
+                encoded[name].to("cpu", torch.int32).numpy() for name in ("audio_codes", "token_lengths")
+            )
+            found = encoded["merging_threshold"].tolist()
             for item, codes, lengths, threshold in zip(tokens, all_codes, all_lengths, found, strict=True):
                 num_tokens = np.count_nonzero(lengths)
                 item.codes.append(codes[:, :num_tokens])
