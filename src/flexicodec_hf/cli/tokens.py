@@ -108,13 +108,14 @@ def parquet_rows(path: Path) -> list[TokensRow]:
     if not path.is_file():
         raise CommandError(f"{path}: there is no such file.")
     try:
+        schema = pq.read_schema(path)
+        missing = [name for name in _ROW_COLUMNS if name not in schema.names]
+        if missing:
+            raise ValueError(f"it has no column {missing[0]!r}")
         table = pq.read_table(path, columns=_ROW_COLUMNS, partitioning=None)
-        told = json.loads((table.schema.metadata or {}).get(b"flexicodec_hf", "{}"))
+        told = json.loads((schema.metadata or {}).get(b"flexicodec_hf", "{}"))
     except (ArrowException, ValueError) as error:
         raise CommandError(f"{path}: not a file of tokens from `tokenize`: {error}.") from error
-    missing = set(_ROW_COLUMNS) - set(table.column_names)
-    if missing:
-        raise CommandError(f"{path}: not a file of tokens from `tokenize`: it has no column {sorted(missing)[0]!r}.")
     settings = {"model": told["settings"]["model"]} if told else {}
     rows = []
     names = table.select(["id", "merging_threshold", "target_frame_rate"]).to_pylist()

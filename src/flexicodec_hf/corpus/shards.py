@@ -71,7 +71,10 @@ def write_shard(
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: json.dumps(told)})
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with temporary.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
+        with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+            # `datasets` reads files without row groups, but not files with empty ones.
+            if len(table):
+                writer.write_table(table)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Audio, Dataset, DatasetInfo, Features, IterableDataset, load_dataset, load_from_disk
+from datasets.table import cast_table_to_features
 
 from .shards import CorpusError
 
@@ -259,10 +260,12 @@ def read_stream(
     Yields:
         The rows of a block, and whether it is the last. An empty stream has one empty block.
     """
-    tables = dataset.shard(num_streams(dataset), stream).iter(batch_size=64)
+    # The columns of WebDatasets change their places, which `datasets` does not put in one batch.
+    tables = dataset.shard(num_streams(dataset), stream).iter(batch_size=1)
     pending: list[pa.Table] = []
     count = total = block = 0
     for table in tables:
+        table = cast_table_to_features(table, dataset.features)
         start = 0
         for row, size in enumerate(_file_sizes(table[audio_column])):
             full = count == sizes[block] if block < len(sizes) else count == clips or total + size > _MAX_BLOCK_BYTES
