@@ -241,7 +241,9 @@ def test_a_killed_run_goes_on_without_loss_or_doubles(tokenize, clips, tmp_path,
 def test_tokens_made_otherwise_are_not_mixed(tokenize, clips, tmp_path):
     tokenize(clips, tmp_path / "out", merging_thresholds=[1.0], clips_per_shard=6)
     before = rows_of(tmp_path / "out")
-    with pytest.raises(CorpusError, match=r"made otherwise \(merging_thresholds \[1.0\], not \[0.9\]\)"):
+    with pytest.raises(
+        CorpusError, match=r"made otherwise \(settings \['merging_threshold=1'\], not \['merging_threshold=0.9'\]\)"
+    ):
         tokenize(clips, tmp_path / "out", merging_thresholds=[0.9], clips_per_shard=6)
     shutil.copytree(clips, tmp_path / "more")
     shutil.copy(AUDIO / "short_0p08s.wav", tmp_path / "more")
@@ -277,7 +279,7 @@ def test_broken_clips_are_listed_and_skipped(tokenize, clips, tmp_path, monkeypa
         "e.wav": "the audio is empty",
         "f.flac": "damaged",
         "gone.wav": "there is no such file",
-        "row 2": "the row has no audio",
+        "00000-00000-2": "the row has no audio",
     }
     assert listed.keys() == reasons.keys()
     for name, reason in reasons.items():
@@ -341,7 +343,8 @@ def tar_files(clips: Path, folder: Path, count: int):
     for i in range(count):
         with tarfile.open(folder / f"{i}.tar", "w") as tar:
             for path in paths[i::count]:
-                for suffix, content in ((".audio.flac", as_flac(path)), (".txt", path.stem.encode())):
+                told = json.dumps({"text": path.stem, "mos": 4.5}).encode()
+                for suffix, content in ((".flac", as_flac(path)), (".json", told)):
                     entry = tarfile.TarInfo(path.stem + suffix)
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
@@ -393,7 +396,7 @@ def test_every_source_gives_the_same_tokens(tokenize, clips, tmp_path, monkeypat
         assert manifest["num_broken"] == 0
         texts = {row["text"] for row in rows}
         if "tar" in name:
-            assert texts == expected.keys() and {row["__url__"].endswith(".tar") for row in rows} == {True}
+            assert texts == expected.keys() and {row["json"]["mos"] for row in rows} == {4.5}
         else:
             assert texts == {{"jsonl": "hi", "tsv": 'said "so'}.get(name, "x")}, name
         if name in ("parquet", "saved", "dataset", "stream"):
@@ -405,6 +408,8 @@ def test_columns_are_found_or_asked_for(clips):
     features = embedded(clips).rename_column("sentence", "words").features
     columns = Columns.of(features, None, "words", "speaker")
     assert (columns.audio, columns.text, columns.id, list(columns.metadata)) == ("audio", "words", "speaker", ["id"])
+    nested = Columns.of(features | {"json": {"who": features["id"]}}, None, "json.who", None)
+    assert (nested.text, nested.id, list(nested.metadata)) == ("json.who", "id", ["words", "speaker", "json"])
     with pytest.raises(CorpusError, match=r"no column 'nothing' among \['id', 'audio', 'words', 'speaker'\]"):
         Columns.of(features, None, "nothing", None)
     with pytest.raises(CorpusError, match=r"which column holds the audio\? .*\['audio', 'other'\]"):
@@ -461,6 +466,12 @@ def test_sources_that_are_none(tmp_path):
         ({"rank": 2, "world_size": 2}, "`rank` must be between 0 and `world_size` - 1, got 2 of 2"),
         ({"clips_per_shard": 0}, "`clips_per_shard` must be positive, got 0"),
         ({"batch_seconds": -1.0}, "`batch_seconds` must be positive, got -1.0"),
+        ({"num_quantizers": 0}, "`num_quantizers` must be positive, got 0"),
+        (
+            {"merging_thresholds": [1, 2]},
+            r"`merging_thresholds` must be different numbers between -1 and 1, got \[1, 2\]",
+        ),
+        ({"target_frame_rates": [5, 5.0]}, "`target_frame_rates` must be different numbers between 1.5625 and 12.5"),
         ({"text_column": "words"}, "no column 'words'"),
     ],
 )

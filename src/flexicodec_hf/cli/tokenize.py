@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
     )
     for name, default in (
         ("audio", "the one of this type, or of paths"),
-        ("text", "text, transcription, transcript, sentence or txt"),
+        ("text", "text, transcription, transcript, sentence, txt or json.text"),
         ("id", "id or __key__, else the name of the file"),
     ):
         source.add_argument(f"--{name}-column", metavar="NAME", help=f"column to take as {name} (default: {default})")

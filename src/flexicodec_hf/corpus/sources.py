@@ -48,7 +48,7 @@ AUDIO_SUFFIXES = frozenset(
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
 # Columns that hold paths of audio files in tables, and transcripts anywhere, best first.
 AUDIO_NAMES = ("audio", "file_name", "path", "file", "audio_filepath", "audio_path", "wav")
-TEXT_NAMES = ("text", "transcription", "transcript", "sentence", "txt")
+TEXT_NAMES = ("text", "transcription", "transcript", "sentence", "txt", "json.text")
 ID_NAMES = ("id", "__key__")
 
 # Compressed audio of a block: what a process holds of a stream, twice.
@@ -210,7 +210,7 @@ class Columns:
     def of(cls, features: Features, audio: str | None, text: str | None, id: str | None) -> Columns:
         """The columns asked for, or those that look like it. Raises [`CorpusError`] if they are not there."""
         for asked in (audio, text, id):
-            if asked is not None and asked not in features:
+            if asked is not None and not _has(features, asked):
                 raise CorpusError(f"there is no column {asked!r} among {list(features)}.")
         heard = [name for name, feature in features.items() if isinstance(feature, Audio)]
         if audio is None:
@@ -220,10 +220,25 @@ class Columns:
                     f"which column holds the audio? Name one of {heard or list(features)} (audio_column)."
                 )
             audio = candidates[0]
-        text = text or next((name for name in TEXT_NAMES if name in features), None)
+        text = text or next((name for name in TEXT_NAMES if _has(features, name)), None)
         id = id or next((name for name in ID_NAMES if name in features), None)
         others = {name: kind for name, kind in features.items() if name not in {audio, text, id, *heard}}
         return cls(audio, text, id, Features(others))
+
+
+def _has(features: Features, name: str) -> bool:
+    """Whether there is a column, or a field `column.field` of one."""
+    column, _, entry = name.partition(".")
+    kind = features.get(column)
+    return name in features or (isinstance(kind, dict) and entry in kind)
+
+
+def column_of(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column, or a field `column.field` of one."""
+    if name in table.column_names:
+        return table[name]
+    column, _, entry = name.partition(".")
+    return pc.struct_field(table[column], [entry])
 
 
 def prepare(dataset: Dataset | IterableDataset, clips_per_shard: int) -> IterableDataset:

@@ -34,7 +34,7 @@ from .shards import (
     shard_path,
     write_shard,
 )
-from .sources import Columns, num_streams, prepare, read_stream
+from .sources import Columns, column_of, num_streams, prepare, read_stream
 
 
 T = TypeVar("T")
@@ -166,8 +166,8 @@ def tokenize_corpus(
         target_frame_rates: And at each of these tokens per second.
         num_quantizers: Rows of codes to keep; all by default.
         audio_column: Column of the audio; by default the one that is of this type.
-        text_column: Column to call `text`; by default the first of `text`, `transcription`, `transcript`, `sentence`
-            and `txt` that is there.
+        text_column: Column to call `text`, or `column.field`; by default the first of `text`, `transcription`,
+            `transcript`, `sentence`, `txt` and `json.text` that is there.
         id_column: Column to call `id`; by default `id` or `__key__`, else the audio file's name.
         source: What to record of the dataset's origin.
         split: Name of the split of the tokens.
@@ -189,8 +189,12 @@ def tokenize_corpus(
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     if not 0 <= rank < world_size:
         raise ValueError(f"`rank` must be between 0 and `world_size` - 1, got {rank} of {world_size}.")
-    for name, number in (("clips_per_shard", clips_per_shard), ("batch_seconds", batch_seconds)):
-        if number <= 0:
+    for name, number in (
+        ("clips_per_shard", clips_per_shard),
+        ("batch_seconds", batch_seconds),
+        ("num_quantizers", num_quantizers),
+    ):
+        if number is not None and number <= 0:
             raise ValueError(f"`{name}` must be positive, got {number}.")
     output_dir = Path(output_dir)
     (output_dir / "data").mkdir(parents=True, exist_ok=True)
@@ -198,16 +202,13 @@ def tokenize_corpus(
     num_clips = len(dataset) if isinstance(dataset, Dataset) else None
     stream = prepare(dataset, clips_per_shard)
     columns = Columns.of(stream.features, audio_column, text_column, id_column)
-    thresholds = list(merging_thresholds)
-    if not thresholds and not target_frame_rates:
-        thresholds = [codec.config.merging_threshold]
+    rates = _settings(codec, merging_thresholds, target_frame_rates)
     settings = {
         "model": codec.config.name_or_path,
         "revision": getattr(codec.config, "_commit_hash", None),
         "dtype": str(codec.dtype).removeprefix("torch."),
         "num_quantizers": min(num_quantizers or codec.config.num_quantizers, codec.config.num_quantizers),
-        "merging_thresholds": thresholds,
-        "target_frame_rates": list(target_frame_rates),
+        "settings": [str(rate) for rate in rates],
         "chunk_length_s": chunk_length_s,
         "clips_per_shard": clips_per_shard,
         "source": {
@@ -225,9 +226,7 @@ def tokenize_corpus(
     if not _complete(shards, streams):
         # It is of another time: a shard was deleted to be made again.
         (output_dir / "manifest.json").unlink(missing_ok=True)
-    settings_of_rows = [Setting(merging_threshold=float(value)) for value in thresholds]
-    settings_of_rows += [Setting(target_frame_rate=float(value)) for value in target_frame_rates]
-    encoder = _Encoder(codec, feature_extractor, settings_of_rows, settings["num_quantizers"], chunk_length_s)
+    encoder = _Encoder(codec, feature_extractor, rates, settings["num_quantizers"], chunk_length_s)
     versions = library_versions()
 
     share = _Share(rank, world_size, streams)
@@ -249,9 +248,28 @@ def tokenize_corpus(
     return close_corpus(output_dir, split, shards, versions) if _complete(shards, streams) else None
 
 
+def _settings(
+    codec: FlexiCodecModel, merging_thresholds: Sequence[float], target_frame_rates: Sequence[float]
+) -> list[Setting]:
+    """The rates that are asked for. A wrong one would fail each clip."""
+    lowest = codec.config.frame_rate / codec.config.max_frames_per_token
+    for name, values, low, high in (
+        ("merging_thresholds", merging_thresholds, -1, 1),
+        ("target_frame_rates", target_frame_rates, lowest, codec.config.frame_rate),
+    ):
+        if len(set(values)) < len(values) or not all(low <= value <= high for value in values):
+            raise ValueError(f"`{name}` must be different numbers between {low} and {high}, got {list(values)}.")
+    if not merging_thresholds and not target_frame_rates:
+        merging_thresholds = [codec.config.merging_threshold]
+    return [
+        *(Setting(merging_threshold=float(value)) for value in merging_thresholds),
+        *(Setting(target_frame_rate=float(value)) for value in target_frame_rates),
+    ]
+
+
 def _digest(dataset: Dataset | IterableDataset, columns: Columns) -> str | None:
     """Of the ids of a dataset that can tell them at once: shards of another list of clips are not taken for this one's."""
-    if not isinstance(dataset, Dataset) or columns.id is None:
+    if not isinstance(dataset, Dataset) or columns.id not in dataset.column_names:
         return None
     digest = hashlib.sha256()
     for table in dataset.select_columns([columns.id]).with_format("arrow").iter(batch_size=10_000):
@@ -361,12 +379,12 @@ def _batches(
     """Clips of similar length, the longest first, whose audio is being read. A block of none has one empty batch."""
     for block in blocks:
         measured = []
-        for source, future in [(source, pool.submit(_measure, source)) for source in _sources(block.rows, columns)]:
+        for source, future in [(source, pool.submit(_measure, source)) for source in _sources(block, columns)]:
             try:
                 measured.append(future.result())
             except (ValueError, OSError) as error:
                 block.fail(source, error)
-        block.rows = block.rows.select([name for name in (columns.id, columns.text, *columns.metadata) if name])
+        block.rows = block.rows.drop_columns([columns.audio])
         measured.sort(key=lambda item: -item[1])
         batches: list[list[Source]] = [[]]
         longest = 0.0
@@ -382,13 +400,14 @@ def _batches(
             yield block, [(source, pool.submit(_load, source, sampling_rate)) for source in batch]
 
 
-def _sources(rows: pa.Table, columns: Columns) -> Iterator[Source]:
-    names = rows[columns.id].to_pylist() if columns.id else [None] * len(rows)
+def _sources(block: Block, columns: Columns) -> Iterator[Source]:
+    rows = block.rows
+    names = column_of(rows, columns.id).to_pylist() if columns.id else [None] * len(rows)
     for row, (name, audio) in enumerate(zip(names, rows[columns.audio].to_pylist(), strict=True)):
         audio = audio if isinstance(audio, dict) else {"path": audio}
         path, contents = audio.get("path"), audio.get("bytes")
         if name is None:
-            name = f"row {row}" if path is None else PurePosixPath(path).name
+            name = f"{block.stream:05d}-{block.number:05d}-{row}" if path is None else PurePosixPath(path).name
         yield Source(row, str(name), path, contents)
 
 
@@ -396,8 +415,13 @@ def _measure(source: Source) -> tuple[Source, float]:
     if source.contents is None and source.path is None:
         raise AudioError(f"{source.name}: the row has no audio.")
     if source.contents is None and "://" in str(source.path):
-        with fsspec.open(source.path, "rb") as file:
-            source = replace(source, contents=file.read())
+        try:
+            with fsspec.open(source.path, "rb") as file:
+                source = replace(source, contents=file.read())
+        except FileNotFoundError as error:
+            raise AudioError(f"{source.path}: there is no such file.") from error
+        except OSError as error:  # the network's fault, not the file's
+            raise RuntimeError(f"{source.path}: cannot be fetched: {error}") from error
     return source, audio_seconds(*source.file)
 
 
@@ -512,7 +536,11 @@ def _table(block: Block, columns: Columns, encoder: _Encoder) -> tuple[pa.Table,
         return [value for value in values for _ in settings]
 
     def given(name: str | None) -> pa.Array | pa.ChunkedArray:
-        return pa.nulls(len(rows), pa.string()) if name is None else block.rows[name].take(rows).cast(pa.string())
+        return (
+            pa.nulls(len(rows), pa.string())
+            if name is None
+            else column_of(block.rows, name).take(rows).cast(pa.string())
+        )
 
     features, kept = Features(TOKEN_FEATURES), {}
     for name, feature in columns.metadata.items():
