@@ -242,7 +242,7 @@ def test_tokens_made_otherwise_are_not_mixed(tokenize, clips, tmp_path):
     tokenize(clips, tmp_path / "out", merging_thresholds=[1.0], clips_per_shard=6)
     before = rows_of(tmp_path / "out")
     with pytest.raises(
-        CorpusError, match=r"made otherwise \(settings \['merging_threshold=1'\], not \['merging_threshold=0.9'\]\)"
+        CorpusError, match=r"made otherwise \(rates \['merging_threshold=1'\], not \['merging_threshold=0.9'\]\)"
     ):
         tokenize(clips, tmp_path / "out", merging_thresholds=[0.9], clips_per_shard=6)
     shutil.copytree(clips, tmp_path / "more")

@@ -202,13 +202,13 @@ def tokenize_corpus(
     num_clips = len(dataset) if isinstance(dataset, Dataset) else None
     stream = prepare(dataset, clips_per_shard)
     columns = Columns.of(stream.features, audio_column, text_column, id_column)
-    rates = _settings(codec, merging_thresholds, target_frame_rates)
+    rates = _rates(codec, merging_thresholds, target_frame_rates)
     settings = {
         "model": codec.config.name_or_path,
         "revision": getattr(codec.config, "_commit_hash", None),
         "dtype": str(codec.dtype).removeprefix("torch."),
         "num_quantizers": min(num_quantizers or codec.config.num_quantizers, codec.config.num_quantizers),
-        "settings": [str(rate) for rate in rates],
+        "rates": [str(rate) for rate in rates],
         "chunk_length_s": chunk_length_s,
         "clips_per_shard": clips_per_shard,
         "source": {
@@ -248,7 +248,7 @@ def tokenize_corpus(
     return close_corpus(output_dir, split, shards, versions) if _complete(shards, streams) else None
 
 
-def _settings(
+def _rates(
     codec: FlexiCodecModel, merging_thresholds: Sequence[float], target_frame_rates: Sequence[float]
 ) -> list[Setting]:
     """The rates that are asked for. A wrong one would fail each clip."""
