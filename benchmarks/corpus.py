@@ -4,7 +4,8 @@
 
 The plain loop encodes one file at a time, once for each threshold, with all threads. `tokenize_corpus` runs in one process
 with all threads, and in several that share them. The codec is half as deep as the released one in every part (`--full`:
-as deep). Times exclude the loading of the model; rows that differ from those of the loop are counted.
+as deep). Times exclude the loading of the model; rows that differ from those of the loop are counted. CPU seconds are the
+sum over threads and processes: what to compare with `--threads 1 --processes 1` where the machine is not quiet.
 """
 
 from __future__ import annotations
@@ -72,11 +73,12 @@ def plain_loop(
     return tokens
 
 
-def work(rank: int, arguments: argparse.Namespace, work_folder: str, output: str, ready: Any) -> None:
+def work(rank: int, arguments: argparse.Namespace, work_folder: str, output: str, ready: Any, cpu_times: Any) -> None:
     torch.set_num_threads(max(arguments.threads // arguments.processes, 1))
     folder = Path(work_folder)
     codec, feature_extractor = load(folder / "codec", arguments.dtype)
     ready.wait()
+    start = time.process_time()
     tokenize_corpus(
         load_corpus(str(folder / "clips")),
         output,
@@ -89,6 +91,7 @@ def work(rank: int, arguments: argparse.Namespace, work_folder: str, output: str
         rank=rank,
         world_size=arguments.processes,
     )
+    cpu_times.put(time.process_time() - start)
     ready.wait()
 
 
@@ -118,23 +121,23 @@ def main() -> None:
         loop_codec = (codec, feature_extractor)
         plain_loop(folder / "clips", *loop_codec, thresholds=[])
         codec.encode(**feature_extractor(np.zeros(16_000, np.float32), sampling_rate=16_000, return_tensors="pt"))
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         expected = plain_loop(folder / "clips", *loop_codec, thresholds=arguments.merging_thresholds)
-        base = time.perf_counter() - start
-        print(f"{'plain loop':30}{base:8.1f} s {seconds / base:8.1f} x real time", flush=True)
+        base, cpu_base = time.perf_counter() - start, time.process_time() - cpu_start
+        print(f"{'plain loop':14}{base:8.1f} s {cpu_base:8.1f} CPU s", flush=True)
 
-        def report(name: str, took: float, output: Path) -> None:
+        def report(name: str, took: float, cpu: float, output: Path) -> None:
             tables = [pq.read_table(path).to_pylist() for path in sorted((output / "data").glob("*.parquet"))]
             rows = {(row["id"], row["merging_threshold"]): row["audio_codes"] for table in tables for row in table}
             differ = sum(rows[key] != codes for key, codes in expected.items())
             print(
-                f"{name:30}{took:8.1f} s {seconds / took:8.1f} x real time, {base / took:.2f} times the loop; "
-                f"{differ} of {len(rows)} rows differ",
+                f"{name:14}{took:8.1f} s {cpu:8.1f} CPU s   {base / took:.2f} times the loop ({cpu_base / cpu:.2f} by CPU), "
+                f"{seconds / took:.1f} x real time; {differ} of {len(rows)} rows differ",
                 flush=True,
             )
 
         codec, feature_extractor = load(folder / "codec", arguments.dtype)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         tokenize_corpus(
             load_corpus(str(folder / "clips")),
             folder / "one",
@@ -143,12 +146,14 @@ def main() -> None:
             merging_thresholds=arguments.merging_thresholds,
             batch_seconds=arguments.batch_seconds,
         )
-        report("one process", time.perf_counter() - start, folder / "one")
+        report("one process", time.perf_counter() - start, time.process_time() - cpu_start, folder / "one")
+        if arguments.processes == 1:
+            return
 
         context = multiprocessing.get_context("spawn")
-        ready = context.Barrier(arguments.processes + 1)
+        ready, cpu_times = context.Barrier(arguments.processes + 1), context.SimpleQueue()
         processes = [
-            context.Process(target=work, args=(rank, arguments, temporary, str(folder / "several"), ready))
+            context.Process(target=work, args=(rank, arguments, temporary, str(folder / "several"), ready, cpu_times))
             for rank in range(arguments.processes)
         ]
         for process in processes:
@@ -159,7 +164,7 @@ def main() -> None:
         took = time.perf_counter() - start
         for process in processes:
             process.join()
-        report(f"{arguments.processes} processes", took, folder / "several")
+        report(f"{arguments.processes} processes", took, sum(cpu_times.get() for _ in processes), folder / "several")
 
 
 if __name__ == "__main__":
