@@ -404,6 +404,20 @@ def test_every_source_gives_the_same_tokens(tokenize, clips, tmp_path, monkeypat
         assert all("audio" not in row for row in rows)
 
 
+def test_metadata_of_subfolders_are_joined(clips, tmp_path):
+    shutil.copytree(clips, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nspeaker0/clip0.flac,zero\n")
+    (tmp_path / "speaker1" / "metadata.jsonl").write_text('{"file_name": "./clip1.wav", "age": 30}\n')
+    table = load_corpus(str(tmp_path)).with_format("arrow")[:]
+    rows = {row["id"]: row for row in table.to_pylist()}
+    assert len(rows) == len(table) == 11
+    assert rows["speaker0/clip0.flac"]["text"] == "zero" and rows["speaker1/clip1.wav"]["age"] == 30
+    assert all(Path(row["audio"]["path"]).is_file() for row in rows.values())
+    (tmp_path / "speaker0" / "metadata.jsonl").write_text('{"file_name": "clip0.flac", "age": "old"}\n')
+    with pytest.raises(CorpusError, match="the metadata of its subfolders do not fit together"):
+        load_corpus(str(tmp_path))
+
+
 def test_columns_are_found_or_asked_for(clips):
     features = embedded(clips).rename_column("sentence", "words").features
     columns = Columns.of(features, None, "words", "speaker")

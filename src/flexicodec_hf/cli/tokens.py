@@ -116,7 +116,7 @@ def parquet_rows(path: Path) -> list[TokensRow]:
         told = json.loads((schema.metadata or {}).get(b"flexicodec_hf", "{}"))
     except (ArrowException, ValueError) as error:
         raise CommandError(f"{path}: not a file of tokens from `tokenize`: {error}.") from error
-    settings = {"model": told["settings"]["model"]} if told else {}
+    settings = {"model": told["settings"]["model"]} if "settings" in told else {}
     rows = []
     names = table.select(["id", "merging_threshold", "target_frame_rate"]).to_pylist()
     for i, (clip, threshold, rate) in enumerate(row.values() for row in names):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,8 @@ def load_corpus(
     Args:
         dataset: One of
 
-            - a folder of audio files, with subfolders, and with what `metadata.jsonl`, `.csv`, `.tsv` or `.parquet` in it
-              says of the files that its column `file_name` names;
+            - a folder of audio files, with subfolders, and with what `metadata.jsonl`, `.csv`, `.tsv` or `.parquet` in any of
+              them says of the files that its column `file_name` names;
             - a `.jsonl`, `.json`, `.csv` or `.tsv` file with a column of paths, relative to the file's folder;
             - a `.parquet` or `.tar` (WebDataset) file, a folder of such, or a pattern (`"data/*.tar"`), which are streamed;
             - a folder that `Dataset.save_to_disk` wrote;
@@ -137,16 +138,26 @@ def _audio_files(folder: Path) -> list[str]:
 
 
 def _folder(folder: Path, files: list[str]) -> Dataset:
-    """The files of a folder, with the rows of its metadata; first in the metadata's order, then those it does not name."""
-    metadata = next((folder / name for name in METADATA_NAMES if (folder / name).is_file()), None)
-    table = pa.table({"file_name": pa.array(files, pa.string())})
-    if metadata is not None:
-        described = read_table(metadata)
-        if "file_name" not in described.column_names:
-            raise CorpusError(f"{metadata}: there is no column 'file_name' among {described.column_names}.")
-        named = set(described["file_name"].to_pylist())
-        table = table.filter(pa.array([name not in named for name in files], pa.bool_()))
-        table = pa.concat_tables([described, table], promote_options="default")
+    """The files of a folder, with what metadata in it and its subfolders say of them; last those that none names."""
+    metadata: dict[Path, Path] = {}
+    for name in METADATA_NAMES:
+        for path in sorted(folder.rglob(name)):
+            metadata.setdefault(path.parent, path)
+    tables = []
+    for parent, path in sorted(metadata.items()):
+        table = read_table(path)
+        if "file_name" not in table.column_names:
+            raise CorpusError(f"{path}: there is no column 'file_name' among {table.column_names}.")
+        inside = parent.relative_to(folder).as_posix()
+        names = [name and posixpath.normpath(posixpath.join(inside, name)) for name in table["file_name"].to_pylist()]
+        column = table.column_names.index("file_name")
+        tables.append(table.set_column(column, "file_name", pa.array(names, pa.string())))
+    named = {name for table in tables for name in table["file_name"].to_pylist()}
+    tables.append(pa.table({"file_name": pa.array([name for name in files if name not in named], pa.string())}))
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise CorpusError(f"{folder}: the metadata of its subfolders do not fit together: {error}") from error
     return _with_audio(table, "file_name", folder)
 
 
