@@ -140,7 +140,11 @@ def test_the_manifest_says_what_was_made_and_how(tokenize, codec, codec_dir, cli
     rows = rows_of(tmp_path / "out")
     assert manifest["hours"] == pytest.approx(sum(row["duration"] for row in rows) / 3 / 3600)
     assert sum(manifest["num_tokens"].values()) == sum(len(row["token_lengths"]) for row in rows)
-    assert list(manifest["num_tokens"]) == ["merging_threshold=1", "merging_threshold=0.91", "target_frame_rate=6.25"]
+    assert list(manifest["num_tokens"]) == [
+        "merging_threshold=1.0",
+        "merging_threshold=0.91",
+        "target_frame_rate=6.25",
+    ]
     files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out" / "data").iterdir())
     assert [shard["file"] for shard in manifest["shards"]] == files and len(files) == 3
     for shard in manifest["shards"]:
@@ -242,7 +246,7 @@ def test_tokens_made_otherwise_are_not_mixed(tokenize, clips, tmp_path):
     tokenize(clips, tmp_path / "out", merging_thresholds=[1.0], clips_per_shard=6)
     before = rows_of(tmp_path / "out")
     with pytest.raises(
-        CorpusError, match=r"made otherwise \(rates \['merging_threshold=1'\], not \['merging_threshold=0.9'\]\)"
+        CorpusError, match=r"made otherwise \(rates \['merging_threshold=1.0'\], not \['merging_threshold=0.9'\]\)"
     ):
         tokenize(clips, tmp_path / "out", merging_thresholds=[0.9], clips_per_shard=6)
     shutil.copytree(clips, tmp_path / "more")

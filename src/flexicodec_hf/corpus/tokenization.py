@@ -70,8 +70,8 @@ class Setting:
 
     def __str__(self) -> str:
         if self.target_frame_rate is not None:
-            return f"target_frame_rate={self.target_frame_rate:g}"
-        return f"merging_threshold={self.merging_threshold:g}"
+            return f"target_frame_rate={self.target_frame_rate}"
+        return f"merging_threshold={self.merging_threshold}"
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,6 @@ def tokenize_corpus(
         if number is not None and number <= 0:
             raise ValueError(f"`{name}` must be positive, got {number}.")
     output_dir = Path(output_dir)
-    (output_dir / "data").mkdir(parents=True, exist_ok=True)
-
     num_clips = len(dataset) if isinstance(dataset, Dataset) else None
     stream = prepare(dataset, clips_per_shard)
     columns = Columns.of(stream.features, audio_column, text_column, id_column)
@@ -222,6 +220,7 @@ def tokenize_corpus(
         },
     }
     shards = find_shards(output_dir, split, settings)
+    (output_dir / "data").mkdir(parents=True, exist_ok=True)
     streams = num_streams(stream)
     if not _complete(shards, streams):
         # It is of another time: a shard was deleted to be made again.
