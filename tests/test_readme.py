@@ -2,7 +2,9 @@
 
 import re
 import runpy
+import shlex
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from flexicodec_hf.cli import main
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/codec.md", "docs/conversion.md", "model_cards/codec.md")
+PAGES = ("README.md", "docs/codec.md", "docs/conversion.md", "docs/corpora.md", "model_cards/codec.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -29,6 +31,13 @@ def workplace(codec_dir, golden, tmp_path, monkeypatch):
     shutil.copy(AUDIO / "librivox_austen_0870.flac", "speech.flac")
     shutil.copy(AUDIO / "stereo_44k.flac", "stereo_44k.flac")
     shutil.copytree(codec_dir(), "flexicodec")
+    Path("recordings").mkdir()
+    shutil.copy(AUDIO / "short_0p08s.wav", "recordings")
+    shutil.copy(AUDIO / "silence_2s.wav", "recordings")
+    Path("recordings/list.jsonl").write_text('{"path": "silence_2s.wav", "sentence": ""}\n')
+    Path("shards").mkdir()
+    with tarfile.open("shards/0.tar", "w") as tar:
+        tar.add("recordings/silence_2s.wav", "a.wav")
     source = codec_dir().parent
     shutil.copy(source / "source.yaml", "codec.yaml")
     weights = golden("codec_tiny").weights
@@ -53,12 +62,18 @@ def test_python_of_a_page_runs(page, workplace):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page_run(page, workplace):
+def test_commands_of_a_page_run(page, workplace, monkeypatch):
     commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for command in commands:
-        words = command.split("#")[0].split()
-        if words[0] == "flexicodec-hf":
+        words = shlex.split(command, comments=True)
+        if words[0] == "accelerate":
+            arguments = words[words.index("flexicodec-hf") + 1 :]
+            for rank in range(int(words[words.index("--num_processes") + 1])):
+                monkeypatch.setenv("RANK", str(rank))
+                monkeypatch.setenv("WORLD_SIZE", words[words.index("--num_processes") + 1])
+                assert main(arguments) == 0, command
+        elif words[0] == "flexicodec-hf":
             extra = ["--overwrite"] if words[1] == "convert" else []
             assert main([*words[1:], *extra]) == 0, command
         elif words[0] == "make":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -58,22 +59,23 @@ class AudioClip:
         return changes
 
 
-def read_audio(path: str | Path, sampling_rate: int) -> AudioClip:
+def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = None) -> AudioClip:
     """
     Read an audio file: average its channels, and resample it to `sampling_rate`.
 
     Args:
         path: Anything libsndfile reads: WAV, FLAC, Ogg, MP3, AIFF, ...
         sampling_rate: The rate to resample to, in hertz.
+        file: The open file, where it is none on disk; `path` is then its name in messages.
 
     Raises:
         AudioError: There is no such file, it is no audio file or a damaged one, or it has no samples, or NaN or infinite
             ones.
     """
     path = Path(path)
-    with _open(path) as file:
-        file_sampling_rate, num_channels = file.samplerate, file.channels
-        blocks = [block.mean(axis=1) for block in file.blocks(_BLOCK, dtype="float32", always_2d=True)]
+    with _open(path, file) as audio:
+        file_sampling_rate, num_channels = audio.samplerate, audio.channels
+        blocks = [block.mean(axis=1) for block in audio.blocks(_BLOCK, dtype="float32", always_2d=True)]
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
     if not np.isfinite(waveform).all():
         raise AudioError(f"{path}: the audio has NaN or infinite samples.")
@@ -87,10 +89,10 @@ def read_audio(path: str | Path, sampling_rate: int) -> AudioClip:
     return AudioClip(path, waveform, sampling_rate, file_sampling_rate, num_channels)
 
 
-def audio_seconds(path: str | Path) -> float:
-    """How long an audio file lasts, from its header. Raises [`AudioError`] as `read_audio` does."""
-    with _open(Path(path)) as file:
-        return file.frames / file.samplerate
+def audio_seconds(path: str | Path, file: BinaryIO | None = None) -> float:
+    """How long an audio file lasts, from its header. Arguments and [`AudioError`] as for `read_audio`."""
+    with _open(Path(path), file) as audio:
+        return audio.frames / audio.samplerate
 
 
 def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
@@ -131,15 +133,15 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[soundfile.SoundFile]:
-    if not path.exists():
+def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
+    if file is None and not path.exists():
         raise AudioError(f"{path}: there is no such file.")
-    if path.is_dir():
+    if file is None and path.is_dir():
         raise AudioError(f"{path}: this is a directory; pass its files.")
     if path.suffix.lower() == ".raw":
         raise AudioError(f"{path}: a file without a header does not say its sampling rate; convert it to WAV.")
     try:
-        with soundfile.SoundFile(path) as file:
-            yield file
+        with soundfile.SoundFile(path if file is None else file) as audio:
+            yield audio
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: not an audio file, or a damaged one: {error.error_string}") from error

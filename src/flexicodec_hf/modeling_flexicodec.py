@@ -29,6 +29,23 @@ from .configuration_flexicodec import FlexiCodecConfig
 
 
 @dataclass
+class FlexiCodecFramesOutput(ModelOutput):
+    r"""
+    Args:
+        semantic_frames (`torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`):
+            What the semantic encoder hears in each frame (80 ms); anything at padding.
+        acoustic_frames (`torch.Tensor` of shape `(batch_size, num_frames, hidden_size)`):
+            What the acoustic encoder hears, likewise.
+        num_frames (`list[int]`):
+            Frames of each item.
+    """
+
+    semantic_frames: Tensor | None = None
+    acoustic_frames: Tensor | None = None
+    num_frames: list[int] | None = None
+
+
+@dataclass
 class FlexiCodecEncoderOutput(ModelOutput):
     r"""
     Args:
@@ -764,14 +781,80 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         Raises:
             ValueError: The inputs have wrong shapes or do not belong together, or an argument is out of its range.
         """
+        frames = self.encode_frames(
+            input_values, input_features, padding_mask, input_features_mask, chunk_length_s, chunk_context_s
+        )
+        return self.quantize_frames(
+            frames, num_quantizers, merging_threshold, target_frame_rate, chunk_length_s, chunk_context_s
+        )
+
+    def encode_frames(
+        self,
+        input_values: Tensor,
+        input_features: Tensor,
+        padding_mask: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        chunk_length_s: float | None = None,
+        chunk_context_s: float = 5.0,
+    ) -> FlexiCodecFramesOutput:
+        r"""
+        The first step of `encode`, and most of its work: both encoders, before any frames are merged. `quantize_frames`
+        is the second step, and can follow several times, once for each threshold.
+
+        Args:
+            input_values (`torch.Tensor` of shape `(batch_size, 1, num_samples)`): As for `encode`.
+            input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`): As for `encode`.
+            padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*): As for `encode`.
+            input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*): As for `encode`.
+            chunk_length_s (`float`, *optional*): As for `encode`.
+            chunk_context_s (`float`, *optional*, defaults to 5.0): As for `encode`.
+
+        Returns:
+            [`FlexiCodecFramesOutput`]
+
+        Raises:
+            ValueError: The inputs have wrong shapes or do not belong together.
+        """
+        chunk = self._chunk(chunk_length_s, chunk_context_s)
+        semantic_frames, acoustic_frames, num_frames = self._encode_frames(
+            input_values, input_features, padding_mask, input_features_mask, chunk
+        )
+        return FlexiCodecFramesOutput(semantic_frames, acoustic_frames, num_frames)
+
+    def quantize_frames(
+        self,
+        frames: FlexiCodecFramesOutput,
+        num_quantizers: int | None = None,
+        merging_threshold: float | list[float] | Tensor | None = None,
+        target_frame_rate: float | list[float] | Tensor | None = None,
+        chunk_length_s: float | None = None,
+        chunk_context_s: float = 5.0,
+    ) -> FlexiCodecEncoderOutput:
+        r"""
+        The second step of `encode`: merges frames and turns them into tokens.
+
+        Args:
+            frames ([`FlexiCodecFramesOutput`]): What `encode_frames` returned.
+            num_quantizers (`int`, *optional*): As for `encode`.
+            merging_threshold (`float`, `list[float]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                As for `encode`.
+            target_frame_rate (`float`, `list[float]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                As for `encode`.
+            chunk_length_s (`float`, *optional*): As for `encode`; what `encode_frames` was given.
+            chunk_context_s (`float`, *optional*, defaults to 5.0): As for `encode`.
+
+        Returns:
+            [`FlexiCodecEncoderOutput`]
+
+        Raises:
+            ValueError: An argument is out of its range.
+        """
         if num_quantizers is None:
             num_quantizers = self.config.num_quantizers
         _check_num_quantizers(num_quantizers)
         num_quantizers = min(num_quantizers, self.config.num_quantizers)
         chunk = self._chunk(chunk_length_s, chunk_context_s)
-        semantic_frames, acoustic_frames, lengths = self._encode_frames(
-            input_values, input_features, padding_mask, input_features_mask, chunk
-        )
+        semantic_frames, acoustic_frames, lengths = frames.to_tuple()
         similarities = self._frame_similarities(semantic_frames, lengths)
         threshold = self._threshold(similarities, lengths, merging_threshold, target_frame_rate)
         token_lengths, token_mask = self._merge(similarities, threshold, lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import codec, convert, evaluate
+from . import codec, convert, evaluate, tokenize
 from .common import PROGRAM, CommandError, report_error
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (codec, convert, evaluate):
+    for module in (codec, tokenize, evaluate, convert):
         module.add_commands(commands)
     args = parser.parse_args(argv)
     try:

@@ -28,7 +28,7 @@ from .common import (
 if TYPE_CHECKING:
     from ..configuration_flexicodec import FlexiCodecConfig
     from .runner import CodecRunner
-    from .tokens import Tokens
+    from .tokens import Tokens, TokensRow
 
 
 def add_commands(commands: Any) -> None:
@@ -58,10 +58,12 @@ def add_commands(commands: Any) -> None:
     decode = commands.add_parser(
         "decode",
         help="files of tokens to audio files",
-        description="Decode files of tokens that `encode` wrote, each to a WAV file as long as the clip was. Files that "
-        "are done already are skipped.",
+        description="Decode files of tokens that `encode` wrote, and all rows of those that `tokenize` wrote, each to a "
+        "WAV file as long as the clip was. Files that are done already are skipped.",
     )
-    decode.add_argument("inputs", type=Path, nargs="+", metavar="FILE", help="file of tokens")
+    decode.add_argument(
+        "inputs", type=Path, nargs="+", metavar="FILE", help="file of tokens, .safetensors or .parquet"
+    )
     _add_arguments(decode, encodes=False, many=True)
     decode.set_defaults(run=run_decode, parser=decode)
 
@@ -118,9 +120,9 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
 
 @dataclass(frozen=True)
 class Job:
-    """A file to read and the file to make of it."""
+    """A file, or a row of one, to read and the file to make of it."""
 
-    source: Path
+    source: Path | TokensRow
     target: Path
 
 
@@ -195,7 +197,7 @@ def run_encode(args: argparse.Namespace) -> int:
     from .runner import encode_settings
     from .tokens import read_settings
 
-    jobs = _plan(args, ".safetensors")
+    jobs = _plan(args, args.inputs, ".safetensors")
     config = _codec_config(args)
     settings = encode_settings(config, args.model, args.num_quantizers, args.merging_threshold, args.target_frame_rate)
     totals = Totals()
@@ -227,11 +229,17 @@ def run_encode(args: argparse.Namespace) -> int:
 def run_decode(args: argparse.Namespace) -> int:
     """`decode FILE... -o DIR`; returns the exit status."""
     from ..audio import write_audio
-    from .tokens import read_tokens
+    from .tokens import parquet_rows, read_tokens
 
-    jobs = _plan(args, ".wav")
-    config = _codec_config(args)
     totals = Totals()
+    sources: list[Path | TokensRow] = []
+    for path in args.inputs:
+        try:
+            sources += parquet_rows(path) if path.suffix == ".parquet" else [path]
+        except CommandError as error:
+            totals.fail(error)
+    jobs = _plan(args, sources, ".wav")
+    config = _codec_config(args)
     todo = []
     for job in jobs:
         if args.overwrite or not job.target.exists():
@@ -239,8 +247,8 @@ def run_decode(args: argparse.Namespace) -> int:
         else:
             totals.skip(job)
 
-    def read(path: Path) -> Tokens:
-        tokens = read_tokens(path)
+    def read(source: Path | TokensRow) -> Tokens:
+        tokens = read_tokens(source)
         return replace(tokens, audio_codes=tokens.audio_codes[: args.num_quantizers])
 
     def compute(runner: CodecRunner, tokens: Sequence[Any]) -> list[Result]:
@@ -249,7 +257,7 @@ def run_decode(args: argparse.Namespace) -> int:
             for item, waveform in zip(tokens, runner.decode(tokens), strict=True)
         ]
 
-    return _run(args, config, todo, totals, read, compute, seconds_of=lambda path: read_tokens(path).seconds)
+    return _run(args, config, todo, totals, read, compute, seconds_of=lambda source: read_tokens(source).seconds)
 
 
 def _differences(there: Mapping[str, str], asked: Mapping[str, str]) -> list[str]:
@@ -272,10 +280,10 @@ def _codec_config(args: argparse.Namespace) -> FlexiCodecConfig:
     return config
 
 
-def _plan(args: argparse.Namespace, suffix: str) -> list[Job]:
+def _plan(args: argparse.Namespace, inputs: Sequence[Path | TokensRow], suffix: str) -> list[Job]:
     """A target in the output directory for each input."""
-    sources: dict[Path, Path] = {}
-    for source in dict.fromkeys(args.inputs):
+    sources: dict[Path, Path | TokensRow] = {}
+    for source in dict.fromkeys(inputs):
         target = args.output_dir / f"{source.stem}{suffix}"
         if target in sources:
             usage_error(args, f"{sources[target]} and {source} would both become {target}: use two output directories")
@@ -292,9 +300,9 @@ def _run(
     config: FlexiCodecConfig,
     jobs: list[Job],
     totals: Totals,
-    read: Callable[[Path], Any],
+    read: Callable[[Any], Any],
     compute: Callable[[CodecRunner, Sequence[Any]], list[Result]],
-    seconds_of: Callable[[Path], float] | None = None,
+    seconds_of: Callable[[Any], float] | None = None,
 ) -> int:
     """Run the jobs in batches, report each and print the summary; returns the exit status.
 
@@ -373,12 +381,12 @@ def _notes(runner: CodecRunner, item: Any) -> list[str]:
         notes = item.changes
     else:
         model = item.settings.get("model")
-        notes = [] if model == runner.name else [f"encoded with the model {model}"]
+        notes = [] if model in (None, runner.name) else [f"encoded with the model {model}"]
     chunk = runner.chunk_of(item)
     return notes if chunk is None else [*notes, f"in chunks of {chunk:g} s"]
 
 
-def _seconds(job: Job, seconds_of: Callable[[Path], float]) -> float:
+def _seconds(job: Job, seconds_of: Callable[[Any], float]) -> float:
     try:
         return seconds_of(job.source)
     except (ValueError, OSError):
