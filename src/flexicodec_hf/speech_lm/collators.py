@@ -71,7 +71,9 @@ class SpeechTextCollator:
             column = "text" if part == "text" else "audio_codes"
             if row.get(column) is None:
                 raise ValueError(f"Row {index} of the batch has no `{column}`, which `parts` {self.parts} needs.")
-            section = row["text"] if part == "text" else vocabulary.encode(row["audio_codes"], row.get("token_lengths"))
+            section = (
+                row["text"] if part == "text" else vocabulary.encode(row["audio_codes"], row.get("token_lengths"))
+            )
             sections.append((section, part in self.labels_on))
         if tokenizer.bos_token_id is not None:
             sections.insert(0, ([tokenizer.bos_token_id], False))
@@ -153,7 +155,9 @@ class SpeechChatCollator:
                     pieces.append(vocabulary.start_token + vocabulary.end_token)
                     clips.append(vocabulary.encode(part["audio_codes"], part.get("token_lengths")))
                 else:
-                    raise ValueError(f"Message {index}: a part must be of type 'text' or 'audio', got {part['type']!r}.")
+                    raise ValueError(
+                        f"Message {index}: a part must be of type 'text' or 'audio', got {part['type']!r}."
+                    )
             flat.append({**message, "content": "".join(pieces)})
         return flat, clips
 
