@@ -81,6 +81,19 @@ def test_text_and_speech_come_apart(name):
     for span, clip in zip(spans, clips, strict=True):
         assert_same(vocabulary.decode(**{key: value[..., span] for key, value in stream.items()}), clip)
 
+    assert vocabulary.speech_spans(vocabulary.join(["no speech"])["input_ids"]) == []
+    # Speech that is not closed ends where the next begins, or with the stream.
+    opened = vocabulary.join(
+        [{key: value[..., :-1] for key, value in vocabulary.encode(*clip).items()} for clip in clips]
+    )
+    first, second, third = vocabulary.speech_spans(opened["input_ids"])
+    assert (first.start, first.stop, second.stop, third.stop) == (
+        0,
+        second.start,
+        third.start,
+        len(opened["input_ids"]),
+    )
+
     text = vocabulary.tokenizer.decode(stream["input_ids"], skip_special_tokens=True)
     assert text == "Turn 0: Turn 1: Turn 2: bye"
     # The names of the tokens are themselves text of the tokenizer.

@@ -406,7 +406,7 @@ class FlexiCodecSpeechVocabulary:
         starts = (kinds == self._kind(self.start_token)).nonzero()[:, 0].tolist()
         ends = (kinds == self._kind(self.end_token)).nonzero()[:, 0]
         spans = []
-        for start, limit in zip(starts, [*starts[1:], len(kinds)], strict=True):
+        for start, limit in zip(starts, [*starts[1:], len(kinds)], strict=False):
             index = int(torch.searchsorted(ends, start))
             closed = index < len(ends) and int(ends[index]) < limit
             spans.append(slice(start, int(ends[index]) + 1 if closed else limit))
