@@ -62,6 +62,15 @@ def test_round_trip_of_random_sequences(name, device):
             stream = vocabulary.encode(codes, lengths, markers=markers)
             assert stream["input_ids"].device.type == device
             assert_same(vocabulary.decode(**stream), (codes, lengths))
+        prompt = vocabulary.encode_prompt(codes, lengths)
+        assert (
+            prompt["input_ids"].tolist()
+            == vocabulary.encode(codes, lengths)["input_ids"][: len(prompt["input_ids"])].tolist()
+        )
+        assert (
+            vocabulary.is_speech(prompt["input_ids"]).all()
+            and vocabulary.is_code(prompt["input_ids"]).sum() == num_tokens
+        )
         # Repair changes nothing that is whole, and puts the markers where they are missing.
         repaired = vocabulary.repair(**stream)
         assert_same(repaired.values(), vocabulary.encode(codes, lengths).values())

@@ -218,6 +218,12 @@ class FlexiCodecSpeechVocabulary:
         """Id of semantic code 0. The others follow (`"joint"`: of code 0 with its durations, then of code 1 ...)."""
         return self._first_ids[_CODE]
 
+    @property
+    def duration_ids(self) -> tuple[int, int]:
+        """First of the ids that tell a duration, and their number: those of codes and durations together if `"joint"`."""
+        name = _DURATION if self.layout == "separate" else _CODE
+        return self._first_ids[name], len(self._blocks[name])
+
     def is_speech(self, input_ids: Tensor) -> Tensor:
         """Mask of the ids that are speech, its markers included."""
         return (input_ids >= self._boundaries[0]) & (input_ids < self._boundaries[-1])
@@ -300,6 +306,14 @@ class FlexiCodecSpeechVocabulary:
             )
             stream["acoustic_codes"] = rows
         return stream
+
+    def encode_prompt(self, audio_codes: Any, token_lengths: Any = None) -> dict[str, Tensor]:
+        """
+        The stream of a clip that a language model is to continue: begun by `<|speech|>`, and not ended. Arguments,
+        result and errors as for `encode`. (Delayed acoustic codes that would come behind the last token are not in it.)
+        """
+        num_closing = 1 + (self.num_quantizers - 1 if self.is_delayed else 0)
+        return {name: value[..., :-num_closing] for name, value in self.encode(audio_codes, token_lengths).items()}
 
     def decode(
         self, input_ids: Tensor, token_lengths: Tensor | None = None, acoustic_codes: Tensor | None = None
