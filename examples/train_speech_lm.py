@@ -196,7 +196,7 @@ def continue_speech(
         **prompt,
         # One token a frame is the most that can be needed; the last token's duration is not known.
         max_new_tokens=int(arguments.max_new_seconds * frame_rate * ids_per_token) + 1,
-        eos_token_id=end,
+        eos_token_id=[end, vocabulary.tokenizer.eos_token_id],
         pad_token_id=vocabulary.tokenizer.pad_token_id,
         do_sample=True,
         temperature=arguments.temperature,
