@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from conftest import AUDIO
 from flexicodec_hf.cli import main
+from test_vocabulary import byte_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/codec.md", "docs/conversion.md", "model_cards/codec.md")
+PAGES = ("README.md", "docs/codec.md", "docs/conversion.md", "docs/language_models.md", "model_cards/codec.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -29,6 +30,7 @@ def workplace(codec_dir, golden, tmp_path, monkeypatch):
     shutil.copy(AUDIO / "librivox_austen_0870.flac", "speech.flac")
     shutil.copy(AUDIO / "stereo_44k.flac", "stereo_44k.flac")
     shutil.copytree(codec_dir(), "flexicodec")
+    byte_tokenizer().save_pretrained("language_model")
     source = codec_dir().parent
     shutil.copy(source / "source.yaml", "codec.yaml")
     weights = golden("codec_tiny").weights
