@@ -23,6 +23,7 @@ from .modeling_flexicodec_ar import (
 from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
 from .scheduling_flexicodec import FlexiCodecMidpointScheduler
+from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
 
 
 __version__ = "0.1.0"
@@ -65,9 +66,12 @@ __all__ = [
     "FlexiCodecMidpointScheduler",
     "FlexiCodecModel",
     "FlexiCodecPreTrainedModel",
+    "FlexiCodecSpeechVocabulary",
     "FlexiCodecVocoderConfig",
     "FlexiCodecVocoderModel",
     "FlexiCodecVoiceboxConfig",
     "FlexiCodecVoiceboxModel",
     "FlexiCodecVoiceboxPreTrainedModel",
+    "SpeechChatCollator",
+    "SpeechTextCollator",
 ]
