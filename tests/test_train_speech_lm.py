@@ -71,10 +71,9 @@ def run(example: dict, *arguments: str) -> dict[str, float]:
     return example["main"]([*arguments, *QUICK])
 
 
-@pytest.mark.parametrize("layout", ["parallel", "separate"])
-def test_learns_and_goes_on_after_an_interruption(example, workplace, capsys, layout):
-    folder = workplace / layout
-    common = ["--tokens", "tokens", "--codec", "flexicodec", "--output_dir", str(folder), "--layout", layout]
+def test_learns_and_goes_on_after_an_interruption(example, workplace, capsys):
+    folder = workplace / "learns"
+    common = ["--tokens", "tokens", "--codec", "flexicodec", "--output_dir", str(folder)]
     first = run(example, *common, "--max_steps", "6", "--save_steps", "3")
     output = capsys.readouterr().out
     assert "1 of 13 clips are longer than 30.0 s and left out" in output
@@ -87,10 +86,10 @@ def test_learns_and_goes_on_after_an_interruption(example, workplace, capsys, la
     info = soundfile.info(folder / "continuation.wav")
     assert info.samplerate == 16_000 and info.duration > 0.2
 
-    second = run(example, *common, "--max_steps", "12", "--save_steps", "6")
-    assert second["eval_bits_per_second"] < 0.8 * first["eval_bits_per_second"]
+    second = run(example, *common, "--max_steps", "16", "--save_steps", "3")
+    assert second["eval_bits_per_second"] < 0.9 * first["eval_bits_per_second"]
     steps = {int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")}
-    assert {3, 6, 12} <= steps
+    assert {3, 6, 9, 16} <= steps
     assert "'epoch': '1'" not in capsys.readouterr().out  # it did not begin again
 
 
@@ -154,11 +153,8 @@ def test_starts_from_a_pretrained_model(example, workplace):
     )
     example["AutoModelForCausalLM"].from_config(config).save_pretrained("plain")
     common = ["--tokens", "tokens", "--codec", "flexicodec", "--model_name_or_path", "plain", "--max_steps", "1"]
-    for layout in ("parallel", "separate"):
-        result = run(
-            example, *common, "--output_dir", f"from_plain_{layout}", "--layout", layout, "--parts", "text", "speech"
-        )
-        assert math.isfinite(result["eval_loss"])
+    result = run(example, *common, "--output_dir", "from_plain")
+    assert math.isfinite(result["eval_loss"])
 
 
 def test_too_few_clips_are_an_error(example):

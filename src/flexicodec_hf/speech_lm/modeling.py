@@ -14,6 +14,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     Cache,
     GenerationConfig,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     TemperatureLogitsWarper,
@@ -69,7 +70,7 @@ class SpeechLMGenerateOutput(GenerateDecoderOnlyOutput):
     token_lengths: Tensor | None = None
 
 
-class DurationLMMixin:
+class DurationLMMixin(GenerationMixin):
     """
     Durations beside the tokens of a causal language model, for `layout="parallel"`; [`duration_lm_class`] mixes it into
     a class of transformers. As in FlexiCodec's own autoregressive model, the output at a code scores its duration and
@@ -149,7 +150,7 @@ class DurationLMMixin:
         duration_logits = self.duration_head(output.hidden_states[-1][:, -output.logits.shape[1] :])
 
         loss = output.loss
-        if loss is not None and duration_labels is not None:
+        if labels is not None and duration_labels is not None:
             classes = torch.where(duration_labels > 0, duration_labels - 1, IGNORE_INDEX)
             losses = F.cross_entropy(duration_logits.flatten(0, 1).float(), classes.flatten(), reduction="sum")
             # By the same count as the tokens, so that the sum of the two is of a token with its duration.

@@ -289,21 +289,15 @@ class FlexiCodecSpeechVocabulary:
         num_fills = self.num_quantizers - 1 if self.is_delayed else 0
         ids = F.pad(ids, (0, num_fills), value=self._first_ids.get(self.fill_token, 0))
         if markers:
-            ids = torch.cat(
-                [
-                    ids.new_tensor([self._first_ids[self.start_token]]),
-                    ids,
-                    ids.new_tensor([self._first_ids[self.end_token]]),
-                ]
-            )
+            ids = F.pad(ids, (1, 0), value=self._first_ids[self.start_token])
+            ids = F.pad(ids, (0, 1), value=self._first_ids[self.end_token])
         stream = {"input_ids": ids}
         if self.is_parallel:
             stream["token_lengths"] = F.pad(channel, (int(markers), num_fills + int(markers)))
         if self.is_delayed:
             rows = acoustic.new_full((num_fills, len(ids)), self.acoustic_codebook_size)
-            rows.scatter_(
-                1, self._delayed_positions(torch.arange(num_tokens, device=ids.device) + int(markers)), acoustic
-            )
+            starts = torch.arange(num_tokens, device=ids.device) + int(markers)
+            rows.scatter_(1, self._delayed_positions(starts), acoustic)
             stream["acoustic_codes"] = rows
         return stream
 
