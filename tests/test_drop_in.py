@@ -128,8 +128,16 @@ def test_one_program_reconstructs_with_every_family(family, repository, device):
     assert audio_values.isfinite().all()
 
 
-def test_flexicodec_names_its_sizes_as_mimi_does(repository, device):
-    config = AutoModel.from_pretrained(repository("flexicodec")).config
+def test_flexicodec_needs_both_inputs_as_xcodec2_does(repository, device):
+    for family in ("xcodec2", "flexicodec"):
+        codec = AutoModel.from_pretrained(repository(family)).to(device)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'input_features'"):
+            codec.encode(torch.zeros(1, 1, 16_000, device=device))
+
+
+def test_flexicodec_names_its_sizes_as_mimi_does(repository):
+    folder = repository("flexicodec")
+    config = AutoModel.from_pretrained(folder).config
     assert (config.sampling_rate, config.frame_rate, config.num_quantizers, config.codebook_size) == (
         16_000,
         12.5,
@@ -138,5 +146,5 @@ def test_flexicodec_names_its_sizes_as_mimi_does(repository, device):
     )
     # Row 0 has a vocabulary of its own, larger than that of the others.
     assert config.semantic_codebook_size == 32_768
-    loaded = AutoModel.from_pretrained(repository("flexicodec"), merging_threshold=0.91)
-    assert loaded.config.merging_threshold == 0.91
+    assert config.merging_threshold == 1.0
+    assert AutoModel.from_pretrained(folder, merging_threshold=0.91).config.merging_threshold == 0.91
