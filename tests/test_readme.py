@@ -14,10 +14,18 @@ from safetensors.torch import save_file
 
 from conftest import AUDIO
 from flexicodec_hf.cli import main
+from test_vocabulary import byte_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/codec.md", "docs/conversion.md", "docs/corpora.md", "model_cards/codec.md")
+PAGES = (
+    "README.md",
+    "docs/codec.md",
+    "docs/conversion.md",
+    "docs/corpora.md",
+    "docs/language_models.md",
+    "model_cards/codec.md",
+)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -38,6 +46,7 @@ def workplace(codec_dir, golden, tmp_path, monkeypatch):
     Path("shards").mkdir()
     with tarfile.open("shards/0.tar", "w") as tar:
         tar.add("recordings/silence_2s.wav", "a.wav")
+    byte_tokenizer().save_pretrained("language_model")
     source = codec_dir().parent
     shutil.copy(source / "source.yaml", "codec.yaml")
     weights = golden("codec_tiny").weights

@@ -34,6 +34,7 @@ from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
 from .scheduling_flexicodec import FlexiCodecMidpointScheduler
+from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
 from .voice_flexicodec import FlexiCodecVoice
 
 
@@ -87,6 +88,7 @@ __all__ = [
     "FlexiCodecModel",
     "FlexiCodecPreTrainedModel",
     "FlexiCodecRepositoryForTextToSpeech",
+    "FlexiCodecSpeechVocabulary",
     "FlexiCodecTTSConfig",
     "FlexiCodecTTSOutput",
     "FlexiCodecTTSPreTrainedModel",
@@ -97,5 +99,7 @@ __all__ = [
     "FlexiCodecVoiceboxConfig",
     "FlexiCodecVoiceboxModel",
     "FlexiCodecVoiceboxPreTrainedModel",
+    "SpeechChatCollator",
+    "SpeechTextCollator",
     "save_repository",
 ]
