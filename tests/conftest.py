@@ -21,6 +21,7 @@ from flexicodec_hf.audio import read_audio
 from flexicodec_hf.conversion.ar import convert_ar
 from flexicodec_hf.conversion.codec import convert_codec
 from flexicodec_hf.conversion.nar import convert_vocoder, convert_voicebox
+from whisper_files import write_vocabulary_and_merges
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -157,4 +158,35 @@ def tts_repository(tts_parts, codec_dir, tmp_path_factory):
         model.voices[name] = model.encode_voice(**inputs, metadata={"text": said or ""})
     folder = tmp_path_factory.mktemp("repository")
     save_repository(folder, FlexiCodecModel.from_pretrained(codec_dir()), model, processor)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def release(golden, tmp_path_factory):
+    """A directory with the fixture `tts` in the names and the form of the released files, and their tokenizer.
+
+    The text vocabulary of the autoregressive model is enlarged to that of the released one; the first 120 ids are the
+    fixture's.
+    """
+    fixture, folder = golden("tts"), tmp_path_factory.mktemp("release")
+    files = {
+        name: {k.removeprefix(f"{name}/"): v for k, v in fixture.weights.items() if k.startswith(f"{name}/")}
+        for name in ("artts", "nartts", "vocos")
+    }
+    files["vocos_emilia"] = files.pop("vocos")
+    embedding = "transformer_lm.text_embedding.weight"
+    few = files["artts"][embedding]
+    table = torch.randn(51866, few.shape[1], generator=torch.Generator().manual_seed(0))
+    table[: len(few)] = few
+    files["artts"][embedding] = table
+    codec = {k: v for k, v in files["artts"].items() if k.startswith("flexicodec_model.")}
+    files["12hz_v1_half"] = {k.removeprefix("flexicodec_model."): v for k, v in codec.items()}
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / "12hz_v1_half_config.yaml").write_text(yaml.safe_dump({"model": fixture.spec["codec_config"]}))
+    (folder / "ar.json").write_text(json.dumps(fixture.spec["ar_config"] | {"text_token_size": len(table)}))
+    (folder / "nar.json").write_text(json.dumps(fixture.spec["voicebox_config"]))
+    (folder / "vocoder.json").write_text(json.dumps(fixture.spec["vocos_config"]))
+    (folder / "whisper").mkdir()
+    write_vocabulary_and_merges(folder / "whisper")
     return folder

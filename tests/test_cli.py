@@ -371,8 +371,13 @@ def test_broken_tokens_are_reported_and_the_rest_go_on(run, tmp_path, make, mess
             "argument --target-frame-rate: not allowed with argument --merging-threshold",
         ),
         (["convert", "-o", "out"], "nothing to convert: pass --codec, --repo, --ar, --nar, --vocoder or --tokenizer"),
-        (["convert", "--repo", "x", "--semantic", "y", "-o", "out"], "argument --semantic: goes with --codec"),
+        (["convert", "--vocoder", "x", "--semantic", "y", "-o", "out"], "argument --semantic: goes with --codec"),
         (["convert", "--codec", "x", "--semantic-repo", "y", "-o", "out"], "--semantic-repo: goes with --repo"),
+        (["convert", "--codec", "x", "--private", "-o", "out"], "argument --private: goes with --push-to-hub"),
+        (
+            ["convert", "--codec", "x", "--push-to-hub", "a/b/c", "-o", "out"],
+            "--push-to-hub: Repo id must be in the form",
+        ),
     ],
 )
 def test_usage_errors(args, message, capsys, tmp_path, monkeypatch):
@@ -452,18 +457,21 @@ def without_semantic(released: Path, directory: Path, suffix: str = ".safetensor
 
 def test_convert_a_repository_and_reconstruct(released, tmp_path, capsys):
     out = tmp_path / "model"
-    assert main(["convert", "--repo", str(released), "-o", str(out)]) == 0
+    assert main(["convert", "--repo", str(released), "--no-tts", "-o", str(out)]) == 0
     output = capsys.readouterr().out
-    assert "codec of 12.5 frames per second, 5 quantizers, float32" in output
+    assert f"{out}: codec, float32; load it with" in output
     assert f"AutoModel.from_pretrained('{out}')" in output
     _, loading = AutoModel.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     clip, result = str(AUDIO / "short_0p08s.wav"), str(tmp_path / "out.wav")
     assert main(["reconstruct", clip, result, "--model", str(out), "--device", "cpu"]) == 0
 
-    assert main(["convert", "--repo", str(released), "-o", str(out)]) == 1
+    assert main(["convert", "--repo", str(released), "--no-tts", "-o", str(out)]) == 1
     assert "model.safetensors exists: pass --overwrite" in capsys.readouterr().err
-    assert main(["convert", "--repo", str(released), "-o", str(out), "--overwrite", "--dtype", "bfloat16"]) == 0
+    assert (
+        main(["convert", "--repo", str(released), "--no-tts", "-o", str(out), "--overwrite", "--dtype", "bfloat16"])
+        == 0
+    )
     assert AutoModel.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
 
@@ -489,18 +497,18 @@ def test_convert_downloads_what_is_needed(released, tmp_path, monkeypatch):
         return str(folders[repo] / filename)
 
     monkeypatch.setattr("flexicodec_hf.conversion.download.hf_hub_download", download)
-    assert main(["convert", "--repo", "jiaqili3/flexicodec", "-o", str(tmp_path / "a")]) == 0
+    assert main(["convert", "--repo", "jiaqili3/flexicodec", "--no-tts", "-o", str(tmp_path / "a")]) == 0
     codec_files = [("jiaqili3/flexicodec", f"12hz_v1_half{end}") for end in (".safetensors", "_config.yaml")]
     assert asked == [*codec_files, ("FunAudioLLM/SenseVoiceSmall", "model.pt")]
 
     asked.clear()
     folders["jiaqili3/flexicodec"] = released
-    assert main(["convert", "--repo", "jiaqili3/flexicodec", "-o", str(tmp_path / "b")]) == 0
+    assert main(["convert", "--repo", "jiaqili3/flexicodec", "--no-tts", "-o", str(tmp_path / "b")]) == 0
     assert asked == codec_files
 
     asked.clear()
     args = ["--repo", str(sources / "codec"), "--semantic-repo", str(sources / "sensevoice")]
-    assert main(["convert", *args, "-o", str(tmp_path / "c")]) == 0
+    assert main(["convert", *args, "--no-tts", "-o", str(tmp_path / "c")]) == 0
     assert asked == []
 
 

@@ -1,13 +1,34 @@
 """`flexicodec-hf convert` with the files of the text-to-speech system."""
 
+import contextlib
+import io
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 import yaml
-from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextToWaveform,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
 
+import flexicodec_hf
+from conftest import AUDIO
 from flexicodec_hf.cli import main
+from flexicodec_hf.conversion.progress import RECORD
 from whisper_files import write_vocabulary_and_merges
 
 
@@ -50,8 +71,15 @@ def test_convert_text_to_speech_files(files, tmp_path, capsys):
         assert type(model).__name__ == name
         assert not any(loading.values())
         assert f"{auto_class.__name__}.from_pretrained('{out / 'tts' / part}')" in output
+        assert f"tts/{part}  " in output
+    assert ModelCard.load(out / "tts" / "voicebox" / "README.md").data.pipeline_tag == "audio-to-audio"
     tokenizer = AutoTokenizer.from_pretrained(out / "tts" / "ar")
     assert tokenizer("two").input_ids[0] == tokenizer.convert_tokens_to_ids("<|en|>")
+
+
+def test_convert_a_tokenizer_alone(files, tmp_path):
+    assert main(["convert", *map(str, files[-2:]), "-o", str(tmp_path / "model")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "model" / "tts" / "ar").convert_tokens_to_ids("<|en|>") == 50259
 
 
 def test_convert_refuses_what_is_there(files, tmp_path, capsys):
@@ -67,3 +95,281 @@ def test_convert_names_a_broken_configuration(files, tmp_path, capsys):
     (tmp_path / "vocoder.json").write_text("{")
     assert main(["convert", *map(str, files[8:12]), "-o", str(tmp_path / "model")]) == 1
     assert f"{tmp_path / 'vocoder.json'}" in capsys.readouterr().err
+
+
+# The whole system
+
+
+@pytest.fixture(scope="module")
+def released(release):
+    """The options of `convert` for the tiny release, without the output directory and the voices."""
+    configs = {"--ar-config": "ar", "--nar-config": "nar", "--vocoder-config": "vocoder"}
+    options = [word for option, name in configs.items() for word in (option, release / f"{name}.json")]
+    options += ["--tts-codec-config", release / "12hz_v1_half_config.yaml", "--tokenizer", release / "whisper"]
+    return ["convert", "--repo", release, *options]
+
+
+def convert(released, *options: object) -> int:
+    return main([*map(str, released), *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A recording of two seconds, with what it says beside it."""
+    path = tmp_path_factory.mktemp("clip") / "re:cording.wav"
+    waveform, rate = soundfile.read(AUDIO / "librivox_austen_0890.flac", dtype="float32")
+    soundfile.write(path, waveform[: 2 * rate], rate)
+    path.with_suffix(".txt").write_text("What it says.\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(released, clip, tmp_path_factory):
+    """A repository with two voices, in bfloat16, and what the command printed."""
+    out = tmp_path_factory.mktemp("converted") / "model"
+    voices = ["--voice", f"anna={clip}:With a text of its own: yes.", "--voice", f"default={clip}"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert convert(released, *voices, "-o", out, "--dtype", "bfloat16") == 0
+    return out, printed.getvalue()
+
+
+def test_convert_makes_one_repository(converted):
+    out, output = converted
+    assert f"load it with pipeline('text-to-speech', model='{out}')" in output
+
+    codec, loading = AutoModel.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert type(codec).__name__ == "FlexiCodecModel" and not any(loading.values())
+    model, loading = AutoModelForTextToWaveform.from_pretrained(out, output_loading_info=True)
+    assert type(model).__name__ == "FlexiCodecForTextToSpeech" and not any(loading.values())
+    assert type(AutoProcessor.from_pretrained(out)).__name__ == "FlexiCodecTTSProcessor"
+    assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|en|>") == 50259
+    assert list(model.voices) == ["default", "anna"]
+    assert model.voices["anna"].metadata == {"text": "With a text of its own: yes."}
+    assert model.voices["default"].metadata == {"text": "What it says."}
+    assert model.generation_config.max_new_tokens > 256
+    assert sorted(path.name for path in (out / "tts").iterdir() if path.suffix != ".py") == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert {"pipeline_flexicodec_tts.py", "modeling_flexicodec_tts.py", "README.md"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert not list(out.rglob(".*"))
+    card = ModelCard.load(out / "README.md")
+    assert card.data.pipeline_tag == "text-to-speech" and 'model="flexicodec"' in card.text
+
+    table = {line.split("  ")[0]: line.split()[-3:] for line in output.splitlines()}
+    assert table.keys() >= {"codec", "tts: ar", "tts: codec", "tts: vocoder", "tts: voicebox", "total"}
+    for part in ("ar", "codec", "vocoder", "voicebox"):
+        tensors = {k: v for k, v in load_file(out / "tts" / "model.safetensors").items() if k.startswith(f"{part}.")}
+        assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+        count = sum(tensor.numel() for tensor in tensors.values())
+        assert table[f"tts: {part}"] == [f"{count:,}", "bfloat16", f"{2 * count / 1e6:.1f}"]
+
+
+def test_a_whole_repository_is_replaced_only_if_asked(converted, released, clip, tmp_path, capsys):
+    out = Path(shutil.copytree(converted[0], tmp_path / "model"))
+    assert convert(released, "-o", out) == 1
+    assert "exists: pass --overwrite to replace it" in capsys.readouterr().err
+    (out / "voices" / "default.safetensors").unlink()
+    assert convert(released, "--voice", f"ben={clip}", "-o", out, "--overwrite") == 0
+    assert [path.name for path in (out / "voices").iterdir()] == ["ben.safetensors"]
+    assert AutoModelForTextToWaveform.from_pretrained(out).ar.dtype == torch.float32
+
+
+def test_an_interrupted_conversion_goes_on(released, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "model"
+    done: list[str] = []
+
+    def interrupt(part: str, exception: type[BaseException]) -> None:
+        """Count the conversions, and interrupt that of one part when half of its files are there."""
+        for module, name in (("codec", "codec"), ("ar", "ar"), ("nar", "voicebox"), ("nar", "vocoder")):
+            path = f"flexicodec_hf.conversion.{module}.convert_{name}"
+            function = originals.setdefault(
+                path, getattr(sys.modules[f"flexicodec_hf.conversion.{module}"], f"convert_{name}")
+            )
+
+            def counted(source, directory, *args, name=name, function=function, **kwargs):
+                if name == part:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    (directory / ".incomplete-x").mkdir()
+                    (directory / ".incomplete-x" / "model.safetensors").write_bytes(b"half")
+                    raise exception
+                done.append(str(directory.relative_to(out)))
+                return function(source, directory, *args, **kwargs)
+
+            monkeypatch.setattr(path, counted)
+
+    originals: dict = {}
+    interrupt("vocoder", KeyboardInterrupt)
+    assert convert(released, "-o", out) == 130
+    assert done == [".", "tts/ar", "tts/voicebox"]
+    assert (out / RECORD).exists() and not (out / "tts" / "config.json").exists()
+
+    done.clear()
+    interrupt("", KeyboardInterrupt)
+    save = "flexicodec_hf.conversion.repository.save_repository"
+    saved = flexicodec_hf.save_repository
+
+    def half(folder, codec, model, processor, **kwargs):
+        saved(folder, codec, model, processor, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(save, half)
+    assert convert(released, "-o", out) == 130
+    assert done == ["tts/vocoder", "tts/codec"]
+    assert not list(out.rglob(".incomplete-*")) and not (out / "tts" / "config.json").exists()
+
+    # Another run is not this one, and one that fails leaves what there is.
+    before = (out / "model.safetensors").read_bytes()
+    assert convert(released, "-o", out, "--codec", released[2] / "vocos_emilia.safetensors", "--overwrite") == 1
+    assert (out / "model.safetensors").read_bytes() == before
+    capsys.readouterr()
+    assert convert(released, "-o", out, "--dtype", "bfloat16") == 1
+    assert "unfinished conversion whose codec is of other files or options" in capsys.readouterr().err
+
+    done.clear()
+    monkeypatch.setattr(save, saved)
+    assert convert(released, "-o", out) == 0
+    assert done == [] and "done before" in capsys.readouterr().out
+    assert not (out / RECORD).exists()
+    _, loading = AutoModelForTextToWaveform.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values())
+
+
+# Runs in a process of its own, on files alone.
+SCRIPT = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "flexicodec_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+
+import numpy as np
+from transformers import pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+repository, text, output = sys.argv[1:]
+pipeline_class = get_class_from_dynamic_module("pipeline_flexicodec_tts.FlexiCodecTTSPipeline", repository)
+tts = pipeline("text-to-speech", model=repository, pipeline_class=pipeline_class, trust_remote_code=True, device="cpu")
+options = {"num_inference_steps": 1, "max_new_tokens": 6}
+np.save(output, tts(text, language="de", seed=0, max_piece_length=20, generate_kwargs=options)["audio"])
+"""
+
+
+def test_the_pipeline_works_without_the_package(converted, tmp_path):
+    out, text = converted[0], "Das ist ein Satz. Das ist noch ein Satz."
+    arguments = [str(out), text, str(tmp_path / "audio.npy")]
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        pytest.fail(result.stderr)
+    pipeline_class = flexicodec_hf.FlexiCodecTTSPipeline
+    tts = pipeline("text-to-speech", model=str(out), pipeline_class=pipeline_class, device="cpu")
+    options = {"num_inference_steps": 1, "max_new_tokens": 6}
+    speech = tts(text, language="de", seed=0, max_piece_length=20, generate_kwargs=options)
+    np.testing.assert_allclose(np.load(tmp_path / "audio.npy"), speech["audio"], atol=1e-6)
+
+
+class FakeApi:
+    """In place of `HfApi`: keeps what it was asked."""
+
+    calls: list[tuple[str, dict]] = []
+    fail = False
+
+    def create_repo(self, repo_id, **kwargs):
+        self.calls.append(("create_repo", {"repo_id": repo_id, **kwargs}))
+
+    def upload_folder(self, **kwargs):
+        if self.fail:
+            raise RuntimeError("no network.")
+        self.calls.append(("upload_folder", kwargs))
+        return SimpleNamespace(commit_url="https://hub/commit/1", pr_url="https://hub/discussions/1")
+
+
+def test_push_to_hub(released, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "model"
+    monkeypatch.setattr("flexicodec_hf.conversion.repository.HfApi", FakeApi)
+    monkeypatch.setattr(FakeApi, "calls", [])
+    monkeypatch.setattr(FakeApi, "fail", True)
+    options = ("--no-tts", "-o", out, "--push-to-hub", "me/flexicodec")
+    assert convert([*released[:3]], *options, "--private") == 1
+    error = capsys.readouterr().err
+    assert "The upload to me/flexicodec failed: no network. Run the command again" in error
+
+    # The upload alone is done again.
+    monkeypatch.setattr(FakeApi, "fail", False)
+    FakeApi.calls.clear()
+    assert convert([*released[:3]], *options, "--private") == 0
+    output = capsys.readouterr().out
+    assert "codec, done before" in output and "Pushed: https://hub/commit/1" in output
+    (create, created), (upload, uploaded) = FakeApi.calls
+    assert (create, upload) == ("create_repo", "upload_folder")
+    assert created == {"repo_id": "me/flexicodec", "private": True, "exist_ok": True}
+    assert uploaded["repo_id"] == "me/flexicodec" and Path(uploaded["folder_path"]) == out
+    assert not uploaded["create_pr"] and ".*" in uploaded["ignore_patterns"]
+    card = (out / "README.md").read_text()
+    assert 'model_id = "me/flexicodec"' in card
+
+    # What is there can be pushed again, as it is; a card of the user's own stays.
+    (out / "README.md").write_text("mine")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert main(["convert", "-o", str(out), "--push-to-hub", "me/flexicodec", "--create-pr"]) == 0
+    assert "Pushed: https://hub/discussions/1" in capsys.readouterr().out
+    assert FakeApi.calls[-1][1]["create_pr"] and FakeApi.calls[-2][1]["private"] is None
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert (out / "README.md").read_text() == "mine"
+    assert main(["convert", "-o", str(tmp_path / "nothing"), "--push-to-hub", "me/flexicodec"]) == 1
+    assert "holds no model to push" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("voice", "status", "message"),
+    [
+        ("anna", 2, "argument --voice: must be NAME=FILE or NAME=FILE:TEXT, with a file that is there; got 'anna'"),
+        ("anna=missing.wav:Text.", 2, "got 'anna=missing.wav:Text.'"),
+        ("anna={mute}", 1, "mute.wav: what it says is needed, word for word"),
+        ("anna={mute}:Text.", 1, "mute.wav makes no voice: `audio` is silent"),
+        ("an/na={clip}", 2, "argument --voice: The name of a voice must be letters"),
+    ],
+)
+def test_voices_that_cannot_be_used(released, clip, tmp_path, capsys, voice, status, message):
+    mute = tmp_path / "mute.wav"
+    soundfile.write(mute, np.zeros(16_000), 16_000)
+    arguments = ("-o", tmp_path / "model", "--voice", voice.format(mute=mute, clip=clip))
+    try:
+        result = convert(released, *arguments)
+    except SystemExit as error:
+        result = error.code
+    assert result == status
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model" / "tts" / "config.json").exists()
+
+
+def test_what_the_whole_system_needs(released, release, clip, tmp_path, capsys):
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    for name in ("12hz_v1_half.safetensors", "12hz_v1_half_config.yaml"):
+        shutil.copy(release / name, partial)
+    assert main(["convert", "--repo", str(partial), "-o", str(tmp_path / "model")]) == 1
+    assert "no file artts.safetensors" in (error := capsys.readouterr().err) and "Pass --no-tts" in error
+    with pytest.raises(SystemExit):
+        main(["convert", "--repo", str(partial), "--no-tts", "--voice", f"a={clip}", "-o", str(tmp_path / "model")])
+    assert "goes with the whole text-to-speech system" in capsys.readouterr().err
+
+    # Text-to-speech files without the codec need it from another file.
+    for name in ("artts", "nartts"):
+        tensors = load_file(release / f"{name}.safetensors")
+        codec = {k: v for k, v in tensors.items() if k.startswith("flexicodec_model.")}
+        save_file({k: v for k, v in tensors.items() if k not in codec}, partial / f"{name}.safetensors")
+        if codec:
+            save_file(codec, partial / "nartts_flexicodec_only.safetensors")
+    shutil.copy(release / "vocos_emilia.safetensors", partial)
+    assert convert(["convert", "--repo", partial, *released[3:]], "-o", tmp_path / "model") == 0
+    model = AutoModelForTextToWaveform.from_pretrained(tmp_path / "model")
+    assert model.codec.num_parameters() > 0

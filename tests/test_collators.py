@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from conftest import byte_tokenizer
 from flexicodec_hf.speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
-from test_vocabulary import SIZES, byte_tokenizer, draw
+from test_vocabulary import SIZES, draw
 
 
 CHAT_TEMPLATE = (
@@ -66,10 +67,10 @@ def test_batches_hold_the_parts_and_label_what_is_asked(layout, parts, labels_on
 
         speech = vocabulary.encode(row["audio_codes"], row["token_lengths"])
         sections = {"text": row["text"], "speech": vocabulary.tokenizer.decode(speech["input_ids"])}
-        expected = "".join(sections[part] for part in parts) + "<|eos|>"
+        expected = "".join(sections[part] for part in parts) + "<|endoftext|>"
         assert vocabulary.tokenizer.decode(batch["input_ids"][index, :length]) == expected
         learnt = "".join(sections[part] for part in parts if part in labels_on)
-        assert learnt_text(vocabulary, batch, index) == learnt + "<|eos|>" * (parts[-1] in labels_on)
+        assert learnt_text(vocabulary, batch, index) == learnt + "<|endoftext|>" * (parts[-1] in labels_on)
         if layout == "parallel":
             durations = batch["token_lengths"][index]
             assert durations[durations > 0].tolist() == row["token_lengths"]
@@ -130,14 +131,14 @@ def test_conversations_are_laid_out_by_the_chat_template(layout):
     ]
     messages = conversation(rows)
     expected = (
-        f"[user]What is this? {names[0]}<|eos|>[assistant]This:{names[1]}!<|eos|>"
-        f"[user]Thanks<|eos|>[assistant]{names[2]}<|eos|>"
+        f"[user]What is this? {names[0]}<|endoftext|>[assistant]This:{names[1]}!<|endoftext|>"
+        f"[user]Thanks<|endoftext|>[assistant]{names[2]}<|endoftext|>"
     )
     batch = SpeechChatCollator(vocabulary, pad_to_multiple_of=8)([{"messages": messages}, {"messages": messages[2:]}])
     length = int(batch["attention_mask"][0].sum())
     assert vocabulary.tokenizer.decode(batch["input_ids"][0, :length]) == expected
-    assert learnt_text(vocabulary, batch, 0) == f"This:{names[1]}!<|eos|>{names[2]}<|eos|>"
-    assert learnt_text(vocabulary, batch, 1) == f"{names[2]}<|eos|>"
+    assert learnt_text(vocabulary, batch, 0) == f"This:{names[1]}!<|endoftext|>{names[2]}<|endoftext|>"
+    assert learnt_text(vocabulary, batch, 1) == f"{names[2]}<|endoftext|>"
     if layout == "parallel":
         labels = batch["duration_labels"][0]
         assert labels[labels != -100].tolist() == rows[1]["token_lengths"] + rows[2]["token_lengths"]
@@ -145,10 +146,12 @@ def test_conversations_are_laid_out_by_the_chat_template(layout):
     batch = SpeechChatCollator(vocabulary, labels_on=("speech",))([{"messages": messages}])
     assert learnt_text(vocabulary, batch, 0) == names[1] + names[2]
     batch = SpeechChatCollator(vocabulary, labels_on=("text",), roles=("assistant",))([{"messages": messages}])
-    assert learnt_text(vocabulary, batch, 0) == "This:!<|eos|><|eos|>"
+    assert learnt_text(vocabulary, batch, 0) == "This:!<|endoftext|><|endoftext|>"
 
     prompt = SpeechChatCollator(vocabulary).prompt(messages[:1])
-    assert vocabulary.tokenizer.decode(prompt["input_ids"]) == f"[user]What is this? {names[0]}<|eos|>[assistant]"
+    assert (
+        vocabulary.tokenizer.decode(prompt["input_ids"]) == f"[user]What is this? {names[0]}<|endoftext|>[assistant]"
+    )
     assert not any(name.endswith("labels") for name in prompt)
 
 

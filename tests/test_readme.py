@@ -8,23 +8,27 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from conftest import AUDIO
+from conftest import AUDIO, byte_tokenizer
 from flexicodec_hf.cli import main
-from test_vocabulary import byte_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
+CARDS = ("model_cards/codec.md", "model_cards/tts.md", "model_cards/voicebox.md")
 PAGES = (
     "README.md",
     "docs/codec.md",
     "docs/conversion.md",
     "docs/corpora.md",
     "docs/language_models.md",
-    "model_cards/codec.md",
+    "docs/tts.md",
+    *CARDS,
 )
 
 
@@ -33,12 +37,19 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(codec_dir, golden, tmp_path, monkeypatch):
-    """A directory with what the pages take for granted: a recording, a converted codec, released files."""
+def workplace(tts_repository, tts_parts, codec_dir, release, golden, tmp_path, monkeypatch):
+    """A directory with what the pages take for granted: recordings, texts, a converted repository, released files."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(AUDIO / "librivox_austen_0870.flac", "speech.flac")
     shutil.copy(AUDIO / "stereo_44k.flac", "stereo_44k.flac")
-    shutil.copytree(codec_dir(), "flexicodec")
+    voice, rate = soundfile.read(AUDIO / "librivox_austen_0890.flac", dtype="float32")
+    soundfile.write("me.wav", voice[: 2 * rate], rate)
+    Path("me.txt").write_text("What I say in this recording.")
+    Path("book.txt").write_text("A first sentence of the book.\n\nAnd a second one.\n")
+    shutil.copytree(tts_repository, "flexicodec")
+    shutil.copy("flexicodec/voices/ben.safetensors", "me.safetensors")
+    shutil.copytree(tts_parts / "voicebox", "voicebox")
+    shutil.copy(codec_dir().parent / "source.yaml", "codec.yaml")
     Path("recordings").mkdir()
     shutil.copy(AUDIO / "short_0p08s.wav", "recordings")
     shutil.copy(AUDIO / "silence_2s.wav", "recordings")
@@ -47,17 +58,25 @@ def workplace(codec_dir, golden, tmp_path, monkeypatch):
     with tarfile.open("shards/0.tar", "w") as tar:
         tar.add("recordings/silence_2s.wav", "a.wav")
     byte_tokenizer().save_pretrained("language_model")
-    source = codec_dir().parent
-    shutil.copy(source / "source.yaml", "codec.yaml")
     weights = golden("codec_tiny").weights
     semantic = {k.removeprefix("semantic_model."): v for k, v in weights.items() if k.startswith("semantic_model.")}
     save_file({k: v for k, v in weights.items() if not k.startswith("semantic_model.")}, "codec.safetensors")
     torch.save(semantic, "model.pt")
-    released = Path("jiaqili3/flexicodec")
-    released.mkdir(parents=True)
-    shutil.copy(source / "source.safetensors", released / "12hz_v1_half.safetensors")
-    shutil.copy(source / "source.yaml", released / "12hz_v1_half_config.yaml")
+    shutil.copytree(release, "jiaqili3/flexicodec")
     return tmp_path
+
+
+def arguments(words: list[str]) -> list[str]:
+    """A command as the pages have it, with what the tiny files need beyond the released ones."""
+    if words[0] != "convert":
+        return words
+    extra = ["--overwrite"]
+    if "--repo" in words and "--no-tts" not in words:
+        folder = words[words.index("--repo") + 1]
+        extra += ["--ar-config", f"{folder}/ar.json", "--nar-config", f"{folder}/nar.json"]
+        extra += ["--vocoder-config", f"{folder}/vocoder.json", "--tokenizer", f"{folder}/whisper"]
+        extra += ["--tts-codec-config", f"{folder}/12hz_v1_half_config.yaml"]
+    return [*words, *extra]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -74,17 +93,17 @@ def test_python_of_a_page_runs(page, workplace):
 def test_commands_of_a_page_run(page, workplace, monkeypatch):
     commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    monkeypatch.setattr("flexicodec_hf.conversion.repository.push", lambda *args: "the Hub")
     for command in commands:
         words = shlex.split(command, comments=True)
         if words[0] == "accelerate":
-            arguments = words[words.index("flexicodec-hf") + 1 :]
+            launched = words[words.index("flexicodec-hf") + 1 :]
             for rank in range(int(words[words.index("--num_processes") + 1])):
                 monkeypatch.setenv("RANK", str(rank))
                 monkeypatch.setenv("WORLD_SIZE", words[words.index("--num_processes") + 1])
-                assert main(arguments) == 0, command
+                assert main(launched) == 0, command
         elif words[0] == "flexicodec-hf":
-            extra = ["--overwrite"] if words[1] == "convert" else []
-            assert main([*words[1:], *extra]) == 0, command
+            assert main(arguments(words[1:])) == 0, command
         elif words[0] == "make":
             assert words[1] in targets
         else:
@@ -92,12 +111,25 @@ def test_commands_of_a_page_run(page, workplace, monkeypatch):
     assert commands or page.startswith(("model_cards", "docs/codec"))
 
 
-def test_model_card_has_valid_metadata():
-    card = ModelCard.load(ROOT / "model_cards" / "codec.md")
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "audio-to-audio"
+@pytest.mark.parametrize(
+    ("page", "task"), list(zip(CARDS, ("audio-to-audio", "text-to-speech", "audio-to-audio"), strict=True))
+)
+def test_model_cards_have_valid_metadata(page, task):
+    card = ModelCard.load(ROOT / page)
+    assert isinstance(card.data, ModelCardData)
+    assert card.data.pipeline_tag == task
+    assert card.data.library_name == "transformers"  # pipelines of other libraries' models are refused
     assert card.data.base_model == "jiaqili3/flexicodec"
-    assert "custom_code" in card.data.tags
+    assert card.data.license == "other" and card.data.license_name and card.data.license_link.startswith("https://")
+    assert {"flexicodec", "custom_code"} <= set(card.data.tags)
+    for name in card.data.datasets:
+        validate_repo_id(name)
+    validate_repo_id(card.data.base_model)
+    assert all(language in LANGUAGES for language in card.data.language)
+    # Written and read again, nothing changes: no field that the Hub would read differently.
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    sections = re.findall(r"^## (.+)$", card.text, flags=re.MULTILINE)
+    assert {"What it is for", "Limits", "Risks", "Published results", "Citation"} <= set(sections)
 
 
 @pytest.mark.parametrize("page", PAGES)

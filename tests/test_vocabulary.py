@@ -3,10 +3,9 @@ import time
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from conftest import AUDIO
+from conftest import AUDIO, byte_tokenizer
 from flexicodec_hf import FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.audio import read_audio
 from flexicodec_hf.speech_lm import FlexiCodecSpeechVocabulary, MalformedSpeechError
@@ -23,15 +22,6 @@ SETTINGS = {
     "parallel-delay": {"layout": "parallel", "num_quantizers": 4},
 }
 SIZES = {"codebook_size": 50, "acoustic_codebook_size": 20, "max_frames_per_token": 8}
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A fast tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", pad_token="<|pad|>")
 
 
 def make(name: str, **sizes: int) -> FlexiCodecSpeechVocabulary:

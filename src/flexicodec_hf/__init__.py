@@ -32,6 +32,7 @@ from .modeling_flexicodec_tts import (
 )
 from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
+from .pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
 from .scheduling_flexicodec import FlexiCodecMidpointScheduler
 from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
@@ -91,6 +92,7 @@ __all__ = [
     "FlexiCodecSpeechVocabulary",
     "FlexiCodecTTSConfig",
     "FlexiCodecTTSOutput",
+    "FlexiCodecTTSPipeline",
     "FlexiCodecTTSPreTrainedModel",
     "FlexiCodecTTSProcessor",
     "FlexiCodecVocoderConfig",

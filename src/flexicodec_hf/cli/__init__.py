@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import codec, convert, evaluate, tokenize
+from . import codec, convert, evaluate, speak, tokenize
 from .common import PROGRAM, CommandError, report_error
 
 
@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .. import __version__
 
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="FlexiCodec: speech to tokens at 3 to 12.5 a second, and back."
+        prog=PROGRAM, description="FlexiCodec: speech to tokens at 3 to 12.5 a second, and back; text to speech."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (codec, tokenize, evaluate, convert):
+    for module in (codec, speak, tokenize, evaluate, convert):
         module.add_commands(commands)
     args = parser.parse_args(argv)
     try:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .common import (
     CommandError,
     add_model_arguments,
+    check_output,
     choose_device,
     cosine,
     load_codec_config,
@@ -167,16 +168,9 @@ class Totals:
 
 def run_reconstruct(args: argparse.Namespace) -> int:
     """`reconstruct IN OUT`; returns the exit status."""
-    from ..audio import AudioError, check_audio_format, read_audio, write_audio
+    from ..audio import read_audio, write_audio
 
-    try:
-        check_audio_format(args.output)
-    except AudioError as error:
-        usage_error(args, str(error))
-    if not args.output.parent.is_dir():
-        raise CommandError(f"{args.output}: there is no directory {args.output.parent}.")
-    if args.output.exists() and not args.overwrite:
-        raise CommandError(f"{args.output} exists: pass --overwrite to replace it.")
+    check_output(args)
     config = _codec_config(args)
 
     def compute(runner: CodecRunner, clips: Sequence[Any]) -> list[Result]:

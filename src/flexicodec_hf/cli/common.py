@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -105,8 +105,32 @@ def choose_device(args: argparse.Namespace) -> str:
     return args.device
 
 
-def load_codec_config(model: str) -> FlexiCodecConfig:
-    """The configuration of a converted codec."""
+def check_output(args: argparse.Namespace) -> None:
+    """Whether the audio file `args.output` can be written: its format, its directory, and that it is not there."""
+    from ..audio import AudioError, check_audio_format
+
+    try:
+        check_audio_format(args.output)
+    except AudioError as error:
+        usage_error(args, str(error))
+    if not args.output.parent.is_dir():
+        raise CommandError(f"{args.output}: there is no directory {args.output.parent}.")
+    if args.output.exists() and not args.overwrite:
+        raise CommandError(f"{args.output} exists: pass --overwrite to replace it.")
+
+
+def text_beside(audio: Path) -> str:
+    """What a recording says, from the `.txt` file beside it."""
+    path = audio.with_suffix(".txt")
+    if not path.is_file():
+        raise CommandError(
+            f"{audio}: what it says is needed, word for word: give it as a text, or in {path}, which is not there."
+        )
+    return path.read_text(encoding="utf-8").strip()
+
+
+def load_model_config(model: str) -> dict[str, Any]:
+    """What the `config.json` of a converted model says."""
     from ..configuration_flexicodec import FlexiCodecConfig
 
     try:
@@ -118,6 +142,14 @@ def load_codec_config(model: str) -> FlexiCodecConfig:
             f"cannot load the model {model}: {str(error).splitlines()[0]} The released files are converted with "
             f"`{PROGRAM} convert --repo {RELEASED_REPO} --output-dir DIR`; then pass `--model DIR`."
         ) from error
+    return values
+
+
+def load_codec_config(model: str) -> FlexiCodecConfig:
+    """The configuration of a converted codec."""
+    from ..configuration_flexicodec import FlexiCodecConfig
+
+    values = load_model_config(model)
     if values.get("model_type") != FlexiCodecConfig.model_type:
         raise CommandError(f"{model} is no FlexiCodec: its model type is {values.get('model_type')!r}.")
     return FlexiCodecConfig.from_dict(values)

@@ -151,9 +151,11 @@ def written_whole(output_dir: str | Path) -> Iterator[Path]:
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=output_dir) as folder:
         yield Path(folder)
-        files = list(Path(folder).iterdir())
-        weights = [file for file in files if file.suffix == ".safetensors"]
-        for file in weights:
-            (output_dir / file.name).unlink(missing_ok=True)
-        for file in [file for file in files if file not in weights] + weights:
-            file.replace(output_dir / file.name)
+        files = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
+        for directory in {output_dir / file.parent for file in files}:
+            directory.mkdir(parents=True, exist_ok=True)
+            for old in directory.glob("model*.safetensors*"):
+                old.unlink()
+        # The index names all shards: with it, a directory of several looks complete.
+        for file in sorted(files, key=lambda file: (file.match("model*.safetensors*"), file.suffix == ".json", file)):
+            (Path(folder) / file).replace(output_dir / file)

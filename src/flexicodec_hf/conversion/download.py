@@ -6,13 +6,18 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from .checkpoint import CheckpointError, SourceCheckpoint
+from .checkpoint import TTS_CODEC_PREFIXES, CheckpointError, SourceCheckpoint
 from .codec import CODEC_PREFIXES
 
 
 RELEASED_REPO = "jiaqili3/flexicodec"
 CODEC_FILE = "12hz_v1_half.safetensors"
 CODEC_CONFIG_FILE = "12hz_v1_half_config.yaml"
+AR_FILE = "artts.safetensors"
+NAR_FILE = "nartts.safetensors"
+TTS_CODEC_FILE = "nartts_flexicodec_only.safetensors"
+VOCODER_REPO = "amphion/dualcodec-tts"
+VOCODER_FILE = "vocos_emilia.safetensors"
 SEMANTIC_REPO = "FunAudioLLM/SenseVoiceSmall"
 SEMANTIC_FILE = "model.pt"
 
@@ -39,20 +44,12 @@ def fetch(repo: str | Path, filename: str) -> Path:
         ) from error
 
 
-def fetch_codec(
-    repo: str | Path = RELEASED_REPO, semantic_repo: str | Path = SEMANTIC_REPO
-) -> tuple[Path, Path, Path | None]:
-    """
-    The files that `convert_codec` takes: the codec, its YAML, and SenseVoice's weights where the codec lacks them.
+def has_codec(source: Path) -> bool:
+    """Whether a text-to-speech file carries the codec that its model was trained with."""
+    return any(name.startswith(TTS_CODEC_PREFIXES) for name in SourceCheckpoint(source))
 
-    Args:
-        repo: Hub id or directory of the codec.
-        semantic_repo: Hub id or directory of SenseVoice-small.
 
-    Raises:
-        CheckpointError: A file cannot be had, or the codec's is damaged.
-    """
-    codec, config = fetch(repo, CODEC_FILE), fetch(repo, CODEC_CONFIG_FILE)
+def has_semantic_encoder(codec: Path) -> bool:
+    """Whether a file with a codec, at its root or beside a text-to-speech model, has its semantic encoder too."""
     prefixes = tuple(f"{prefix}semantic_model." for prefix in CODEC_PREFIXES)
-    has_semantic = any(name.startswith(prefixes) for name in SourceCheckpoint(codec))
-    return codec, config, None if has_semantic else fetch(semantic_repo, SEMANTIC_FILE)
+    return any(name.startswith(prefixes) for name in SourceCheckpoint(codec))

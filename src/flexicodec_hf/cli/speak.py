@@ -1,0 +1,317 @@
+"""`speak` and `convert-voice`: text to speech, and speech in another voice."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm import tqdm
+
+from .common import (
+    CommandError,
+    add_model_arguments,
+    check_output,
+    choose_device,
+    load_model_config,
+    positive_int,
+    text_beside,
+    usage_error,
+    whole_file,
+)
+
+
+if TYPE_CHECKING:
+    from ..pipeline_flexicodec_tts import FlexiCodecTTSPipeline
+
+# A source longer than this is converted stretch by stretch, each cut where it is most quiet near its end.
+STRETCH_S = 300.0
+CUT_S = 30.0
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to what `add_subparsers` returned."""
+    speak = commands.add_parser(
+        "speak",
+        help="text to speech",
+        description="Speak a text of any length. Long texts are spoken piece by piece, and written as they are spoken.",
+    )
+    source = speak.add_mutually_exclusive_group(required=True)
+    source.add_argument("text", nargs="?", metavar="TEXT", help="what to say")
+    source.add_argument("--text-file", type=Path, metavar="FILE", help="a file with what to say; - is standard input")
+    _add_output(speak)
+    voice = speak.add_argument_group("voice (default: the model's first)")
+    who = voice.add_mutually_exclusive_group()
+    who.add_argument(
+        "--voice", metavar="NAME_OR_FILE", help="one of the model's voices, or a file that FlexiCodecVoice.save wrote"
+    )
+    who.add_argument(
+        "--reference-audio", type=Path, metavar="FILE", help="a recording of the voice, 3 to 15 seconds long"
+    )
+    voice.add_argument(
+        "--reference-text",
+        metavar="TEXT",
+        help="what the recording says, word for word (default: what is in the .txt file beside it)",
+    )
+    speak.add_argument("--language", metavar="CODE", help="of the text, such as en or zh (default: the model's, en)")
+    _add_speech_arguments(speak)
+    speak.add_argument(
+        "--temperature", type=float, metavar="X", help="of the tokens; lower is steadier (default: the model's)"
+    )
+    speak.add_argument("--top-k", type=positive_int, metavar="N", help="tokens to draw from (default: the model's)")
+    speak.add_argument(
+        "--top-p", type=float, metavar="X", help="draw from the likeliest tokens of this total probability"
+    )
+    speak.add_argument(
+        "--max-piece-length",
+        type=int,
+        metavar="N",
+        help="characters to speak at once, an East Asian one counting for three; fewer give the first audio sooner "
+        "(default: 200)",
+    )
+    speak.add_argument(
+        "--no-nar",
+        action="store_true",
+        help="let the codec alone make the sound: faster, at 16 kHz, and less like the voice",
+    )
+    add_model_arguments(speak)
+    speak.set_defaults(run=run_speak, parser=speak)
+
+    convert = commands.add_parser(
+        "convert-voice",
+        help="a recording in another voice",
+        description="The words of one recording in the voice of another. Recordings of any length are read and written "
+        "piece by piece.",
+    )
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="audio file with the words")
+    convert.add_argument(
+        "reference",
+        metavar="REFERENCE",
+        help="audio file with the voice, 3 to 15 seconds long; or a voice's file or name",
+    )
+    _add_output(convert)
+    _add_speech_arguments(convert)
+    add_model_arguments(convert)
+    convert.set_defaults(run=run_convert_voice, parser=convert)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="audio file to write: .wav, .flac, .ogg or .mp3",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+
+
+def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--merging-threshold",
+        type=float,
+        metavar="X",
+        help="one that the model was trained with; the lower, the fewer tokens a second (default: the model's)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="makes the result repeatable")
+    parser.add_argument(
+        "--num-inference-steps",
+        type=positive_int,
+        metavar="N",
+        help="steps from noise to sound; fewer are faster (default: 15)",
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="how closely to follow tokens and voice (default: 2)"
+    )
+
+
+def run_speak(args: argparse.Namespace) -> int:
+    """`speak TEXT -o OUT`; returns the exit status."""
+    check_output(args)
+    if args.reference_text is not None and args.reference_audio is None:
+        usage_error(args, "argument --reference-text: goes with --reference-audio")
+    text = args.text if args.text_file is None else _read_text(args.text_file)
+    options = _given(args, "language", "merging_threshold", "seed", "max_piece_length")
+    options["generate_kwargs"] = _given(
+        args, "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p"
+    ) | ({"use_nar": False} if args.no_nar else {})
+    if args.reference_audio is not None:
+        options["reference_audio"] = str(args.reference_audio)
+        options["reference_text"] = args.reference_text or text_beside(args.reference_audio)
+
+    speaker = load_speaker(args)
+    with mendable():
+        if args.voice is not None:
+            options["voice"] = _saved_voice(args.voice)
+        first_audio_s = None
+        with audio_output(args.output) as output:
+            for chunk in speaker.stream(text, **options):
+                output.write(chunk["audio"], chunk["sampling_rate"])
+                first_audio_s = first_audio_s or chunk["elapsed_s"]
+    _report(args, speaker, output, f"first audio after {first_audio_s:.2f} s", chunk["elapsed_s"])
+    return 0
+
+
+def run_convert_voice(args: argparse.Namespace) -> int:
+    """`convert-voice SOURCE REFERENCE -o OUT`; returns the exit status."""
+    from ..audio import audio_seconds
+
+    check_output(args)
+    options = _given(args, "merging_threshold", "seed", "num_inference_steps", "guidance_scale")
+    with mendable():
+        seconds = audio_seconds(args.source)
+        speaker = load_speaker(args)
+        model, extractor = speaker.model, speaker.processor.feature_extractor
+        if Path(args.reference).is_file() and Path(args.reference).suffix != ".safetensors":
+            inputs = speaker.processor(audio=args.reference)
+            options["voice"] = model.encode_voice(**speaker.ensure_tensor_on_device(**inputs))
+        else:
+            options["voice"] = _saved_voice(args.reference)
+        start = time.perf_counter()
+        with (
+            audio_output(args.output) as output,
+            tqdm(total=round(seconds), unit="s", disable=None if seconds > STRETCH_S else True) as progress,
+        ):
+            rate = extractor.sampling_rate
+            for stretch in stretches(args.source, rate):
+                inputs = extractor(stretch, sampling_rate=rate, return_tensors="pt")
+                converted = model.convert_voice(**speaker.ensure_tensor_on_device(**inputs), **options)
+                waveform = converted.audio[0].float().cpu().numpy()
+                # As long as what it was made of: the codec drops up to two frames at the end of a stretch.
+                length = round(len(stretch) / rate * converted.sampling_rate)
+                waveform = np.pad(waveform[:length], (0, max(0, length - len(waveform))))
+                output.write(waveform, converted.sampling_rate)
+                progress.update(round(len(stretch) / rate))
+    _report(args, speaker, output, f"the words of {args.source}", time.perf_counter() - start)
+    return 0
+
+
+def load_speaker(args: argparse.Namespace) -> FlexiCodecTTSPipeline:
+    """The pipeline of the model that the arguments name, on the device and in the type that they name."""
+    import torch
+
+    from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech, FlexiCodecRepositoryForTextToSpeech
+    from ..pipeline_flexicodec_tts import FlexiCodecTTSPipeline
+    from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
+
+    whole = load_model_config(args.model).get("model_type") == FlexiCodecForTextToSpeech.config_class.model_type
+    model_class = FlexiCodecForTextToSpeech if whole else FlexiCodecRepositoryForTextToSpeech
+    with mendable():
+        model = model_class.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+        processor = FlexiCodecTTSProcessor.from_pretrained(args.model)
+    return FlexiCodecTTSPipeline(model, processor=processor, tokenizer=processor.tokenizer, device=choose_device(args))
+
+
+class AudioWriter:
+    """An audio file that is written stretch by stretch. Its format is that of the path's suffix."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.num_samples = 0
+        self.sampling_rate = 0
+        self._file: soundfile.SoundFile | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.num_samples / self.sampling_rate if self.num_samples else 0.0
+
+    def write(self, waveform: np.ndarray, sampling_rate: int) -> None:
+        """Append `(num_samples,)`, floats in [-1, 1]; what lies beyond is clipped."""
+        if not np.isfinite(waveform).all():
+            raise CommandError("the audio has NaN or infinite samples: try --dtype float32.")
+        if self._file is None:
+            self.sampling_rate = sampling_rate
+            self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
+        self._file.write(waveform)
+        self.num_samples += len(waveform)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@contextmanager
+def audio_output(path: Path) -> Iterator[AudioWriter]:
+    """A file to write stretch by stretch, which becomes `path` at the end."""
+    with whole_file(path) as temporary:
+        writer = AudioWriter(temporary)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        if not writer.num_samples:
+            raise CommandError("the model said nothing: try another --seed, or a longer text.")
+
+
+def stretches(path: Path, sampling_rate: int) -> Iterator[np.ndarray]:
+    """
+    An audio file of any length as waveforms `(num_samples,)` at `sampling_rate`, of `STRETCH_S` seconds at most.
+
+    Each but the last ends where its last `CUT_S` seconds are most quiet: a pause, if there is one.
+    """
+    with soundfile.SoundFile(path) as file:
+        resampler = soxr.ResampleStream(file.samplerate, sampling_rate, 1, dtype="float32")
+        held = np.zeros(0, dtype=np.float32)
+        blocks = file.blocks(file.samplerate * 10, dtype="float32", always_2d=True)
+        for block in chain(blocks, [None]):
+            mono = np.zeros(0, dtype=np.float32) if block is None else block.mean(axis=1)
+            held = np.concatenate([held, resampler.resample_chunk(mono, last=block is None)])
+            while len(held) > STRETCH_S * sampling_rate:
+                cut = quietest(held[: int(STRETCH_S * sampling_rate)], sampling_rate)
+                yield held[:cut]
+                held = held[cut:]
+        yield held
+
+
+def quietest(waveform: np.ndarray, sampling_rate: int) -> int:
+    """The sample in the middle of the 80 ms of least energy, in the last `CUT_S` seconds."""
+    frame = sampling_rate * 8 // 100
+    num_frames = min(int(CUT_S * sampling_rate), len(waveform)) // frame
+    frames = waveform[len(waveform) - num_frames * frame :].reshape(num_frames, frame)
+    return len(waveform) - (num_frames - int(np.square(frames).sum(axis=1).argmin())) * frame + frame // 2
+
+
+@contextmanager
+def mendable() -> Iterator[None]:
+    """What the models and the processor refuse is for the user to mend: one line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise CommandError(error) from error
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _saved_voice(voice: str) -> Any:
+    """A voice's file, or the name of one of the model's."""
+    from ..voice_flexicodec import FlexiCodecVoice
+
+    return FlexiCodecVoice.load(voice) if Path(voice).suffix == ".safetensors" else voice
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path}: not a text in UTF-8: {error}.") from error
+
+
+def _report(
+    args: argparse.Namespace, speaker: FlexiCodecTTSPipeline, output: AudioWriter, what: str, elapsed_s: float
+) -> None:
+    tqdm.write(
+        f"{args.output}: {output.seconds:.2f} s of speech at {output.sampling_rate} Hz; {what}; real-time factor "
+        f"{elapsed_s / output.seconds:.3f} on {speaker.device.type}"
+    )
