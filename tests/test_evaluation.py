@@ -269,6 +269,7 @@ def test_whisper_is_told_the_language(monkeypatch):
 
 
 def small_wav2vec2(head: type, tmp_path: Path) -> Path:
+    tmp_path.mkdir(exist_ok=True)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     sizes |= {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (10, 8), "num_conv_pos_embeddings": 8}
     sizes |= {
@@ -660,6 +661,23 @@ def test_the_command_speaks(run, asr, tmp_path, device):
     assert "RTF" in header and "PESQ" not in header
 
 
+def test_the_command_speaks_with_voices(run, asr, tts_repository, tmp_path):
+    shutil.copy(AUDIO / "librivox_austen_0880.flac", tmp_path / "voice.flac")
+    lines = [
+        {"text": "he was not"},
+        {"text": "he was not", "reference_audio": "voice.flac", "reference_text": SENTENCE},
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speaker = small_wav2vec2(Wav2Vec2ForXVector, tmp_path / "speaker")
+    options = ("--asr", asr, "--speaker-model", speaker, "--merging-thresholds", 0.91, 0.86, "-o", tmp_path / "out")
+    status, _, errors = run(tmp_path / "texts.jsonl", *options, task="tts", model=tts_repository)
+    assert (status, errors) == (0, ""), errors
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    labels = ["text-to-speech, threshold 0.91", "text-to-speech, threshold 0.86"]
+    assert list(results["totals"]) == labels
+    assert all(total["speaker_similarity_count"] == 1 and total["clips"] == 2 for total in results["totals"].values())
+
+
 @pytest.mark.parametrize(
     ("options", "task", "message"),
     [
@@ -678,7 +696,7 @@ def test_models_that_are_none(run, folder, asr, tmp_path):
     status, _, errors = run(folder, "--measures", "mcd", model=tmp_path / "nothing")
     assert status == 1 and "cannot load the model" in errors
     status, _, errors = run(folder, "--asr", asr, task="tts", model=tmp_path / "nothing")
-    assert status == 1 and "cannot load the text-to-speech model" in errors
+    assert status == 1 and "cannot load the model" in errors
 
 
 def test_the_page_runs(codec_dir, folder, asr, tmp_path, monkeypatch):

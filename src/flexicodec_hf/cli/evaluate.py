@@ -14,11 +14,13 @@ from .common import (
     choose_device,
     cosine,
     load_codec_config,
+    load_model_config,
     not_negative,
     positive_int,
     report_error,
     usage_error,
 )
+from .speak import load_speaker
 
 
 if TYPE_CHECKING:
@@ -244,12 +246,10 @@ def _speaking_systems(args: argparse.Namespace, device: str) -> list[System]:
 
     from ..evaluation import TextToSpeech
 
-    try:
+    if str(load_model_config(args.model).get("model_type")).startswith("flexicodec"):
+        synthesizer = load_speaker(args)
+    else:
         synthesizer = pipeline("text-to-speech", model=args.model, device=device, dtype=getattr(torch, args.dtype))
-    except (OSError, ValueError) as error:
-        raise CommandError(
-            f"cannot load the text-to-speech model {args.model}: {str(error).splitlines()[0]}"
-        ) from error
     if not args.merging_thresholds:
         return [TextToSpeech(synthesizer, seed=args.seed)]
     return [
