@@ -155,6 +155,16 @@ def test_layout_of_the_stream():
     assert inputs["duration_labels"].tolist() == [[-100] * 6 + [2, 5, -100], [-100] * 7 + [4, -100]]
 
 
+@pytest.mark.parametrize("thresholds", [[0.91, 0.86], torch.tensor([0.91, 0.86])])
+def test_each_item_can_have_its_threshold(thresholds, device):
+    model = tiny_model().to(device)
+    text, mask = torch.tensor([[3, 4], [5, 9]], device=device), torch.tensor([[1, 1], [1, 0]], device=device)
+    together = model.build_inputs(text, mask, merging_threshold=thresholds)["input_ids"]
+    for item, threshold in enumerate([0.91, 0.86]):
+        alone = model.build_inputs(text, mask, merging_threshold=threshold)["input_ids"]
+        assert torch.equal(together[item], alone[item])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -165,6 +175,7 @@ def test_layout_of_the_stream():
         ({"token_lengths": torch.tensor([[1, 2]])}, "must have one shape"),
         ({"codes": None, "token_lengths": None, "return_labels": True}, "needs codes and token_lengths"),
         ({"merging_threshold": 0.9}, r"merging_threshold=0.9: the model was trained with \[0.86, 0.91\]"),
+        ({"merging_threshold": [0.86, 0.91]}, "merging_threshold holds 2 values for 1 texts"),
     ],
 )
 def test_inputs_are_checked(changes, message):

@@ -22,8 +22,12 @@ from flexicodec_hf import (
     FlexiCodecTTSConfig,
     FlexiCodecTTSProcessor,
     FlexiCodecVoice,
+    FlexiCodecVoiceboxConfig,
+    FlexiCodecVoiceboxModel,
+    save_repository,
 )
 from flexicodec_hf.audio import read_audio
+from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxSampleOutput
 
 
 TEXTS = ["Hello there.", "Good morning to all of you!"]
@@ -286,6 +290,147 @@ def test_long_speech_is_decoded_in_bounded_chunks(model, processor, monkeypatch)
         model.convert_voice(**alone, chunk_length_s=0.1)
 
 
+@pytest.fixture(scope="module")
+def latent_repository(tts_repository, processor, tmp_path_factory):
+    """A repository whose Voicebox predicts latents of its codec, with a voice."""
+    torch.manual_seed(0)
+    parts = FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    codes = {"codebook_size": parts.config.codec_config.semantic_codebook_size, "repa_layer_index": None}
+    config = FlexiCodecVoiceboxConfig(**sizes, **codes, **latent_config(parts.config.codec_config.hidden_size))
+    voicebox = FlexiCodecVoiceboxModel(config)
+    for parameter in voicebox.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model = FlexiCodecForTextToSpeech.from_parts_pretrained(parts.codec, parts.ar, voicebox)
+    model.generation_config = parts.generation_config
+    processor = FlexiCodecTTSProcessor(processor.feature_extractor, processor.tokenizer)
+    model.voices["anna"] = model.encode_voice(**processor(audio=CLIPS[0], reference_text="However little known."))
+    folder = tmp_path_factory.mktemp("latent")
+    save_repository(folder, model.codec, model, processor)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latent_processor(latent_repository):
+    return FlexiCodecTTSProcessor.from_pretrained(latent_repository)
+
+
+@pytest.fixture
+def latent_model(latent_repository, device):
+    return AutoModelForTextToWaveform.from_pretrained(latent_repository).to(device)
+
+
+def test_latents_are_decoded_by_the_codec(latent_model, latent_processor):
+    model, processor = latent_model, latent_processor
+    assert type(model) is FlexiCodecForTextToSpeech and model.vocoder is None
+    reference = processor(audio=CLIPS[0]).to(model.device)
+    assert not any("mel" in name for name in reference)
+    voice = model.voices["anna"]
+    inputs = source(processor).to(model.device)
+    latents = model.codec.encode(**inputs, merging_threshold=1.0).latents[0].T
+    assert_close(voice.mel, latents.cpu(), atol=1e-5)
+
+    output = speak(model, processor(TEXTS[0]), seed=5, guidance_scale=1.5)
+    codes, lengths = (tensor[None].to(model.device) for tensor in voice.tokens_at(0.91))
+    numbers = torch.randint(2**63 - 1, (2,), generator=torch.Generator().manual_seed(5)).tolist()
+    sampled = model.voicebox.sample(
+        output.audio_codes[:, 0],
+        output.token_lengths,
+        codes,
+        lengths,
+        latents[None],
+        num_inference_steps=2,
+        guidance_scale=1.5,
+        generator=[torch.Generator().manual_seed(numbers[1])],
+    )
+    decoded = model.codec.decode(latents=sampled.mel.transpose(1, 2), audio_codes_mask=sampled.mel_mask)
+    assert_close(output.audio, decoded.audio_values[:, 0].cpu(), atol=1e-5)
+    assert output.sampling_rate == model.config.sampling_rate == 16_000
+    semantic = speak(model, processor(TEXTS[0]), seed=5, use_nar=False)
+    assert semantic.audio.shape == output.audio.shape and not torch.equal(semantic.audio, output.audio)
+
+
+def test_latents_in_batches(latent_model, latent_processor):
+    model, processor = latent_model, latent_processor
+    said = "However little known the feelings may be."
+    short = CLIPS[1] | {"array": CLIPS[1]["array"][:8_000]}
+    together = speak(model, processor(TEXTS, audio=[CLIPS[0], short], reference_text=[said, "Good."]), seed=[3, 4])
+    assert not together.audio[~together.audio_mask].any()
+    voice = model.encode_voice(**processor(audio=short, reference_text="Good.").to(model.device))
+    assert_same_speech(speak(model, processor(TEXTS[1]), voice=voice, seed=4), together, 0, 1)
+    later = model.decode_speech(
+        *(together[name] for name in ("audio_codes", "token_lengths", "audio_codes_mask")),
+        voice=[model.voices["anna"], voice],
+        seed=[3, 4],
+    )
+    for item in range(2):
+        assert_same_speech(together, later, item, item)
+
+
+def test_latents_in_bounded_chunks(latent_model, latent_processor, monkeypatch):
+    model = latent_model
+    clips = [read_audio(AUDIO / "librivox_long.flac", 16_000).waveform[: 16_000 * seconds] for seconds in (7, 5)]
+    inputs, alone = (
+        latent_processor.feature_extractor(some, sampling_rate=16_000, return_tensors="pt").to(model.device)
+        for some in (clips, clips[1:])
+    )
+    frames = []
+    sample = model.voicebox.sample
+    monkeypatch.setattr(
+        model.voicebox, "sample", lambda *args, **kwargs: frames.append(args[0].shape[1]) or sample(*args, **kwargs)
+    )
+    together = model.convert_voice(**inputs, seed=2, chunk_length_s=2)
+    assert frames == [50, 75, 62, 37]
+    assert_same_speech(model.convert_voice(**alone, seed=2, chunk_length_s=2), together, 0, 1)
+    whole = model.convert_voice(**inputs, seed=2, chunk_length_s=None)
+    assert torch.equal(together.audio_mask, whole.audio_mask)
+    for item in range(2):
+        assert_same_speech(model.convert_voice(**inputs, seed=2), whole, item, item)
+
+
+def test_chunks_of_latents_fade_into_each_other(latent_model, device, monkeypatch):
+    windows = iter([0.0, 1.0])
+
+    def sample(codes, *args, **kwargs):
+        size = latent_model.config.voicebox_config.num_mel_bins
+        return FlexiCodecVoiceboxSampleOutput(mel=torch.full((*codes.shape, size), next(windows), device=device))
+
+    made = []
+    monkeypatch.setattr(latent_model.voicebox, "sample", sample)
+    monkeypatch.setattr(latent_model, "_to_waveform", lambda mel, mask, *_: made.append(mel) or (mel[..., 0], mask))
+    latent_model.decode_speech(torch.ones(1, 1, 30, device=device).long(), chunk_length_s=2.0)
+    expected = torch.tensor([0.0] * 25 + [1 / 3, 2 / 3] + [1.0] * 3)
+    assert_close(made[0][0], expected[:, None].expand(30, 32), atol=1e-6)
+
+
+def test_a_system_of_latents_is_saved_whole(latent_model, latent_processor, tmp_path, device):
+    latent_model.save_pretrained(tmp_path)
+    again, info = FlexiCodecForTextToSpeech.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    inputs = latent_processor(TEXTS[0])
+    assert_same_speech(speak(latent_model, inputs), speak(again.to(device), inputs))
+
+
+def test_the_stock_pipeline_speaks_by_latents(latent_repository, latent_model, latent_processor, device):
+    pipe = pipeline("text-to-speech", model=str(latent_repository), device=device)
+    for text, inputs in (
+        (TEXTS[0], latent_processor(TEXTS[0])),
+        (chat(TEXTS[0], CLIPS[1], "Good."), latent_processor(TEXTS[0], audio=CLIPS[1], reference_text="Good.")),
+    ):
+        spoken = pipe(text, generate_kwargs={"seed": 1})
+        assert spoken["sampling_rate"] == 16_000
+        assert_close(torch.from_numpy(spoken["audio"]), speak(latent_model, inputs).audio[0].cpu(), atol=1e-5)
+
+
+def test_parts_of_other_kinds_do_not_fit(latent_model, latent_processor, model):
+    with pytest.raises(ValueError, match="no `mel` of 32 channels, as the Voicebox makes them"):
+        speak(latent_model, latent_processor(TEXTS[0]), voice=model.voices["ben"])
+    with pytest.raises(Exception, match="`vocoder_config` must be left out"):
+        FlexiCodecForTextToSpeech.from_parts_pretrained(
+            latent_model.codec, latent_model.ar, latent_model.voicebox, model.vocoder
+        )
+
+
 def test_save_and_load_in_shards(model, processor, tmp_path, device):
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -297,11 +442,19 @@ def test_save_and_load_in_shards(model, processor, tmp_path, device):
     assert "/" not in json.dumps({k: v for k, v in again.config.to_dict().items() if k == "codec_config"})
 
 
+def latent_config(size):
+    """Of a Voicebox that predicts latents of a codec."""
+    statistics = {"latent_mean": [0.1] * size, "latent_std": [0.5] * size}
+    return {"num_mel_bins": size, "upsample_factor": 1, **statistics}
+
+
 def test_config_round_trip(model):
     config = FlexiCodecTTSConfig.from_dict(model.config.to_dict())
     assert config.to_dict() == model.config.to_dict()
     whole = FlexiCodecTTSConfig(voicebox_config={}, vocoder_config={})
     assert whole.sampling_rate == 24_000 and whole.ar_config.hidden_size == 1024
+    latent = latent_config(512)
+    assert FlexiCodecTTSConfig(voicebox_config=latent).sampling_rate == 16_000
     for wrong, message in (
         ({"voicebox_config": {}}, "`vocoder_config` is missing"),
         ({"vocoder_config": {}}, "`voicebox_config` is missing"),
@@ -309,6 +462,9 @@ def test_config_round_trip(model):
         ({"voicebox_config": {"codebook_size": 9}, "vocoder_config": {}}, "`voicebox_config.codebook_size` is 9"),
         ({"voicebox_config": {}, "vocoder_config": {"num_mel_bins": 80}}, "of 128 bins, the vocoder reads 80"),
         ({"voicebox_config": {"upsample_factor": 2}, "vocoder_config": {}}, "25 mel frames a second, .* reads 50"),
+        ({"voicebox_config": latent, "vocoder_config": {}}, "`vocoder_config` must be left out"),
+        ({"voicebox_config": latent | {"upsample_factor": 4}}, r"`upsample_factor` \(512, 4\), .* decodes \(512, 1\)"),
+        ({"voicebox_config": latent_config(256)}, r"`upsample_factor` \(256, 1\), .* decodes \(512, 1\)"),
     ):
         with pytest.raises(Exception, match=message):
             FlexiCodecTTSConfig(**wrong)
@@ -402,7 +558,7 @@ def test_wrong_use_says_what_to_do(model, processor):
         (lambda: model.generate(**inputs, reference_mel=reference["reference_mel"]), "came without the recording"),
         (lambda: model.generate(**inputs, merging_threshold=0.5), r"trained with \[0.86, 0.91\]"),
         (lambda: model.generate(**inputs, voice=unknown), r"no tokens at `merging_threshold`=0.91, only at \[0.5\]"),
-        (lambda: model.generate(**inputs, voice=no_mel), "no mel spectrogram for the Voicebox"),
+        (lambda: model.generate(**inputs, voice=no_mel), "no `mel` of 128 channels, as the Voicebox makes them"),
         (lambda: model.generate(**inputs, seed=1, generator=torch.Generator()), "either `seed` or `generator`"),
         (lambda: model.generate(**inputs, seed=[1, 2, 3]), "`seed` is a list of 3 for 2 items"),
         (lambda: model.generate(**inputs, generator=[torch.Generator()]), "`generator` is a list of 1 for 2 items"),

@@ -1,4 +1,4 @@
-"""Configuration of the whole text-to-speech system: the codec, the two models on its tokens, and the vocoder."""
+"""Configuration of the whole text-to-speech system: the codec, the two models on its tokens, and a vocoder."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
         ar_config (`dict` or [`FlexiCodecARConfig`], *optional*):
             The autoregressive model, text to tokens. The released sizes by default.
         voicebox_config (`dict` or [`FlexiCodecVoiceboxConfig`], *optional*):
-            The flow-matching model, tokens to mel spectrogram; `{}` for the released sizes. Left out with
-            `vocoder_config`, the system has no second stage: the codec alone turns tokens into speech.
+            The flow-matching model, tokens to mel spectrogram or to the codec's decoder latent; `{}` for the released
+            sizes. Left out, the system has no second stage: the codec alone turns tokens into speech.
         vocoder_config (`dict` or [`FlexiCodecVocoderConfig`], *optional*):
-            The vocoder, mel spectrogram to waveform; goes with `voicebox_config`.
+            The vocoder, mel spectrogram to waveform: required with a Voicebox that makes mel spectrograms, left out
+            otherwise.
         voices (`list[str]`, *optional*, defaults to `()`):
             Names of the voices that are saved with the model. The first one speaks when a call names none.
 
@@ -69,29 +70,43 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation: parts that must fit each other."""
-        if (self.voicebox_config is None) != (self.vocoder_config is None):
-            missing = "voicebox_config" if self.voicebox_config is None else "vocoder_config"
-            raise ValueError(
-                f"`{missing}` is missing: Voicebox and vocoder are one stage, pass the configurations of both or of neither."
-            )
         vocabulary = self.codec_config.semantic_codebook_size
         sizes = {"`ar_config.speech_vocab_size`": self.ar_config.speech_vocab_size}
         if self.voicebox_config is not None:
             sizes["`voicebox_config.codebook_size`"] = self.voicebox_config.codebook_size
-            if self.voicebox_config.num_mel_bins != self.vocoder_config.num_mel_bins:
-                raise ValueError(
-                    f"The Voicebox makes mel spectrograms of {self.voicebox_config.num_mel_bins} bins, the vocoder reads "
-                    f"{self.vocoder_config.num_mel_bins}: `num_mel_bins` must agree."
-                )
-            mel_rate = self.codec_config.frame_rate * self.voicebox_config.upsample_factor
-            if mel_rate != self.vocoder_config.frame_rate:
-                raise ValueError(
-                    f"The Voicebox makes {mel_rate:g} mel frames a second, the vocoder reads "
-                    f"{self.vocoder_config.frame_rate:g}: `upsample_factor` and the vocoder's `hop_length` must agree."
-                )
         for name, size in sizes.items():
             if size != vocabulary:
                 raise ValueError(f"{name} is {size}, but the codec has {vocabulary} semantic codes.")
+        self._validate_second_stage()
+
+    def _validate_second_stage(self) -> None:
+        voicebox, vocoder = self.voicebox_config, self.vocoder_config
+        if voicebox is None:
+            if vocoder is not None:
+                raise ValueError("`voicebox_config` is missing: without one there is nothing for a vocoder to read.")
+        elif voicebox.predicts_latent:
+            if vocoder is not None:
+                raise ValueError(
+                    "`vocoder_config` must be left out: the Voicebox predicts latents, which the codec itself decodes."
+                )
+            made, read = (voicebox.num_mel_bins, voicebox.upsample_factor), (self.codec_config.hidden_size, 1)
+            if made != read:
+                raise ValueError(
+                    f"The Voicebox predicts latents with `num_mel_bins` and `upsample_factor` {made}, but the codec decodes "
+                    f"{read}: its `hidden_size`, and one frame for each of its own."
+                )
+        elif vocoder is None:
+            raise ValueError("`vocoder_config` is missing: the Voicebox makes mel spectrograms, which need a vocoder.")
+        elif voicebox.num_mel_bins != vocoder.num_mel_bins:
+            raise ValueError(
+                f"The Voicebox makes mel spectrograms of {voicebox.num_mel_bins} bins, the vocoder reads "
+                f"{vocoder.num_mel_bins}: `num_mel_bins` must agree."
+            )
+        elif (mel_rate := self.codec_config.frame_rate * voicebox.upsample_factor) != vocoder.frame_rate:
+            raise ValueError(
+                f"The Voicebox makes {mel_rate:g} mel frames a second, the vocoder reads {vocoder.frame_rate:g}: "
+                "`upsample_factor` and the vocoder's `hop_length` must agree."
+            )
 
     @property
     def sampling_rate(self) -> int:

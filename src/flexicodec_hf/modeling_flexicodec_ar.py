@@ -508,7 +508,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         codes: Tensor | None = None,
         token_lengths: Tensor | None = None,
         codes_mask: Tensor | None = None,
-        merging_threshold: float | None = None,
+        merging_threshold: float | list[float] | Tensor | None = None,
         return_labels: bool = False,
     ) -> dict[str, Tensor]:
         """
@@ -525,8 +525,9 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
                 Durations of `codes` in frames; required with them.
             codes_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 1 for codes, 0 for padding, on either side.
-            merging_threshold (`float`, *optional*):
-                The codec's merging threshold (and so the frame rate) to speak at, one of `config.merging_thresholds`.
+            merging_threshold (`float`, `list[float]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                The codec's merging threshold (and so the frame rate) to speak at, one of `config.merging_thresholds`, for
+                all items or for each.
             return_labels (`bool`, *optional*, defaults to `False`):
                 For training: end `codes` with end of speech, and return `labels` and `duration_labels`.
 
@@ -555,6 +556,15 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         highest = config.num_durations - 1 if return_labels else config.num_durations
         _check_range("token_lengths", token_lengths, codes_mask, 0, highest)
 
+        if isinstance(merging_threshold, Tensor):
+            merging_threshold = merging_threshold.tolist()
+        thresholds = merging_threshold if isinstance(merging_threshold, list) else [merging_threshold] * len(text_ids)
+        if len(thresholds) != len(text_ids):
+            raise ValueError(
+                f"merging_threshold holds {len(thresholds)} values for {len(text_ids)} texts: pass one, or one for each."
+            )
+        threshold_ids = text_ids.new_tensor([[config.threshold_token_id(threshold)] for threshold in thresholds])
+
         def control(token_id: int) -> Tensor:
             return text_ids.new_full((text_ids.shape[0], 1), token_id)
 
@@ -562,7 +572,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         speech_mask = torch.ones_like(codes) if codes_mask is None else codes_mask.to(text_ids)
         one, empty = control(1), control(0)[:, :0]
         end, end_mask = (control(config.end_token_id), one) if return_labels else (empty, empty)
-        head = [control(config.start_token_id), control(config.threshold_token_id(merging_threshold))]
+        head = [control(config.start_token_id), threshold_ids]
         ids = torch.cat([*head, text_ids + config.text_token_offset, control(config.task_token_id), codes, end], dim=1)
         mask = torch.cat([one, one, text_mask, one, speech_mask, end_mask], dim=1)
         lengths = F.pad(token_lengths, (ids.shape[1] - codes.shape[1] - end.shape[1], end.shape[1]))

@@ -1,4 +1,4 @@
-"""Text to speech with FlexiCodec (arXiv 2510.00981): text -> tokens with durations -> mel spectrogram -> waveform."""
+"""Text to speech with FlexiCodec (arXiv 2510.00981): text -> tokens with durations -> mel or latents -> waveform."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class FlexiCodecTTSOutput(ModelOutput):
         audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`):
             `True` for tokens, `False` for padding.
         sampling_rate (`int`):
-            Of `audio`, in hertz: the vocoder's (24 kHz), or the codec's (16 kHz) with `use_nar=False`.
+            Of `audio`, in hertz: the vocoder's (24 kHz), or the codec's (16 kHz) without one or with `use_nar=False`.
     """
 
     audio: Tensor | None = None
@@ -108,8 +108,8 @@ class FlexiCodecTTSPreTrainedModel(PreTrainedModel):
 
 class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
     r"""
-    FlexiCodec's text-to-speech system: the codec, the autoregressive model, and, where the repository has them, the
-    Voicebox model and the vocoder.
+    FlexiCodec's text-to-speech system: the codec, the autoregressive model, and, where the repository has it, a second
+    stage: a Voicebox model with its vocoder, or one that predicts what the codec's own decoder reads.
 
     Attributes:
         voices (`dict[str, FlexiCodecVoice]`):
@@ -155,11 +155,12 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         Put the system together from its parts.
 
         Args:
-            codec, ar, voicebox, vocoder: Models, or what their `from_pretrained` takes; the last two both or neither.
+            codec, ar, voicebox, vocoder:
+                Models, or what their `from_pretrained` takes. The vocoder goes with a Voicebox of mel spectrograms.
             kwargs: For `from_pretrained` of the parts that are not models yet.
 
         Raises:
-            ValueError: One of `voicebox` and `vocoder` without the other, or parts that do not fit each other.
+            ValueError: Parts that are missing or do not fit each other.
         """
         given = {"codec": codec, "ar": ar, "voicebox": voicebox, "vocoder": vocoder}
         parts = {
@@ -238,7 +239,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             reference_padding_mask (`torch.Tensor` of shape `(1, num_samples)`, *optional*): Likewise.
             reference_input_features_mask (`torch.Tensor` of shape `(1, num_features)`, *optional*): Likewise.
             reference_mel (`torch.Tensor` of shape `(1, num_frames, num_mel_bins)`, *optional*):
-                Its mel spectrogram; required if the model has a Voicebox.
+                Its mel spectrogram; required if the model has a Voicebox of mel spectrograms, not read if it has one of
+                latents.
             reference_mel_mask (`torch.Tensor` of shape `(1, num_frames)`, *optional*): 1 for frames, 0 for padding.
             reference_text_ids (`torch.LongTensor` of shape `(1, num_ids)`, *optional*):
                 Ids of what the recording says.
@@ -252,7 +254,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             [`FlexiCodecVoice`], on the CPU.
 
         Raises:
-            ValueError: More than one recording, or no mel spectrogram for a model with a Voicebox.
+            ValueError: More than one recording, or no mel spectrogram where the Voicebox makes these.
         """
         if len(reference_input_values) != 1:
             raise ValueError(f"A voice is one recording, got {len(reference_input_values)}: encode each by itself.")
@@ -322,8 +324,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
                 The codec's merging threshold, one of those that the autoregressive model was trained with: the lower,
                 the fewer tokens a second.
             use_nar (`bool`, *optional*):
-                Whether Voicebox and vocoder turn the tokens into speech, in the reference's voice at 24 kHz, or the
-                codec alone does, faster and less alike, at 16 kHz. By default they do where the model has them.
+                Whether the Voicebox turns the tokens into speech, in the reference's voice (with a vocoder, at 24 kHz), or
+                the codec alone does, faster and less alike, at 16 kHz. By default it does where the model has one.
             num_inference_steps (`int`, *optional*, defaults to 15): Steps of the flow.
             guidance_scale (`float`, *optional*, defaults to 2.0): Classifier-free guidance of the flow.
             guidance_rescale (`float`, *optional*, defaults to 0.75): See [`FlexiCodecVoiceboxModel.sample`].
@@ -608,10 +610,6 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         inputs = {name.removeprefix("reference_"): tensor for name, tensor in references.items() if tensor is not None}
         values, features = inputs["input_values"], inputs["input_features"]
         batch_size = len(values)
-        if self.voicebox is not None and "mel" not in inputs:
-            raise ValueError(
-                "`reference_mel` is missing: the Voicebox imitates it. Pass all that the processor returns."
-            )
         codec_inputs = {
             "input_values": values.reshape(batch_size, 1, values.shape[-1]),
             "input_features": features.to(self.codec.dtype),
@@ -628,11 +626,38 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
                 codes, lengths = encoded.audio_codes[item, 0, mask], encoded.token_lengths[item, mask]
                 tokens[item][float(threshold)] = codes.cpu(), lengths.cpu()
         voices = [FlexiCodecVoice(tokens=one) for one in tokens]
-        for name, mask in (("mel", "mel_mask"), ("text_ids", "text_mask")):
-            if name in inputs:
-                for voice, part in zip(voices, _valid_parts(inputs[name], inputs.get(mask)), strict=True):
+        prompt = self._prompt_features(codec_inputs, inputs.get("mel"), inputs.get("mel_mask"))
+        for name, tensor, mask in (("mel", *prompt), ("text_ids", inputs.get("text_ids"), inputs.get("text_mask"))):
+            if tensor is not None:
+                for voice, part in zip(voices, _valid_parts(tensor, mask), strict=True):
                     setattr(voice, name, part)
         return voices
+
+    def _prompt_features(
+        self, codec_inputs: dict[str, Tensor | None], mel: Tensor | None, mel_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the Voicebox imitates of a recording, `(batch_size, num_frames, num_mel_bins)`, and its mask."""
+        if self.voicebox is not None and self.voicebox.config.predicts_latent:
+            encoded = self.codec.encode(**codec_inputs, merging_threshold=1.0)
+            return encoded.latents.transpose(1, 2).float(), encoded.audio_codes_mask
+        if self.voicebox is not None and mel is None:
+            raise ValueError(
+                "`reference_mel` is missing: the Voicebox imitates it. Pass all that the processor returns."
+            )
+        return mel, mel_mask
+
+    def _to_waveform(self, mel: Tensor, mask: Tensor, chunk_length_s: float | None) -> tuple[Tensor, Tensor]:
+        """What the Voicebox made, to waveforms and their mask `(batch_size, num_samples)`."""
+        if self.voicebox.config.predicts_latent:
+            decoded = self.codec.decode(
+                latents=mel.transpose(1, 2).to(self.codec.device, self.codec.dtype),
+                audio_codes_mask=mask.to(self.codec.device),
+                chunk_length_s=chunk_length_s,
+            )
+            return decoded.audio_values[:, 0].float(), decoded.padding_mask
+        device = self.vocoder.device
+        output = self.vocoder(mel.to(device), mask.to(device), chunk_length_s=chunk_length_s)
+        return output.audio_values, output.audio_mask
 
     def _speak(
         self,
@@ -681,7 +706,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
                 )
                 for tensor in (audio, audio_mask)
             )
-        sampling_rate = (self.vocoder if use_nar else self.codec).config.sampling_rate
+        sampling_rate = (self.config if use_nar else self.codec.config).sampling_rate
         return FlexiCodecTTSOutput(
             audio=audio,
             audio_mask=audio_mask,
@@ -705,10 +730,12 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         device = self.voicebox.device
         codes, token_lengths = codes.to(device), token_lengths.to(device)
         if voices is not None:
-            mels = [voice.mel for voice in voices if voice.mel is not None]
+            num_bins = self.voicebox.config.num_mel_bins
+            mels = [voice.mel for voice in voices if voice.mel is not None and voice.mel.shape[1] == num_bins]
             if len(mels) < len(voices):
                 raise ValueError(
-                    "The voice has no mel spectrogram for the Voicebox: encode it with this model, or pass `use_nar=False`."
+                    f"The voice has no `mel` of {num_bins} channels, as the Voicebox makes them: encode it with this model, "
+                    "or pass `use_nar=False`."
                 )
             prompt = _stack_tokens(voices, merging_threshold, device)
             flow = flow | {
@@ -722,9 +749,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             mel, mel_mask = sampled.mel, sampled.mel_mask
         else:
             mel, mel_mask = self._sample_in_chunks(codes, token_lengths, generators, flow, chunk_length_s)
-        device = self.vocoder.device
-        output = self.vocoder(mel.to(device), mel_mask.to(device), chunk_length_s=chunk_length_s)
-        return output.audio_values, output.audio_mask
+        return self._to_waveform(mel, mel_mask, chunk_length_s)
 
     def _sample_in_chunks(
         self,
@@ -763,7 +788,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             stop = min(start + size + fade, end)
             window = window[:, (start - begin) * factor : (stop - begin) * factor]
             if start > 0:
-                ramp = torch.linspace(0, 1, min(fade * factor, window.shape[1]), device=window.device)[:, None]
+                # Without the ends: two frames of latents have weights between.
+                ramp = torch.linspace(0, 1, min(fade * factor, window.shape[1]) + 2, device=window.device)[1:-1, None]
                 before = mel[rows, start * factor : start * factor + len(ramp)]
                 window[:, : len(ramp)] = torch.lerp(before, window[:, : len(ramp)], ramp)
             mel[rows, start * factor : stop * factor] = window

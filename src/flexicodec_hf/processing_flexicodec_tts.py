@@ -69,7 +69,7 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerFast`): Whisper's multilingual vocabulary.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`; a default one if left out.
         mel_config (`dict`, *optional*):
-            Arguments of the [`FlexiCodecMelFeatureExtractor`] for a model with a Voicebox, `{}` for the released model's.
+            Arguments of the [`FlexiCodecMelFeatureExtractor`] for a model with a vocoder, `{}` for the released model's.
             Left out, there are no mel spectrograms.
         language (`str`, *optional*, defaults to `"en"`): Language of texts that come without one.
 

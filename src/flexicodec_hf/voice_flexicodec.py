@@ -1,4 +1,4 @@
-"""A voice to speak with: the tokens and the mel spectrogram of a short recording, encoded once and used again."""
+"""A voice to speak with: the tokens and the mel or latents of a short recording, encoded once and used again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class FlexiCodecVoice:
             For each merging threshold, the semantic codes and the token lengths in codec frames, both
             `torch.LongTensor` of shape `(num_tokens,)`.
         mel (`torch.FloatTensor` of shape `(num_frames, num_mel_bins)`, *optional*):
-            Normalised log mel spectrogram at 50 Hz, for the flow-matching stage.
+            What the flow-matching stage imitates: the normalised log mel spectrogram at 50 Hz or, where that stage makes
+            latents, the codec's decoder latents at 12.5 Hz with nothing merged.
         text_ids (`torch.LongTensor` of shape `(num_ids,)`, *optional*):
             Ids of what the recording says, ready to stand in front of the ids of a text. Without them the tokens alone
             go in front: less clear to the model, and the words of the recording may leak into the speech.

@@ -450,20 +450,20 @@ class ARBatches:
     def __call__(self, batch: dict[str, Tensor], step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         randoms = _item_randoms(batch["item_seeds"], self.seed, step)
         thresholds = self.encoder.thresholds
-        choice = torch.tensor([int(random.integers(len(thresholds))) for random in randoms])
-        choice = choice.to(batch["item_seeds"].device)
-        tokens = self.encoder(batch, choice)
+        choice = [int(random.integers(len(thresholds))) for random in randoms]
+        tokens = self.encoder(batch, torch.tensor(choice, device=batch["item_seeds"].device))
         codes, lengths = tokens["codes"], tokens["token_lengths"]
         used = int((lengths > 0).sum(dim=1).max())
         codes, lengths = codes[:, :used], lengths[:, :used]
         inputs = self.model.build_inputs(
-            batch["text_ids"], batch["text_attention_mask"], codes, lengths, lengths > 0, return_labels=True
+            batch["text_ids"],
+            batch["text_attention_mask"],
+            codes,
+            lengths,
+            lengths > 0,
+            merging_threshold=[thresholds[item] for item in choice] if self.model.config.merging_thresholds else None,
+            return_labels=True,
         )
-        config = self.model.config
-        if config.merging_thresholds:
-            ids = torch.tensor([config.threshold_token_id(value) for value in thresholds], device=choice.device)
-            slot = inputs["input_ids"] == config.no_threshold_token_id
-            inputs["input_ids"] = torch.where(slot, ids[choice][:, None], inputs["input_ids"])
         counts = {
             "token_loss": (inputs["labels"] != IGNORE_INDEX).sum(),
             "duration_loss": (inputs["duration_labels"] != IGNORE_INDEX).sum(),
