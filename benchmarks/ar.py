@@ -21,6 +21,7 @@ except ModuleNotFoundError:
     reference = None
 
 from safetensors.torch import save_file
+from transformers import CompileConfig
 
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
 from flexicodec_hf.conversion.ar import PREFIX, convert_ar
@@ -59,11 +60,22 @@ def prompt(streams: int) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def time_ours(
-    model: FlexiCodecARForConditionalGeneration, streams: int, tokens: int, repeats: int, cache: str
+    model: FlexiCodecARForConditionalGeneration,
+    streams: int,
+    tokens: int,
+    repeats: int,
+    cache: str,
+    compiled: bool,
 ) -> tuple[float, torch.Tensor]:
     """Seconds of the fastest whole call, and the tokens of the first stream."""
     inputs = model.build_inputs(**prompt(streams), merging_threshold=THRESHOLD)
     arguments = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+    if compiled:
+        torch.compiler.reset()
+        arguments["compile_config"] = CompileConfig(
+            fullgraph=True, dynamic=False, mode=None, options={"freezing": True}
+        )
+        model.generate(**inputs, **arguments, cache_implementation=cache)  # compiles
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -79,6 +91,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="new tokens of each stream")
     parser.add_argument("--repeats", type=int, default=2, help="calls of ours, of which the fastest counts")
     parser.add_argument("--cache", choices=["dynamic", "static"], default="static")
+    parser.add_argument("--compile", action="store_true", help="compile the step, with the weights laid out for it")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -107,7 +120,9 @@ def main() -> None:
         model = model.to(getattr(torch, dtype))
         for streams in arguments.streams:
             speed = bandwidth()
-            seconds, tokens = time_ours(model, streams, arguments.tokens, arguments.repeats, arguments.cache)
+            seconds, tokens = time_ours(
+                model, streams, arguments.tokens, arguments.repeats, arguments.cache, arguments.compile
+            )
             total = streams * arguments.tokens / seconds
             limit = speed / bytes_per_step(model)
             line = f"ours       {dtype:9} {streams} stream(s) {total:6.2f} tokens/s"

@@ -384,7 +384,6 @@ def test_static_step_compiles_to_one_graph(device, batch_size):
         return graph.forward
 
     config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
-    config._compile_all_devices = True
     output = generate(model, inputs, cache_implementation="static", compile_config=config)
     assert len(graphs) == 1
     assert torch.equal(output.sequences, expected.sequences)

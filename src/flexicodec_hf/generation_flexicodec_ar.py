@@ -234,6 +234,8 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
             min_token_text_ratio, max_token_text_ratio (`float`, *optional*, default to 0 and 20):
                 Limits on the new tokens of a row as a ratio of its text ids (rounded down). `max_new_tokens` and
                 `min_new_tokens` apply too; the stricter one wins.
+            compile_config (`CompileConfig`, *optional*):
+                Compiles the step, on a CPU too; goes with `cache_implementation="static"`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of what sampling draws, instead of torch's global one: one for all rows, drawn from in turn, or
                 one for each, and then a row is the same in any batch. `scores` then show nothing but the drawn token.
@@ -371,6 +373,12 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + 1
         )
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        # By itself the stock loop compiles on accelerators alone. Who passes a configuration wants it on a CPU too.
+        if generation_config.compile_config is not None:
+            generation_config.compile_config._compile_all_devices = True
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
         processors = LogitsProcessorList()
