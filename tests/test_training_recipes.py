@@ -232,18 +232,17 @@ def test_codec_trains_in_mixed_precision(codec, device):
     extractor = AutoFeatureExtractor.from_pretrained(codec[0] / "model")
     waveform = read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform
     inputs = extractor([waveform[:20_000], waveform[:12_000]], sampling_rate=16_000, return_tensors="pt").to(device)
-    chosen = {}
-    for number, quantizer in enumerate([model.semantic_quantizer.fsq, *model.acoustic_quantizer.quantizers]):
+    calls = []
+    for quantizer in model.acoustic_quantizer.quantizers:
         quantizer.register_forward_hook(
-            lambda module, args, output, number=number: chosen.update({number: (args, output)})
+            lambda module, arguments, output: calls.append((module, arguments[0], output[0]))
         )
     with torch.autocast(device, torch.bfloat16):
         output = model(**inputs, merging_threshold=0.9)
     output.loss.backward()
     assert torch.isfinite(output.loss)
-    for number, (arguments, outputs) in chosen.items():
-        quantizer = model.semantic_quantizer.fsq if number == 0 else model.acoustic_quantizer.quantizers[number - 1]
-        assert torch.equal(quantizer(arguments[0].float())[-1], outputs[-1])
+    for quantizer, hidden_states, projected in list(calls):
+        assert torch.equal(quantizer(hidden_states.float())[0], projected)
 
 
 def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, tmp_path):
