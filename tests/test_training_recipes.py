@@ -4,10 +4,12 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,6 +277,23 @@ def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, t
         assert row["loss" if "loss" in row else "mel_all_rows"] == pytest.approx(
             expected["loss" if "loss" in row else "mel_all_rows"], rel=1e-4
         )
+
+
+def documented_commands():
+    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
+    return re.findall(r"examples/(train_\w+)\.py (.*)$", page, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("script", "options"), documented_commands())
+def test_documented_options_exist(script, options, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module(script)
+    recipe = next(name for name in vars(module) if name.endswith("Recipe"))
+    parsed = []
+    monkeypatch.setattr(module, recipe, lambda args: SimpleNamespace(accelerator=parsed.append(args)))
+    monkeypatch.setattr(module, "TrainingLoop", lambda *_: SimpleNamespace(run=lambda: None))
+    module.main(shlex.split(options))
+    assert parsed[0].max_steps > 0
 
 
 def test_vocoder(run, tmp_path):
