@@ -36,8 +36,8 @@ from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 
 MEL_WEIGHT, ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 15.0, 1.0, 2.0  # the others are in the codec's config
 
-# What is evaluated: threshold and rows of codes.
-SETTINGS = {"all_rows": (1.0, None), "semantic": (1.0, 1), "merged": (0.9, None), "merged_semantic": (0.9, 1)}
+# What is evaluated: the merging threshold (None is the config's) and the rows of codes.
+SETTINGS = {"all_rows": (1.0, None), "semantic": (1.0, 1), "merged": (None, None), "merged_semantic": (None, 1)}
 
 
 def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
