@@ -260,18 +260,14 @@ def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, t
         1,
         *options,
     ]
-    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --main_process_port 0"
-    command = [
-        sys.executable,
-        "-m",
-        *launch.split(),
-        "--dynamo_backend",
-        "no",
-        EXAMPLES / "train_codec.py",
-        *arguments,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([str(part) for part in command], check=True, env=environment, capture_output=True)
+    # `--cpu` would start one process, whatever the number.
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    launch += " --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, *launch.split(), EXAMPLES / "train_codec.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([str(part) for part in command], check=True, env=environment)
+    states = (tmp_path / "checkpoints" / "step-00000004").glob("random_states_*")
+    assert {path.name for path in states} == {"random_states_0.pkl", "random_states_1.pkl"}
     # Sums are taken in another order, and the discriminators amplify it from step to step.
     for row, expected in zip(metrics(tmp_path), codec[1], strict=True):
         assert row["loss" if "loss" in row else "mel_all_rows"] == pytest.approx(
