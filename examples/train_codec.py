@@ -36,8 +36,8 @@ from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 
 MEL_WEIGHT, ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 15.0, 1.0, 2.0  # the others are in the codec's config
 
-# What is evaluated: threshold and rows of codes.
-SETTINGS = {"all_rows": (1.0, None), "semantic": (1.0, 1), "merged": (0.9, None), "merged_semantic": (0.9, 1)}
+# What is evaluated: the merging threshold (None is the config's) and the rows of codes.
+SETTINGS = {"all_rows": (1.0, None), "semantic": (1.0, 1), "merged": (None, None), "merged_semantic": (None, 1)}
 
 
 def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
@@ -121,7 +121,7 @@ class CodecRecipe:
         real = inputs["input_values"]
         threshold, num_quantizers = self._draw(step)
         output = self.trained.model(**inputs, merging_threshold=threshold, num_quantizers=num_quantizers)
-        fake = output.audio_values.float()
+        fake = output.audio_values
 
         losses = {
             "mel": self.mel_loss(fake, real),
@@ -183,8 +183,8 @@ class CodecRecipe:
                 sounds = {"original": waveform}
                 for name, (threshold, rows) in SETTINGS.items():
                     output = codec(**inputs, merging_threshold=threshold, num_quantizers=rows)
-                    sounds[name] = output.audio_values[0, 0].float().cpu().numpy()
-                    mel = self.mel_loss(output.audio_values.float(), inputs["input_values"])
+                    sounds[name] = output.audio_values[0, 0].cpu().numpy()
+                    mel = self.mel_loss(output.audio_values, inputs["input_values"])
                     metrics.setdefault(f"mel_{name}", []).append(mel.item())
                     rate = output.token_lengths.shape[1] / output.token_lengths.sum() * self.config.frame_rate
                     metrics.setdefault(f"tokens_per_second_{name}", []).append(rate.item())

@@ -53,6 +53,7 @@ def test_loads_the_split_of_a_folder(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / "metadata.csv").write_text(f"file_name,text\n{CLIP},{split}\n")
     assert load_speech(tmp_path, "validation")[0]["text"] == "validation"
+    assert [row["text"] for row in load_speech(AUDIO, "train[1:2]")] == [TEXT]
 
 
 def test_loads_a_manifest_of_any_name(tmp_path):
@@ -80,6 +81,9 @@ def test_loads_a_dataset(tmp_path, streaming):
 def test_names_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither a metadata\.jsonl or metadata\.csv nor audio files"):
         load_speech(tmp_path)
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
+    with pytest.raises(ValueError, match=r"`split` is 'train\[:1\]', but .* has no metadata to take a part of"):
+        load_speech(tmp_path, "train[:1]")
     parquet(tmp_path)
     with pytest.raises(ValueError, match="no column 'text_en': its columns are audio, sentence"):
         load_speech(tmp_path, text_column="text_en")

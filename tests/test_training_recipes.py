@@ -4,10 +4,12 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ def data(tmp_path_factory):
     lines = (AUDIO / "metadata.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["file_name"].startswith("librivox_austen")]
     with (folder / "metadata.jsonl").open("w") as file:
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["seconds"]):  # the first, and so the shortest, is evaluated
             file.write(json.dumps({"file_name": str(AUDIO / row["file_name"]), "text": row["text"]}) + "\n")
     return folder
 
@@ -232,18 +234,17 @@ def test_codec_trains_in_mixed_precision(codec, device):
     extractor = AutoFeatureExtractor.from_pretrained(codec[0] / "model")
     waveform = read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform
     inputs = extractor([waveform[:20_000], waveform[:12_000]], sampling_rate=16_000, return_tensors="pt").to(device)
-    chosen = {}
-    for number, quantizer in enumerate([model.semantic_quantizer.fsq, *model.acoustic_quantizer.quantizers]):
+    calls = []
+    for quantizer in model.acoustic_quantizer.quantizers:
         quantizer.register_forward_hook(
-            lambda module, args, output, number=number: chosen.update({number: (args, output)})
+            lambda module, arguments, output: calls.append((module, arguments[0], output[0]))
         )
     with torch.autocast(device, torch.bfloat16):
         output = model(**inputs, merging_threshold=0.9)
     output.loss.backward()
     assert torch.isfinite(output.loss)
-    for number, (arguments, outputs) in chosen.items():
-        quantizer = model.semantic_quantizer.fsq if number == 0 else model.acoustic_quantizer.quantizers[number - 1]
-        assert torch.equal(quantizer(arguments[0].float())[-1], outputs[-1])
+    for quantizer, hidden_states, projected in list(calls):
+        assert torch.equal(quantizer(hidden_states.float())[0], projected)
 
 
 def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, tmp_path):
@@ -272,6 +273,23 @@ def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, t
         assert row["loss" if "loss" in row else "mel_all_rows"] == pytest.approx(
             expected["loss" if "loss" in row else "mel_all_rows"], rel=1e-4
         )
+
+
+def documented_commands():
+    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
+    return re.findall(r"examples/(train_\w+)\.py (.*)$", page, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("script", "options"), documented_commands())
+def test_documented_options_exist(script, options, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module(script)
+    recipe = next(name for name in vars(module) if name.endswith("Recipe"))
+    parsed = []
+    monkeypatch.setattr(module, recipe, lambda args: SimpleNamespace(accelerator=parsed.append(args)))
+    monkeypatch.setattr(module, "TrainingLoop", lambda *_: SimpleNamespace(run=lambda: None))
+    module.main(shlex.split(options))
+    assert parsed[0].max_steps > 0
 
 
 def test_vocoder(run, tmp_path):

@@ -23,13 +23,12 @@ class Adversary:
     """
 
     def __init__(self, discriminators: nn.Module, args: argparse.Namespace, accelerator: Accelerator):
-        self.accelerator = accelerator
         self.trained = TrainedModel(discriminators, args, accelerator)
 
     def train(self, real: Tensor, fake: Tensor) -> Tensor:
         """Update the discriminators with waveforms `(batch_size, 1, num_samples)`. Returns their loss."""
         scores, _ = self.trained.model(torch.cat([real, fake.detach()]))
-        halves = [score.float().chunk(2) for score in scores]
+        halves = [score.chunk(2) for score in scores]
         loss = discriminator_loss([half[0] for half in halves], [half[1] for half in halves])
         self.trained.update(loss)
         return loss
@@ -37,14 +36,13 @@ class Adversary:
     def judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """The adversarial and the feature matching loss of `fake`."""
         discriminators = self.trained.unwrapped.requires_grad_(False)
-        with self.accelerator.autocast():
-            scores, features = discriminators(torch.cat([real, fake]))
+        scores, features = discriminators(torch.cat([real, fake]))
         discriminators.requires_grad_(True)
-        halves = [[feature.float().chunk(2) for feature in layers] for layers in features]
+        halves = [[feature.chunk(2) for feature in layers] for layers in features]
         matching = feature_matching_loss(
             [[half[0] for half in layers] for layers in halves], [[half[1] for half in layers] for layers in halves]
         )
-        return adversarial_loss([score.float().chunk(2)[1] for score in scores]), matching
+        return adversarial_loss([score.chunk(2)[1] for score in scores]), matching
 
 
 __all__ = ["Adversary"]

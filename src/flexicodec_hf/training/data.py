@@ -44,7 +44,7 @@ def load_speech(
             - such a file itself, under any name;
             - a folder of audio files, without text;
             - a dataset on the Hub or on disk, as `datasets.load_dataset` takes it, with an `Audio` column.
-        split: The split, or the part of one (`"train[:1000]"`), of a dataset; the subfolder of a folder.
+        split: The split, or a part of one (`"train[:1000]"`). Of a folder, the subfolder, where there is one of that name.
         config_name: The configuration of a dataset.
         streaming: Read the dataset while it trains, instead of downloading it first.
         audio_column, text_column: How the columns `"audio"` and `"text"` are called in `source`.
@@ -54,18 +54,23 @@ def load_speech(
 
     Raises:
         FileNotFoundError: A folder holds neither metadata nor audio.
-        ValueError: There is no audio column of that name.
+        ValueError: There is no column of that name, or a part was asked of a folder without metadata.
     """
     path = Path(source)
-    manifest = _find_manifest(path, split)
+    whole_split = split.split("[")[0]
+    manifest = _find_manifest(path, whole_split)
     if manifest is not None:
         kind = "csv" if manifest.suffix == ".csv" else "json"
-        dataset = load_dataset(kind, data_files=str(manifest), split="train")
+        dataset = load_dataset(kind, data_files={whole_split: str(manifest)}, split=split)
         column = "file_name" if "file_name" in dataset.column_names else audio_column
         _check_column(dataset, column, manifest)
         files = [{"path": str(manifest.parent / name), "bytes": None} for name in dataset[column]]
         dataset = dataset.remove_columns(column).add_column("audio", files)
     elif path.is_dir() and not _holds_a_dataset(path):
+        if split != whole_split:
+            raise ValueError(
+                f"`split` is {split!r}, but {source} has no metadata to take a part of: pass a whole split."
+            )
         folder = path / split if (path / split).is_dir() else path
         suffixes = {f".{name.lower()}" for name in soundfile.available_formats()}
         found = sorted(str(file) for file in folder.rglob("*") if file.suffix.lower() in suffixes - {".raw"})

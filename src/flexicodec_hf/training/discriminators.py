@@ -72,7 +72,7 @@ class MultiBandSTFTDiscriminator(nn.Module):
         features, bands = [], []
         for (start, stop), stack in zip(self.bands, self.stacks, strict=True):
             hidden_states = spectrum[..., start:stop]
-            for conv in stack:
+            for conv in stack.children():
                 hidden_states = F.leaky_relu(conv(hidden_states), 0.1)
                 features.append(hidden_states)
             bands.append(hidden_states)

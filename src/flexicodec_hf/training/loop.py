@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +180,9 @@ class TrainingLoop:
             unit="step",
             mininterval=1,
         )
-        batches = iter(self.recipe.batches(self.place)) if self.step < args.max_steps else iter(())
+        batches: Iterator[tuple[tuple[int, int], Any]] = iter(())
+        if self.step < args.max_steps:
+            batches = iter(self.recipe.batches(self.place))
         for (epoch, batch), inputs in batches:
             metrics = self.recipe.train_step(inputs, self.step)
             self.step += 1
