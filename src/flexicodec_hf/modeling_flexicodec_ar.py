@@ -99,9 +99,8 @@ class FlexiCodecARAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
-        self.v_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
+        # One matrix for all three: a step has few rows, and is as fast as its weights are read.
+        self.qkv_proj = FlexiCodecLinear(config.hidden_size, 3 * config.hidden_size)
         self.o_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
         self.relative_k_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size, bias=False)
         self.content_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
@@ -120,9 +119,7 @@ class FlexiCodecARAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        query = self._split_heads(self.q_proj(hidden_states))
-        key = self._split_heads(self.k_proj(hidden_states))
-        value = self._split_heads(self.v_proj(hidden_states))
+        query, key, value = map(self._split_heads, self.qkv_proj(hidden_states).chunk(3, dim=-1))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

@@ -30,9 +30,6 @@ _MODULES = {
     "duration_decoder": "duration_head",
 }
 _LAYER_MODULES = {
-    "self_attn.linear_q": "self_attn.q_proj",
-    "self_attn.linear_k": "self_attn.k_proj",
-    "self_attn.linear_v": "self_attn.v_proj",
     "self_attn.linear_out": "self_attn.o_proj",
     "self_attn.linear_pos": "self_attn.relative_k_proj",
     "feed_forward.w_1": "fc1",
@@ -153,6 +150,11 @@ def _read_state(tensors: SourceCheckpoint, config: FlexiCodecARConfig) -> tuple[
             layer, target_layer = f"{stack}.{index}", f"{target_stack}.{index}"
             for source, target in (_LAYER_MODULES | norms).items():
                 move(f"{layer}.{source}", f"{target_layer}.{target}", bias=source != "self_attn.linear_pos")
+            for leaf in ("weight", "bias"):
+                found = [read(f"{layer}.self_attn.linear_{part}.{leaf}") for part in "qkv"]
+                parts = [tensor for tensor in found if tensor is not None]
+                if len(parts) == 3:
+                    state[f"{target_layer}.self_attn.qkv_proj.{leaf}"] = torch.cat(parts)
             for source, target in (("pos_bias_u", "content_bias"), ("pos_bias_v", "position_bias")):
                 if (tensor := read(f"{layer}.self_attn.{source}")) is not None:
                     state[f"{target_layer}.self_attn.{target}"] = tensor[:, None]
