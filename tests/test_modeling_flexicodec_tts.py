@@ -17,6 +17,7 @@ from transformers import (
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf import (
+    FlexiCodecARForConditionalGeneration,
     FlexiCodecFeatureExtractor,
     FlexiCodecForTextToSpeech,
     FlexiCodecTTSConfig,
@@ -577,6 +578,14 @@ def test_wrong_use_says_what_to_do(model, processor):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_parts_keep_their_weights(tts_parts):
+    ar = FlexiCodecARForConditionalGeneration.from_pretrained(tts_parts / "ar")
+    rows = torch.ones(300, ar.config.text_encoder_config.hidden_size)
+    ar.model.text_encoder.embed_tokens = torch.nn.Embedding.from_pretrained(rows)
+    model = FlexiCodecForTextToSpeech.from_parts_pretrained(tts_parts / "codec", ar)
+    assert (model.ar.model.text_encoder.embed_tokens.weight == 1).all()
 
 
 def test_a_voice_cannot_be_saved_elsewhere(model, tmp_path):

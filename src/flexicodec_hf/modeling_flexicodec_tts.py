@@ -134,6 +134,9 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             if part is not None:
                 # One object for both, so that what is set on the one holds for the other.
                 setattr(config, f"{name}_config", part.config)
+                # `post_init` would draw anew what the caller has put in the place of a module.
+                for module in part.modules():
+                    module._is_hf_initialized = True
             elif part_config is not None:
                 part = _PARTS[name]._from_config(part_config)
             setattr(self, name, part)
