@@ -71,6 +71,14 @@ def run(example: dict, *arguments: str) -> dict[str, float]:
     return example["main"]([*arguments, *QUICK])
 
 
+def test_speaks_through_the_voice_stage(example, tts_repository):
+    arguments = example["SpeechArguments"](tokens="tokens", codec="flexicodec", voice_stage=str(tts_repository))
+    waveform, sampling_rate = example["speak"](torch.tensor([[3, 1, 4, 1]]), torch.tensor([2, 1, 3, 4]), arguments)
+    assert sampling_rate == 24_000
+    assert waveform.shape == (10 * 24_000 * 80 // 1000,)  # ten frames of 80 ms
+    assert abs(waveform).max() > 0
+
+
 def test_learns_and_goes_on_after_an_interruption(example, workplace, capsys):
     folder = workplace / "learns"
     common = ["--tokens", "tokens", "--codec", "flexicodec", "--output_dir", str(folder)]
