@@ -24,9 +24,13 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
-from flexicodec_hf.training.adversarial import Adversary
+from flexicodec_hf.training.adversarial import (
+    ADVERSARIAL_WEIGHT,
+    FEATURE_WEIGHT,
+    add_adversarial_arguments,
+    make_adversary,
+)
 from flexicodec_hf.training.data import decode_audio, load_speech, random_crop, speech_loader
-from flexicodec_hf.training.discriminators import Discriminators
 from flexicodec_hf.training.ema import ExponentialMovingAverage
 from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
 from flexicodec_hf.training.losses import MultiScaleMelLoss
@@ -34,7 +38,7 @@ from flexicodec_hf.training.samples import write_samples
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 
 
-MEL_WEIGHT, ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 15.0, 1.0, 2.0  # the others are in the codec's config
+MEL_WEIGHT = 15.0  # the others are in the codec's config
 
 # What is evaluated: the merging threshold (None is the config's) and the rows of codes.
 SETTINGS = {"all_rows": (1.0, None), "semantic": (1.0, 1), "merged": (None, None), "merged_semantic": (None, 1)}
@@ -97,10 +101,7 @@ class CodecRecipe:
         self.ema = ExponentialMovingAverage(codec.to(self.accelerator.device), args.ema_decay)
         self.trained = TrainedModel(codec, args, self.accelerator)
         self.accelerator.register_for_checkpointing(self.ema)
-        self.adversary = None
-        if args.discriminator_start < args.max_steps:
-            discriminators = Discriminators(size=args.discriminator_size)
-            self.adversary = Adversary(discriminators, args, self.accelerator)
+        self.adversary = make_adversary(args, self.accelerator)
 
     def batches(self, start: tuple[int, int]) -> DataLoader:
         return speech_loader(
@@ -217,16 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=(0.85, 1.0),
         help="of the thresholds after them (default: 0.85 1.0)",
     )
-    recipe.add_argument(
-        "--discriminator-start",
-        type=int,
-        default=0,
-        metavar="STEP",
-        help="without discriminators before (default: %(default)s)",
-    )
-    recipe.add_argument(
-        "--discriminator-size", type=int, default=32, help="channels of their first layers (default: %(default)s)"
-    )
+    add_adversarial_arguments(recipe)
     recipe.add_argument("--ema-decay", type=float, default=0.999, help="(default: %(default)s)")
     recipe.add_argument("--num-validation", type=int, default=16, help="clips (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -22,16 +22,20 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from flexicodec_hf import FlexiCodecMelFeatureExtractor, FlexiCodecVocoderConfig, FlexiCodecVocoderModel
-from flexicodec_hf.training.adversarial import Adversary
+from flexicodec_hf.training.adversarial import (
+    ADVERSARIAL_WEIGHT,
+    FEATURE_WEIGHT,
+    add_adversarial_arguments,
+    make_adversary,
+)
 from flexicodec_hf.training.data import decode_audio, load_speech, random_crop, speech_loader
-from flexicodec_hf.training.discriminators import Discriminators
 from flexicodec_hf.training.ema import ExponentialMovingAverage
 from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
 from flexicodec_hf.training.losses import MultiScaleMelLoss
 from flexicodec_hf.training.samples import write_samples
 
 
-MEL_WEIGHT, ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 15.0, 1.0, 2.0
+MEL_WEIGHT = 15.0
 
 
 def crop(example: dict[str, Any], random: np.random.Generator, sampling_rate: int, num_samples: int) -> np.ndarray:
@@ -74,10 +78,7 @@ class VocoderRecipe:
         self.ema = ExponentialMovingAverage(vocoder.to(self.accelerator.device), args.ema_decay)
         self.trained = TrainedModel(vocoder, args, self.accelerator)
         self.accelerator.register_for_checkpointing(self.ema)
-        self.adversary = None
-        if args.discriminator_start < args.max_steps:
-            discriminators = Discriminators(size=args.discriminator_size)
-            self.adversary = Adversary(discriminators, args, self.accelerator)
+        self.adversary = make_adversary(args, self.accelerator)
 
     def _whole_frames(self, waveform: np.ndarray) -> np.ndarray:
         return waveform[: len(waveform) // self.config.hop_length * self.config.hop_length]
@@ -144,16 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.add_argument("--config", type=Path, help="JSON of FlexiCodecVocoderConfig, to start from nothing")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--crop-s", type=float, default=1.0, help="seconds of a clip (default: %(default)s)")
-    recipe.add_argument(
-        "--discriminator-start",
-        type=int,
-        default=0,
-        metavar="STEP",
-        help="without discriminators before (default: %(default)s)",
-    )
-    recipe.add_argument(
-        "--discriminator-size", type=int, default=32, help="channels of their first layers (default: %(default)s)"
-    )
+    add_adversarial_arguments(recipe)
     recipe.add_argument("--ema-decay", type=float, default=0.999, help="(default: %(default)s)")
     recipe.add_argument("--num-validation", type=int, default=16, help="clips (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -85,6 +85,17 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-
     torch.testing.assert_close(actual.detach().cpu(), expected, atol=atol, rtol=rtol, check_dtype=False)
 
 
+# How scripts begin that run in a process of their own, where the package cannot be imported.
+WITHOUT_PACKAGE = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "flexicodec_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
 @pytest.fixture(scope="session")
 def codec_dir(golden, tmp_path_factory):
     """`codec_dir("codec_tiny")`: the reference's codec of a fixture, converted to a repository on disk."""

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import flexicodec_hf
-from conftest import AUDIO
+from conftest import AUDIO, WITHOUT_PACKAGE
 from flexicodec_hf.cli import main
 from flexicodec_hf.conversion.progress import RECORD
 from whisper_files import write_vocabulary_and_merges
@@ -240,14 +240,9 @@ def test_an_interrupted_conversion_goes_on(released, tmp_path, capsys, monkeypat
 
 
 # Runs in a process of its own, on files alone.
-SCRIPT = """
-import importlib.abc, sys
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "flexicodec_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-
+SCRIPT = (
+    WITHOUT_PACKAGE
+    + """
 import numpy as np
 from transformers import pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -258,6 +253,7 @@ tts = pipeline("text-to-speech", model=repository, pipeline_class=pipeline_class
 options = {"num_inference_steps": 1, "max_new_tokens": 6}
 np.save(output, tts(text, language="de", seed=0, max_piece_length=20, generate_kwargs=options)["audio"])
 """
+)
 
 
 def test_the_pipeline_works_without_the_package(converted, tmp_path):

@@ -10,18 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModel, pipeline
 
-from conftest import AUDIO
+from conftest import AUDIO, WITHOUT_PACKAGE
 
 
 # Runs in a process of its own, on files alone.
-SCRIPT = """
-import importlib.abc, sys
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "flexicodec_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-
+SCRIPT = (
+    WITHOUT_PACKAGE
+    + """
 import soundfile, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
@@ -43,10 +38,11 @@ same = AutoModelForAudioTokenization.from_pretrained(again, trust_remote_code=Tr
 assert torch.equal(same.decode(**encoded).audio_values, audio_values)
 save_file({"codes": encoded.audio_codes, "lengths": encoded.token_lengths, "audio": audio_values.detach()}, output)
 """
+)
 
 
 SPEECH_SCRIPT = (
-    SCRIPT.split("import soundfile, torch")[0]
+    WITHOUT_PACKAGE
     + """
 import torch
 from safetensors.torch import save_file

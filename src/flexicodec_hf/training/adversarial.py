@@ -8,8 +8,33 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from .discriminators import Discriminators
 from .loop import TrainedModel
 from .losses import adversarial_loss, discriminator_loss, feature_matching_loss
+
+
+ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1.0, 2.0
+
+
+def add_adversarial_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options that `make_adversary` reads."""
+    parser.add_argument(
+        "--discriminator-start",
+        type=int,
+        default=0,
+        metavar="STEP",
+        help="without discriminators before (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--discriminator-size", type=int, default=32, help="channels of their first layers (default: %(default)s)"
+    )
+
+
+def make_adversary(args: argparse.Namespace, accelerator: Accelerator) -> Adversary | None:
+    """The discriminators of a training that comes to need them, with the options of `add_adversarial_arguments`."""
+    if args.discriminator_start >= args.max_steps:
+        return None
+    return Adversary(Discriminators(size=args.discriminator_size), args, accelerator)
 
 
 class Adversary:
@@ -45,4 +70,4 @@ class Adversary:
         return adversarial_loss([score.chunk(2)[1] for score in scores]), matching
 
 
-__all__ = ["Adversary"]
+__all__ = ["ADVERSARIAL_WEIGHT", "FEATURE_WEIGHT", "Adversary", "add_adversarial_arguments", "make_adversary"]
