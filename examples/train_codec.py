@@ -30,7 +30,7 @@ from flexicodec_hf.training.adversarial import (
     add_adversarial_arguments,
     make_adversary,
 )
-from flexicodec_hf.training.data import decode_audio, load_speech, random_crop, speech_loader
+from flexicodec_hf.training.data import decode_audio, load_speech, random_crop, speech_loader, vary_voice
 from flexicodec_hf.training.ema import ExponentialMovingAverage
 from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
 from flexicodec_hf.training.losses import MultiScaleMelLoss
@@ -60,8 +60,13 @@ def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
     return codec
 
 
-def crop(example: dict[str, Any], random: np.random.Generator, sampling_rate: int, num_samples: int) -> np.ndarray:
-    return random_crop(decode_audio(example["audio"], sampling_rate), num_samples, random)
+def crop(
+    example: dict[str, Any], random: np.random.Generator, sampling_rate: int, num_samples: int, vary: bool
+) -> np.ndarray:
+    waveform = decode_audio(example["audio"], sampling_rate)
+    if vary:
+        waveform = np.clip(vary_voice(waveform, sampling_rate, random), -1, 1)
+    return random_crop(waveform, num_samples, random)
 
 
 def prepare(
@@ -106,7 +111,12 @@ class CodecRecipe:
     def batches(self, start: tuple[int, int]) -> DataLoader:
         return speech_loader(
             self.dataset,
-            functools.partial(crop, sampling_rate=self.config.sampling_rate, num_samples=self.num_samples),
+            functools.partial(
+                crop,
+                sampling_rate=self.config.sampling_rate,
+                num_samples=self.num_samples,
+                vary=self.args.vary_voices,
+            ),
             functools.partial(prepare, feature_extractor=self.feature_extractor, num_samples=self.num_samples),
             batch_size=self.args.batch_size,
             seed=self.args.seed,
@@ -217,6 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs=2,
         default=(0.85, 1.0),
         help="of the thresholds after them (default: 0.85 1.0)",
+    )
+    recipe.add_argument(
+        "--vary-voices", action="store_true", help="play each clip at another speed, pitch and loudness each time"
     )
     add_adversarial_arguments(recipe)
     recipe.add_argument("--ema-decay", type=float, default=0.999, help="(default: %(default)s)")

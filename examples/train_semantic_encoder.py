@@ -24,8 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
 
 from flexicodec_hf import FlexiCodecFeatureExtractor
-from flexicodec_hf.audio import resample
-from flexicodec_hf.training.data import decode_audio, load_speech, speech_loader
+from flexicodec_hf.training.data import decode_audio, load_speech, speech_loader, vary_voice
 from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, decode_ctc, train_tokenizer
 
@@ -37,9 +36,7 @@ NUM_EXAMPLES_FOR_TOKENIZER = 20_000
 
 def augment(waveform: np.ndarray, sampling_rate: int, random: np.random.Generator) -> np.ndarray:
     """Another speed and pitch, loudness and noise, so that the encoder does not hang on those."""
-    speed = random.uniform(0.85, 1.15)
-    waveform = resample(waveform, round(sampling_rate * speed), sampling_rate)
-    waveform = waveform * 10 ** (random.uniform(-12, 4) / 20)
+    waveform = vary_voice(waveform, sampling_rate, random)
     noise = np.sqrt(np.mean(waveform**2)) * 10 ** (-random.uniform(15, 60) / 20)
     waveform = waveform + noise * random.standard_normal(len(waveform))
     return np.clip(waveform, -1, 1).astype(np.float32)
