@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import re
 import runpy
@@ -43,6 +44,7 @@ from flexicodec_hf.evaluation import (
     load_recognizer,
     load_speaker_encoder,
 )
+from flexicodec_hf.evaluation.systems import _even_lengths
 
 
 SENTENCE = "he was not an ill disposed young man"
@@ -336,16 +338,16 @@ def test_reconstruction_is_that_of_the_codec(codec, device):
     assert speech.aligned and speech.processing_seconds > 0
 
 
-def test_fixed_tokens_are_equally_long(codec, device):
+def test_tokens_of_a_fixed_rate_are_equally_long(codec, device):
     model, extractor = codec
     waveform = second_of_speech()
-    fixed = CodecReconstruction(model, extractor, frames_per_token=3, num_quantizers=1)
+    fixed = CodecReconstruction(model, extractor, fixed_frame_rate=12.5 / 3, num_quantizers=1)
     speech = fixed(None, waveform)
-    assert fixed.label == "fixed 3, 1 row" and fixed.settings == {"frames_per_token": 3, "num_quantizers": 1}
+    assert fixed.label == "fixed rate 4.16667, 1 row"
+    assert fixed.settings == {"fixed_frame_rate": 12.5 / 3, "num_quantizers": 1}
 
-    # The codec with that limit as its own; and it has kept its own.
+    # That is the codec that merges all that it may, up to so many frames.
     inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt", device=device)
-    assert model.config.max_frames_per_token == 8
     num_frames = int(model.encode(**inputs).token_lengths.sum())
     model.config.max_frames_per_token = 3
     encoded = model.encode(**inputs, merging_threshold=-1.0, num_quantizers=1)
@@ -356,21 +358,29 @@ def test_fixed_tokens_are_equally_long(codec, device):
     np.testing.assert_allclose(speech.waveform, expected[: len(waveform)], atol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [12.5, 10.7, 8.3, 6.25, 4.5, 1.5625])
+def test_tokens_of_a_fixed_rate_cover_all_frames(rate):
+    for num_frames in range(1, 120):
+        (lengths,) = _even_lengths(num_frames, 12.5 / rate).tolist()
+        assert sum(lengths) == num_frames and len(lengths) == math.ceil(num_frames * rate / 12.5)
+        assert set(lengths[:-1]) <= {math.floor(12.5 / rate), math.ceil(12.5 / rate)} and lengths[-1] >= 1
+
+
 def test_one_frame_a_token_is_no_merging(codec):
     model, extractor = codec
     waveform = second_of_speech()
     fixed, whole = (
         CodecReconstruction(model, extractor, **rate)(None, waveform)
-        for rate in ({"frames_per_token": 1}, {"merging_threshold": 1.0})
+        for rate in ({"fixed_frame_rate": 12.5}, {"merging_threshold": 1.0})
     )
     np.testing.assert_array_equal(fixed.waveform, whole.waveform)
 
 
 def test_errors_of_systems(codec):
-    with pytest.raises(EvaluationError, match="got merging_threshold, frames_per_token"):
-        CodecReconstruction(*codec, merging_threshold=0.9, frames_per_token=2)
-    with pytest.raises(EvaluationError, match="`frames_per_token` must be at least 1, got 0"):
-        CodecReconstruction(*codec, frames_per_token=0)
+    with pytest.raises(EvaluationError, match="got merging_threshold, fixed_frame_rate"):
+        CodecReconstruction(*codec, merging_threshold=0.9, fixed_frame_rate=6.25)
+    with pytest.raises(EvaluationError, match=r"`fixed_frame_rate` must be between 1.5625 and 12.5 .*, got 1.5"):
+        CodecReconstruction(*codec, fixed_frame_rate=1.5)
     with pytest.raises(EvaluationError, match="`num_quantizers` must be at least 1, got 0"):
         CodecReconstruction(*codec, num_quantizers=0)
 
@@ -559,7 +569,7 @@ def test_plot_shows_every_setting(tmp_path):
         "threshold 1, 8 rows": {"num_quantizers": 8},
         "threshold 0.9, 8 rows": {"num_quantizers": 8},
     }
-    systems["fixed 2, 1 row"] = {"num_quantizers": 1, "frames_per_token": 2}
+    systems["fixed rate 6.25, 1 row"] = {"num_quantizers": 1, "fixed_frame_rate": 6.25}
     rows = [{"clip": "a", "system": "original", "seconds": 1.0, "word_errors": 1, "words": 10}] + [
         {"clip": "a", "system": label, "seconds": 1.0, "word_errors": 2, "words": 10, "pesq_nb": 3.0, "num_tokens": n}
         for n, label in enumerate(list(systems)[1:], start=5)

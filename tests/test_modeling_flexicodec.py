@@ -298,6 +298,45 @@ def test_target_frame_rate_is_as_near_as_any_threshold_gets(codec, device, rate)
         assert torch.equal(alone.token_lengths[0], encoded.token_lengths[i, :num_tokens])
 
 
+@pytest.mark.parametrize("chunk", [None, 1.0])
+@torch.no_grad()
+def test_tokens_can_be_segmented_by_the_caller(codec, device, chunk):
+    singles, batch = noise_batch(device, [52_000, 9_000])
+    frames = codec.encode_frames(**batch, chunk_length_s=chunk)
+    merged = codec.quantize_frames(frames, merging_threshold=0.9, chunk_length_s=chunk)
+    again = codec.quantize_frames(frames, token_lengths=merged.token_lengths, chunk_length_s=chunk)
+    assert torch.equal(again.audio_codes, merged.audio_codes) and torch.equal(again.latents, merged.latents)
+    assert again.merging_threshold is None
+
+    lengths = [[3] * (num_frames // 3) + [num_frames % 3] * (num_frames % 3 > 0) for num_frames in frames.num_frames]
+    padded = torch.tensor([row + [0] * (len(lengths[0]) - len(row)) for row in lengths], device=device)
+    encoded = codec.quantize_frames(frames, token_lengths=padded, chunk_length_s=chunk)
+    assert torch.equal(encoded.token_lengths, padded) and torch.equal(encoded.audio_codes_mask, padded > 0)
+    for single, row, codes in zip(singles, lengths, encoded.audio_codes, strict=True):
+        alone = codec.encode_frames(**single, chunk_length_s=chunk)
+        alone = codec.quantize_frames(alone, token_lengths=torch.tensor([row]), chunk_length_s=chunk)
+        assert torch.equal(alone.audio_codes[0], codes[:, : len(row)])
+
+
+@torch.no_grad()
+def test_errors_of_segmentation(codec, device):
+    _, batch = noise_batch(device, [12_800, 6_400])
+    frames = codec.encode_frames(**batch)
+    assert frames.num_frames == [9, 5]
+    for lengths, message in (
+        ([[5, 5]], r"integers of the shape \(batch_size, num_tokens\) = \(2, num_tokens\), got .* of \(1, 2\)"),
+        ([[5.0, 5.0], [5.0, 0.0]], "got torch.float32"),
+        ([[5, 4], [5, 1]], r"must cover \[9, 5\] frames, one number an item, and cover \[9, 6\]"),
+        ([[9, 0], [5, 0]], "must be 1 to 8, with 0 only behind"),
+        ([[5, 4], [0, 5]], "must be 1 to 8, with 0 only behind"),
+        ([[8, 2, -1], [5, 0, 0]], "must be 1 to 8, with 0 only behind"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            codec.quantize_frames(frames, token_lengths=torch.tensor(lengths))
+    with pytest.raises(ValueError, match="either `token_lengths`, or"):
+        codec.quantize_frames(frames, token_lengths=torch.tensor([[5, 4], [5, 0]]), merging_threshold=0.9)
+
+
 @torch.no_grad()
 def test_rates_and_thresholds_may_differ_per_item(codec, device):
     _, batch = noise_batch(device, [52_000, 40_000, 30_000])

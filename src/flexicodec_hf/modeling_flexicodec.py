@@ -60,7 +60,8 @@ class FlexiCodecEncoderOutput(ModelOutput):
         frame_similarities (`torch.FloatTensor` of shape `(batch_size, num_frames - 1)`):
             Cosine similarity of each semantic frame with the next; 0 at padding.
         merging_threshold (`torch.FloatTensor` of shape `(batch_size,)`):
-            The threshold that merged each item: the given one, or the one found for `target_frame_rate`.
+            The threshold that merged each item: the given one, or the one found for `target_frame_rate`; `None` where the
+            lengths were given.
     """
 
     audio_codes: Tensor | None = None
@@ -785,7 +786,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             input_values, input_features, padding_mask, input_features_mask, chunk_length_s, chunk_context_s
         )
         return self.quantize_frames(
-            frames, num_quantizers, merging_threshold, target_frame_rate, chunk_length_s, chunk_context_s
+            frames,
+            num_quantizers,
+            merging_threshold,
+            target_frame_rate,
+            chunk_length_s=chunk_length_s,
+            chunk_context_s=chunk_context_s,
         )
 
     def encode_frames(
@@ -827,6 +833,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_quantizers: int | None = None,
         merging_threshold: float | list[float] | Tensor | None = None,
         target_frame_rate: float | list[float] | Tensor | None = None,
+        token_lengths: Tensor | None = None,
         chunk_length_s: float | None = None,
         chunk_context_s: float = 5.0,
     ) -> FlexiCodecEncoderOutput:
@@ -840,6 +847,9 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 As for `encode`.
             target_frame_rate (`float`, `list[float]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
                 As for `encode`.
+            token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
+                Frames of each token, 0 at padding: another segmentation than that by similarity, instead of a threshold or
+                a rate.
             chunk_length_s (`float`, *optional*): As for `encode`; what `encode_frames` was given.
             chunk_context_s (`float`, *optional*, defaults to 5.0): As for `encode`.
 
@@ -847,7 +857,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             [`FlexiCodecEncoderOutput`]
 
         Raises:
-            ValueError: An argument is out of its range.
+            ValueError: An argument is out of its range, or the lengths are not those of the frames.
         """
         if num_quantizers is None:
             num_quantizers = self.config.num_quantizers
@@ -856,8 +866,15 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         chunk = self._chunk(chunk_length_s, chunk_context_s)
         semantic_frames, acoustic_frames, lengths = frames.to_tuple()
         similarities = self._frame_similarities(semantic_frames, lengths)
-        threshold = self._threshold(similarities, lengths, merging_threshold, target_frame_rate)
-        token_lengths, token_mask = self._merge(similarities, threshold, lengths)
+        threshold = None
+        if token_lengths is None:
+            threshold = self._threshold(similarities, lengths, merging_threshold, target_frame_rate)
+            token_lengths, token_mask = self._merge(similarities, threshold, lengths)
+        elif merging_threshold is not None or target_frame_rate is not None:
+            raise ValueError("Pass either `token_lengths`, or `merging_threshold` or `target_frame_rate`.")
+        else:
+            token_lengths = self._check_segmentation(token_lengths, lengths).to(similarities.device)
+            token_mask = token_lengths > 0
         if chunk is None:
             codes, latents, *_ = self._quantize(
                 semantic_frames, acoustic_frames, lengths, token_lengths, token_mask, num_quantizers - 1
@@ -1230,6 +1247,26 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         ones = torch.ones_like(token_of_frame) if frame_mask is None else frame_mask.long()
         token_lengths = ones.new_zeros(ones.shape[0], int(num_tokens.max())).scatter_add_(1, token_of_frame, ones)
         return token_lengths, token_lengths > 0
+
+    def _check_segmentation(self, token_lengths: Tensor, lengths: list[int]) -> Tensor:
+        """Lengths of tokens `(batch_size, num_tokens)` that cover `lengths` frames."""
+        if token_lengths.ndim != 2 or token_lengths.shape[0] != len(lengths) or token_lengths.is_floating_point():
+            raise ValueError(
+                f"`token_lengths` must be integers of the shape (batch_size, num_tokens) = ({len(lengths)}, num_tokens), "
+                f"got {token_lengths.dtype} of {tuple(token_lengths.shape)}."
+            )
+        token_lengths = token_lengths.long()
+        covered = token_lengths.sum(dim=1).tolist()
+        if covered != lengths:
+            raise ValueError(f"`token_lengths` must cover {lengths} frames, one number an item, and cover {covered}.")
+        longest = self.config.max_frames_per_token
+        in_range = (token_lengths >= 0) & (token_lengths <= longest)
+        padding_last = token_lengths[:, 1:].bool() <= token_lengths[:, :-1].bool()
+        if not bool(in_range.all() and padding_last.all()):
+            raise ValueError(
+                f"`token_lengths` must be 1 to {longest}, with 0 only behind the last token of an item, got {token_lengths.tolist()}."
+            )
+        return token_lengths
 
     def _quantize(
         self,

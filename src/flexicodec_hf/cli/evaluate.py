@@ -84,12 +84,12 @@ def add_commands(commands: Any) -> None:
         "--target-frame-rates", type=float, nargs="+", default=[], metavar="HZ", help="tokens per second"
     )
     group.add_argument(
-        "--fixed-groups",
-        type=positive_int,
+        "--fixed-frame-rates",
+        type=float,
         nargs="+",
         default=[],
-        metavar="FRAMES",
-        help="for comparison, tokens of so many frames each instead of merging by similarity",
+        metavar="HZ",
+        help="for comparison, tokens of even length, so many a second, instead of merging by similarity",
     )
     group.add_argument(
         "--num-quantizers",
@@ -230,7 +230,7 @@ def _codec_systems(args: argparse.Namespace, device: str) -> list[System]:
     rates: list[dict[str, Any]] = [
         *({"merging_threshold": value} for value in args.merging_thresholds),
         *({"target_frame_rate": value} for value in args.target_frame_rates),
-        *({"frames_per_token": value} for value in args.fixed_groups),
+        *({"fixed_frame_rate": value} for value in args.fixed_frame_rates),
     ]
     return [
         CodecReconstruction(

@@ -143,7 +143,7 @@ class Report:
             if "tokens_per_second" not in total:
                 continue
             rows = self.systems[label].get("num_quantizers")
-            merged = "fixed" if "frames_per_token" in self.systems[label] else "merged by similarity"
+            merged = "fixed" if "fixed_frame_rate" in self.systems[label] else "merged by similarity"
             for measure, key in keys.items():
                 if key in total:
                     curves.setdefault((f"{merged}, {rows} row{'s' if rows != 1 else ''}", measure), []).append(label)

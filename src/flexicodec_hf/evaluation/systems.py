@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from ..audio import resample
@@ -67,8 +67,8 @@ class CodecReconstruction:
         codec: The model, on its device.
         feature_extractor: Its feature extractor.
         merging_threshold, target_frame_rate: As for `codec.encode`; the model's threshold if neither is given.
-        frames_per_token: Fixed down-sampling instead, to compare with: every token covers so many frames, however unlike
-            they are. Such tokens need no bits for their length.
+        fixed_frame_rate: Fixed down-sampling instead, to compare with: so many tokens per second, as even as whole frames
+            allow, however unlike the frames are. Such tokens need no bits for their length.
         num_quantizers: Rows of codes; 1 is the semantic row alone. All by default.
         chunk_length_s: Clips longer than twice this are processed in chunks of so many seconds; `None` means never.
     """
@@ -79,7 +79,7 @@ class CodecReconstruction:
         feature_extractor: FlexiCodecFeatureExtractor,
         merging_threshold: float | None = None,
         target_frame_rate: float | None = None,
-        frames_per_token: int | None = None,
+        fixed_frame_rate: float | None = None,
         num_quantizers: int | None = None,
         chunk_length_s: float | None = 30.0,
     ):
@@ -90,7 +90,7 @@ class CodecReconstruction:
         given = {
             "merging_threshold": merging_threshold,
             "target_frame_rate": target_frame_rate,
-            "frames_per_token": frames_per_token,
+            "fixed_frame_rate": fixed_frame_rate,
         }
         rate = {name: value for name, value in given.items() if value is not None}
         if len(rate) > 1:
@@ -103,13 +103,18 @@ class CodecReconstruction:
             raise EvaluationError(f"`num_quantizers` must be at least 1, got {num_quantizers}.")
 
         ((kind, value),) = rate.items()
-        name = {"merging_threshold": "threshold", "target_frame_rate": "rate", "frames_per_token": "fixed"}[kind]
+        name = {"merging_threshold": "threshold", "target_frame_rate": "rate", "fixed_frame_rate": "fixed rate"}[kind]
         self.label = f"{name} {value:g}, {rows} row{'s' if rows > 1 else ''}"
         self.settings: Mapping[str, Any] = {**rate, "num_quantizers": rows}
         self._codec, self._rate = codec, rate
         self._bits_per_token = codec.config.bits_per_token(rows)
-        if frames_per_token is not None:
-            self._codec, self._rate = _with_fixed_tokens(codec, frames_per_token)
+        if fixed_frame_rate is not None:
+            highest = codec.config.frame_rate
+            lowest = highest / codec.config.max_frames_per_token
+            if not lowest <= fixed_frame_rate <= highest:
+                raise EvaluationError(
+                    f"`fixed_frame_rate` must be between {lowest} and {highest} tokens a second, got {fixed_frame_rate}."
+                )
             self._bits_per_token -= math.log2(codec.config.max_frames_per_token)
         self._feature_extractor = feature_extractor
         self._chunk_length_s = chunk_length_s
@@ -124,8 +129,14 @@ class CodecReconstruction:
         inputs = self._feature_extractor(
             waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=self._codec.device
         )
-        encoded = self._codec.encode(
-            **inputs, **self._rate, num_quantizers=self.settings["num_quantizers"], chunk_length_s=chunk_length_s
+        frames = self._codec.encode_frames(**inputs, chunk_length_s=chunk_length_s)
+        segmentation: dict[str, Any] = self._rate
+        if "fixed_frame_rate" in self._rate:
+            (num_frames,) = frames.num_frames
+            step = self._codec.config.frame_rate / self._rate["fixed_frame_rate"]
+            segmentation = {"token_lengths": _even_lengths(num_frames, step)}
+        encoded = self._codec.quantize_frames(
+            frames, self.settings["num_quantizers"], **segmentation, chunk_length_s=chunk_length_s
         )
         decoded = self._codec.decode(encoded.audio_codes, encoded.token_lengths, chunk_length_s=chunk_length_s)
         output = decoded.audio_values[0, 0].float().cpu().numpy()[: len(waveform)]
@@ -177,11 +188,7 @@ class TextToSpeech:
         return Speech(resample(audio, spoken["sampling_rate"], SAMPLING_RATE), processing_seconds=seconds)
 
 
-def _with_fixed_tokens(codec: FlexiCodecModel, frames_per_token: int) -> tuple[FlexiCodecModel, dict[str, float]]:
-    """The codec, its weights shared, whose tokens cover so many frames each; and the threshold to call it with."""
-    if frames_per_token < 1:
-        raise EvaluationError(f"`frames_per_token` must be at least 1, got {frames_per_token}.")
-    fixed = copy.copy(codec)
-    fixed.config = copy.copy(codec.config)
-    fixed.config.max_frames_per_token = frames_per_token
-    return fixed, {"merging_threshold": -1.0}  # no two frames are less alike than that, so only the limit ends a token
+def _even_lengths(num_frames: int, frames_per_token: float) -> Tensor:
+    """Lengths of tokens `(1, num_tokens)` that end at the multiples of `frames_per_token`, rounded down, and at the end."""
+    ends = (torch.arange(math.ceil(num_frames / frames_per_token) + 1) * frames_per_token).long()
+    return ends.clamp(max=num_frames).diff()[None]
