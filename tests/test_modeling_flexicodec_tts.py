@@ -516,6 +516,46 @@ def test_one_repository_for_codec_and_speech(tts_repository, tmp_path):
         AutoModelForTextToWaveform.from_pretrained(tmp_path)
 
 
+def test_a_codec_in_both_roles_is_stored_once(latent_repository, latent_model, latent_processor, tmp_path, device):
+    weights = load_file(latent_repository / "tts" / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"ar", "voicebox"}
+    assert json.loads((latent_repository / "tts" / "config.json").read_text())["shares_codec"] is True
+    root = AutoModel.from_pretrained(latent_repository)
+    shutil.copytree(latent_repository, tmp_path / "a" / "b")
+    for path, options in (
+        (latent_repository / "tts", {}),
+        (latent_repository, {"subfolder": "tts"}),
+        (tmp_path / "a", {"subfolder": "b/tts"}),
+    ):
+        model, info = FlexiCodecForTextToSpeech.from_pretrained(path, **options, output_loading_info=True)
+        assert not any(info.values())
+        for name, tensor in root.state_dict().items():
+            assert torch.equal(model.codec.state_dict()[name], tensor)
+
+    # Elsewhere the model holds its codec itself.
+    assert not latent_model.config.shares_codec
+    latent_model.save_pretrained(tmp_path / "alone")
+    alone = FlexiCodecForTextToSpeech.from_pretrained(tmp_path / "alone").to(device)
+    assert_same_speech(speak(alone, latent_processor(TEXTS[0])), speak(latent_model, latent_processor(TEXTS[0])))
+
+    (tmp_path / "a" / "b" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        FlexiCodecForTextToSpeech.from_pretrained(tmp_path / "a", subfolder="b/tts")
+
+
+def test_weights_can_be_stored_in_half_the_size(latent_model, latent_processor, tmp_path, device):
+    save_repository(tmp_path, latent_model.codec, latent_model, latent_processor, storage_dtype=torch.float16)
+    for file in (tmp_path / "model.safetensors", tmp_path / "tts" / "model.safetensors"):
+        kinds = {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()}
+        assert kinds == {torch.float16}
+    model = AutoModelForTextToWaveform.from_pretrained(tmp_path).to(device)
+    stored = {name: tensor.half().float() for name, tensor in latent_model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == latent_model.state_dict()[name].dtype
+        assert torch.equal(tensor.float(), stored[name])
+    assert AutoModel.from_pretrained(tmp_path).dtype == torch.float32
+
+
 def test_voices_that_are_missing_are_left_out(tts_repository, tmp_path, caplog):
     shutil.copytree(tts_repository / "tts", tmp_path / "alone")
     model = FlexiCodecForTextToSpeech.from_pretrained(tmp_path / "alone")

@@ -31,6 +31,8 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
             otherwise.
         voices (`list[str]`, *optional*, defaults to `()`):
             Names of the voices that are saved with the model. The first one speaks when a call names none.
+        shares_codec (`bool`, *optional*, defaults to `False`):
+            Of the files: the weights of the codec are at the root of the repository, and not once more in `tts/`.
 
     Example:
 
@@ -58,6 +60,7 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
     voicebox_config: Any = None
     vocoder_config: Any = None
     voices: list[str] | tuple[str, ...] = ()
+    shares_codec: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, config_class in self.sub_configs.items():

@@ -141,6 +141,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
                 part = _PARTS[name]._from_config(part_config)
             setattr(self, name, part)
         self.voices = {}
+        if config.shares_codec:
+            self._keys_to_ignore_on_load_missing = {r"^codec\."}
         self.post_init()
         self.generation_config = copy.deepcopy(self.ar.generation_config)
         self.generation_config.update(**TTS_DEFAULTS, max_new_tokens=_MAX_NEW_TOKENS, allow_custom_entries=True)
@@ -182,8 +184,9 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         cls, pretrained_model_name_or_path: str | PathLike[str], *model_args: Any, **kwargs: Any
     ) -> FlexiCodecForTextToSpeech:
         """
-        As everywhere in transformers, with two additions: the `voices/` of the repository come along, and `dtype` may be
-        a dictionary from parts (`"codec"`, `"ar"`, `"voicebox"`, `"vocoder"`, and `""` for the rest) to types.
+        As everywhere in transformers, with two additions: the `voices/` of the repository come along (and its codec, where
+        that is shared), and `dtype` may be a dictionary from parts (`"codec"`, `"ar"`, `"voicebox"`, `"vocoder"`, and `""`
+        for the rest) to types.
 
         With one dtype for all, the codec still stays in float32: its tokens, and so the voice, depend on small differences.
         """
@@ -196,6 +199,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             kwargs["dtype"] = torch.float32
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.shares_codec:
+            model._load_shared_codec(pretrained_model_name_or_path, **kwargs)
         if isinstance(dtypes, dict):
             model._cast_parts(dtypes)
         if pretrained_model_name_or_path is not None:
@@ -808,6 +813,14 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
                 if not any(kept in parameter_name for kept in part._keep_in_fp32_modules_strict):
                     parameter.data = parameter.data.to(dtype)
 
+    def _load_shared_codec(self, source: str | PathLike[str], subfolder: str = "", **kwargs: Any) -> None:
+        """The weights of the codec at the root of the repository; saved again, the model holds them itself."""
+        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        root = (source, subfolder.rpartition("/")[0]) if subfolder else (Path(source).parent, "")
+        codec = FlexiCodecModel.from_pretrained(root[0], subfolder=root[1], dtype=torch.float32, **options)
+        self.codec.load_state_dict(codec.state_dict())
+        self.config.shares_codec = False
+
     def _load_voices(self, source: str | PathLike[str], subfolder: str = "", **kwargs: Any) -> None:
         """The files of `config.voices`, beside the model or at the root of its repository."""
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
@@ -879,6 +892,7 @@ def save_repository(
     codec: FlexiCodecModel,
     model: FlexiCodecForTextToSpeech,
     processor: Any,
+    storage_dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> None:
     """
@@ -894,9 +908,12 @@ def save_repository(
 
     Args:
         directory: Where to write; existing files are replaced.
-        codec: The codec of the repository's root; it may have other weights than the codec inside `model`.
+        codec: The codec of the repository's root. It may have other weights than the codec inside `model`; if it is that
+            very codec, its weights are stored once.
         model: The text-to-speech system, with its `voices`.
         processor ([`FlexiCodecTTSProcessor`]): Of the system.
+        storage_dtype: What the files hold the weights in, such as float16 for half the size; they load in the types that
+            the models have now. These are stored too by default.
         kwargs: For `save_pretrained` of both models, such as `max_shard_size`.
     """
     root = Path(directory)
@@ -906,11 +923,25 @@ def save_repository(
         custom_object_save(model, root)
         reference = _class_reference(FlexiCodecRepositoryForTextToSpeech)
         codec.config.auto_map = (auto_map or {}) | {"AutoModelForTextToWaveform": reference}
-    codec.save_pretrained(root, **kwargs)
+    codec.save_pretrained(root, state_dict=_in_storage(codec.state_dict(), storage_dtype), **kwargs)
     codec.config.auto_map = auto_map
     processor.feature_extractor.save_pretrained(root)
     processor.save_pretrained(root)
-    model.save_pretrained(root / TTS_DIR, voices_directory=root, **kwargs)
+
+    weights = model.state_dict()
+    model.config.shares_codec = model.codec is codec
+    if model.config.shares_codec:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("codec.")}
+    weights = _in_storage(weights, storage_dtype)
+    model.save_pretrained(root / TTS_DIR, voices_directory=root, state_dict=weights, **kwargs)
+    model.config.shares_codec = False
+
+
+def _in_storage(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+        for name, tensor in weights.items()
+    }
 
 
 def _checked_name(name: str) -> str:

@@ -129,13 +129,13 @@ class CodecReconstruction:
         inputs = self._feature_extractor(
             waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=self._codec.device
         )
-        frames = self._codec.encode_frames(**inputs, chunk_length_s=chunk_length_s)
+        frames: Any = self._codec.encode_frames(**inputs, chunk_length_s=chunk_length_s)
         segmentation: dict[str, Any] = self._rate
         if "fixed_frame_rate" in self._rate:
             (num_frames,) = frames.num_frames
             step = self._codec.config.frame_rate / self._rate["fixed_frame_rate"]
             segmentation = {"token_lengths": _even_lengths(num_frames, step)}
-        encoded = self._codec.quantize_frames(
+        encoded: Any = self._codec.quantize_frames(
             frames, self.settings["num_quantizers"], **segmentation, chunk_length_s=chunk_length_s
         )
         decoded = self._codec.decode(encoded.audio_codes, encoded.token_lengths, chunk_length_s=chunk_length_s)
