@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoFeatureExtractor, AutoTokenizer, TrainingArguments
+from transformers import AutoFeatureExtractor, AutoTokenizer, TrainingArguments, pipeline
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf import (
@@ -130,12 +130,26 @@ def test_a_recipe_learns_speaks_and_resumes_to_the_same_losses(
         ids = encode_text(tokenizer, "Clip number 3.", phonemes=False)
         assert tokenizer.decode(ids) == "<|en|>Clip number 3." and max(ids) < len(tokenizer) == 260
         assert model.config.text_encoder_config.vocab_size == 260 and model.config.use_cache
+        assembled_model_speaks(codec_dir(), whole, speech / "0.wav", tmp_path / "assembled")
     else:
         model = FlexiCodecVoiceboxModel.from_pretrained(whole)
         assert model.config.predicts_latent == (recipe == "latent_voicebox")
         if recipe == "voicebox":
             assert AutoFeatureExtractor.from_pretrained(whole).feature_size == 16
     assert heard == {"step-00000004", "step-00000006"}
+
+
+def assembled_model_speaks(codec, ar, recording, output_dir):
+    main = runpy.run_path(str(EXAMPLES / "assemble_tts.py"))["main"]
+    options = ["--codec", str(codec), "--ar", str(ar), "--output-dir", str(output_dir), "--storage-dtype", "float16"]
+    main([*options, "--voice", f"me={recording}:Clip number 0: a long recording."])
+    assert (output_dir / "tts" / "model.safetensors").stat().st_size < (ar / "model.safetensors").stat().st_size
+    tts = pipeline("text-to-speech", model=str(output_dir))
+    assert tts.model.voices["me"].metadata == {"text": "Clip number 0: a long recording."}
+    spoken = tts("Hello.", generate_kwargs={"seed": 0, "max_new_tokens": 5})
+    assert spoken["audio"].any() and spoken["sampling_rate"] == 16_000
+    with pytest.raises(SystemExit):
+        main([*options, "--voice", "me.wav"])
 
 
 def test_a_stream_trains_and_resumes(codec_dir, speech, tmp_path, monkeypatch, device):

@@ -14,11 +14,11 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
 
+from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech, _checked_name, save_repository
 from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
 from .checkpoint import CheckpointError, written_whole
-from .codec import released_feature_extractor
 
 
 DEFAULT_VOICE = "default"
@@ -58,33 +58,37 @@ def assemble(
     tokenizer: Any,
     voices: Sequence[VoiceSource] = (),
     dtype: torch.dtype = torch.float32,
+    storage_dtype: torch.dtype | None = None,
 ) -> None:
     """
-    Put converted parts together to one repository.
+    Put converted or trained parts together to one repository.
 
     Args:
         output_dir: Of the repository.
-        codec: Directory of the codec at its root.
-        parts: Directories of the models of the text-to-speech system: `codec`, `ar`, `voicebox` and `vocoder`.
-        tokenizer: What `build_tokenizer` made.
+        codec: Directory of the codec at its root, with its feature extractor.
+        parts: Directories of the models of the text-to-speech system: `codec` (which may be the same), `ar` and, if there
+            is a second stage, `voicebox` and its `vocoder`.
+        tokenizer: Of the texts: what `build_tokenizer` made, or that of the training.
         voices: The first one, or the one named `default`, speaks when a call names none.
-        dtype: Type to store the weights in.
+        dtype: Type of the weights, in which they load again.
+        storage_dtype: Type that the files hold them in; the same by default.
 
     Raises:
         CheckpointError: A voice cannot be made of its recording.
     """
     model = FlexiCodecForTextToSpeech.from_parts_pretrained(**parts).float().eval()
-    processor = FlexiCodecTTSProcessor(released_feature_extractor(), tokenizer, mel_config={})
+    feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(codec)
+    processor = FlexiCodecTTSProcessor(feature_extractor, tokenizer, mel_config={} if "vocoder" in parts else None)
     for voice in sorted(voices, key=lambda voice: voice.name != DEFAULT_VOICE):
         try:
             inputs = processor(audio=str(voice.audio), reference_text=voice.text)
             model.voices[voice.name] = model.encode_voice(**inputs, metadata={"text": voice.text})
         except (ValueError, ImportError) as error:
             raise CheckpointError(f"{voice.audio} makes no voice: {error}") from error
-    root = FlexiCodecModel.from_pretrained(codec).to(dtype)
+    root = model.codec if Path(codec) == Path(parts["codec"]) else FlexiCodecModel.from_pretrained(codec).to(dtype)
     with written_whole(output_dir) as folder:
         # One file of weights, whatever its size: where it is, the system is complete.
-        save_repository(folder, root, model.to(dtype), processor, max_shard_size="1TB")
+        save_repository(folder, root, model.to(dtype), processor, storage_dtype, max_shard_size="1TB")
         package = Path(__file__).parents[1]
         for name in PIPELINE_FILES:
             shutil.copyfile(package / name, folder / name)
