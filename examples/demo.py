@@ -1,7 +1,7 @@
-"""Reconstruct recorded speech at several rates of tokens, and print what each costs.
+"""Reconstruct recorded speech at several rates of tokens, speak a sentence, and show what came of it.
 
-python examples/demo.py                              # a small model with random weights
-python examples/demo.py --model DIR my_speech.flac   # a converted model and your own recording
+python examples/demo.py                              # the small checkpoint of this repository
+python examples/demo.py --model DIR my_speech.flac   # another model and your own recording
 """
 
 import argparse
@@ -9,100 +9,104 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import AutoFeatureExtractor, AutoModel
+from matplotlib.figure import Figure
+from transformers import AutoFeatureExtractor, AutoModel, pipeline
 
-from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
+from flexicodec_hf import FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.audio import read_audio, write_audio
-from flexicodec_hf.conversion.codec import released_feature_extractor
+from flexicodec_hf.evaluation import pesq, stoi
+from flexicodec_hf.training.samples import draw_spectrogram
 
 
-CLIP = Path(__file__).parent.parent / "tests" / "audio" / "librivox_austen_0870.flac"
-SETTINGS = (
-    ("merging_threshold", 1.0),
-    ("merging_threshold", 0.91),
-    ("target_frame_rate", 8.3),
-    ("target_frame_rate", 6.25),
-    ("target_frame_rate", 4.5),
-)
-ROWS = (1, 8)  # the semantic row alone, and with seven acoustic rows
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "flexicodec-tiny"
+CLIP = ROOT / "tests" / "audio" / "librivox_austen_0870.flac"
+TEXT = "I hope you will be very happy in your new house."
+RATES = (12.5, 8.3, 6.25)  # tokens per second
 
-
-def make_small_model(directory: Path) -> None:
-    """Save a codec of the released shape in small, with random weights."""
-    torch.manual_seed(0)
-    config = FlexiCodecConfig(
-        semantic_model_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
-        hidden_size=64,
-        encoder_hidden_size=4,
-        decoder_hidden_size=128,
-        aggregator_hidden_size=64,
-        aggregator_intermediate_size=128,
-        num_aggregator_layers=2,
-        convnext_hidden_size=64,
-        convnext_intermediate_size=128,
-        num_convnext_layers=2,
-        bottleneck_hidden_size=64,
-        bottleneck_intermediate_size=128,
-        num_bottleneck_layers=4,
-        initializer_range=0.1,
-    )
-    FlexiCodecModel(config).save_pretrained(directory)
-    released_feature_extractor().save_pretrained(directory)
+COLUMNS = ("tokens/s", "rows", "bits/s", "STOI", "PESQ", "encode RTF", "decode RTF")
 
 
 @torch.inference_mode()
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Reconstruct recorded speech at several rates of tokens.")
-    parser.add_argument("clip", type=Path, nargs="?", default=CLIP, help="audio file (default: %(default)s)")
-    parser.add_argument("--model", metavar="ID_OR_DIR", help="converted model (default: a small random one)")
-    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="for the sound (default: %(default)s)")
-    args = parser.parse_args(argv)
-
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.model is None:
-        make_small_model(args.output_dir / "model")
-    model_id = args.model or args.output_dir / "model"
-    feature_extractor = AutoFeatureExtractor.from_pretrained(model_id)
-    model = AutoModel.from_pretrained(model_id).eval()
+def reconstruct(
+    model: FlexiCodecModel, feature_extractor: FlexiCodecFeatureExtractor, waveform: np.ndarray, folder: Path
+) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """Print a row for each rate, write the sound, and return it with the times in seconds where its tokens begin."""
     config = model.config
-
-    clip = read_audio(args.clip, config.sampling_rate)
-    inputs = feature_extractor(clip.waveform, sampling_rate=clip.sampling_rate, return_tensors="pt")
-    write_audio(args.output_dir / "original.wav", clip.waveform, clip.sampling_rate)
-    print(f"\n{args.clip.name}: {', '.join([f'{clip.seconds:.2f} s', *clip.changes])}\n")
-
-    columns = ["tokens", "tokens/s", "bits/s, 1 row", "bits/s, 8 rows", "RTF of encode", "RTF of decode"]
-    print("  ".join([f"{'setting':22}", *columns]))
+    seconds = len(waveform) / config.sampling_rate
+    inputs = feature_extractor(waveform, sampling_rate=config.sampling_rate, return_tensors="pt")
     model.decode(**model.encode(**inputs))  # the first call is slow
-    for name, value in SETTINGS:
+    print("  ".join(COLUMNS))
+    made = {}
+    for rate in RATES:
         start = time.perf_counter()
-        encoded = model.encode(**inputs, num_quantizers=max(ROWS), **{name: value})
+        encoded = model.encode(**inputs, target_frame_rate=rate)
         encode_seconds = time.perf_counter() - start
-        for rows in ROWS:
+        for rows in (1, config.num_quantizers):
             start = time.perf_counter()
             decoded = model.decode(encoded.audio_codes[:, :rows], encoded.token_lengths)
             decode_seconds = time.perf_counter() - start
-            path = args.output_dir / f"{name}_{value}_{rows}.wav"
-            write_audio(path, decoded.audio_values[0, 0, : clip.num_samples].numpy(), clip.sampling_rate)
-        num_tokens = encoded.audio_codes.shape[-1]
-        rate = num_tokens / clip.seconds
-        cells = [f"{num_tokens}", f"{rate:.2f}"]
-        cells += [f"{rate * config.bits_per_token(rows):.0f}" for rows in ROWS]
-        cells += [f"{seconds / clip.seconds:.3f}" for seconds in (encode_seconds, decode_seconds)]
-        cells = [cell.rjust(len(column)) for cell, column in zip(cells, columns, strict=True)]
-        print("  ".join([f"{name} {value}".ljust(22), *cells]))
+            # The last frame may be cut short on both sides.
+            output = decoded.audio_values[0, 0, : len(waveform)].numpy()
+            heard = waveform[: len(output)]
+            write_audio(folder / f"{rate}_tokens_{rows}_rows.wav", output, config.sampling_rate)
+            tokens_per_second = encoded.audio_codes.shape[-1] / seconds
+            cells = [f"{tokens_per_second:.2f}", str(rows), f"{tokens_per_second * config.bits_per_token(rows):.0f}"]
+            cells += [f"{stoi(heard, output):.3f}", f"{pesq(heard, output, 'nb'):.2f}"]
+            cells += [f"{encode_seconds / seconds:.4f}", f"{decode_seconds / seconds:.4f}"]
+            print("  ".join(cell.rjust(len(column)) for cell, column in zip(cells, COLUMNS, strict=True)))
+        starts = (encoded.token_lengths[0].cumsum(0) - encoded.token_lengths[0]) / config.frame_rate
+        made[rate] = output, starts.numpy()
+    return made
 
+
+def draw(
+    path: Path, waveform: np.ndarray, made: dict[float, tuple[np.ndarray, np.ndarray]], sampling_rate: int
+) -> None:
+    """The waveform, its spectrogram, and that of each reconstruction with a line where a token begins."""
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    first, second, *others = figure.subplots(2 + len(made), sharex=True)
+    first.plot(np.arange(len(waveform)) / sampling_rate, waveform, linewidth=0.4)
+    first.set(title="recording", xlim=(0, len(waveform) / sampling_rate))
+    draw_spectrogram(second, waveform, sampling_rate)
+    for axis, (rate, (output, starts)) in zip(others, made.items(), strict=True):
+        draw_spectrogram(axis, output, sampling_rate)
+        axis.vlines(starts, 0, sampling_rate / 2000, colors="white", linewidth=0.7)
+        axis.set_title(f"reconstructed from {len(starts)} tokens, {rate:g} a second")
+    others[-1].set_xlabel("seconds")
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Reconstruct recorded speech at several rates, and speak a sentence.")
+    parser.add_argument("clip", type=Path, nargs="?", default=CLIP, help="audio file (default: %(default)s)")
+    parser.add_argument("--model", metavar="ID_OR_DIR", default=CHECKPOINT, help="(default: %(default)s)")
+    parser.add_argument("--text", default=TEXT, help="what to speak (default: %(default)s)")
+    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    feature_extractor = AutoFeatureExtractor.from_pretrained(args.model)
+    codec = AutoModel.from_pretrained(args.model).eval()
+    clip = read_audio(args.clip, codec.config.sampling_rate)
+    print(f"\n{args.clip.name}: {', '.join([f'{clip.seconds:.2f} s', *clip.changes])}\n")
+    write_audio(args.output_dir / "original.wav", clip.waveform, clip.sampling_rate)
+    made = reconstruct(codec, feature_extractor, clip.waveform, args.output_dir)
+    draw(args.output_dir / "demo.png", clip.waveform, made, clip.sampling_rate)
+
+    tts = pipeline("text-to-speech", model=str(args.model))
+    start = time.perf_counter()
+    speech = tts(args.text, generate_kwargs={"seed": 0})
+    spoken_seconds = speech["audio"].shape[-1] / speech["sampling_rate"]
+    real_time_factor = (time.perf_counter() - start) / spoken_seconds
+    write_audio(args.output_dir / "spoken.wav", speech["audio"].reshape(-1), speech["sampling_rate"])
+    print(f"\n{args.text!r}: {spoken_seconds:.2f} s of speech, RTF {real_time_factor:.2f}")
     print(
-        "\nRTF: seconds of computing per second of audio (decode: with 8 rows).\n"
-        f"The sound is in {args.output_dir}/: original.wav, and each setting with 1 and with 8 rows of codes."
+        f"\nRTF: seconds of computing per second of audio. In {args.output_dir}/: the recording, its reconstructions from the "
+        "semantic row alone and from all rows,\nthe picture demo.png, and spoken.wav."
     )
-    if args.model is None:
-        print(
-            "This model is a small one with RANDOM weights: what it makes is noise, and the threshold says nothing. The rates "
-            "and bits are those of a trained codec; the speed is not.\nPass `--model` a converted one: "
-            "`flexicodec-hf convert --repo jiaqili3/flexicodec --output-dir DIR`."
-        )
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from transformers import (
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf import (
+    FlexiCodecARConfig,
     FlexiCodecARForConditionalGeneration,
     FlexiCodecFeatureExtractor,
     FlexiCodecForTextToSpeech,
+    FlexiCodecModel,
     FlexiCodecTTSConfig,
     FlexiCodecTTSProcessor,
     FlexiCodecVoice,
@@ -253,6 +255,22 @@ def test_a_model_without_second_stage(tts_parts, device, processor):
         model.decode_speech(output.audio_codes, output.token_lengths, use_nar=True)
     with pytest.raises(ValueError, match="has no Voicebox"):
         model.convert_voice(**source(processor))
+
+
+def test_the_default_threshold_is_one_that_the_model_knows(tts_parts, device, processor):
+    ids = torch.tensor([[3, 4, 5]])
+    for known, default in (([0.5, 0.7, 0.6], 0.7), ([], 0.8)):
+        codec = FlexiCodecModel.from_pretrained(tts_parts / "codec", merging_threshold=0.8)
+        ar = FlexiCodecARForConditionalGeneration.from_pretrained(tts_parts / "ar")
+        config = FlexiCodecARConfig(**ar.config.to_dict() | {"merging_thresholds": known})
+        ar = FlexiCodecARForConditionalGeneration(config)
+        model = FlexiCodecForTextToSpeech.from_parts_pretrained(codec, ar).to(device).eval()
+        model.voices["anna"] = model.encode_voice(**processor(audio=CLIPS[0]))
+        assert model.config.default_merging_threshold == model.generation_config.merging_threshold == default
+        options = {"max_new_tokens": 4, "seed": 0, "voice": "anna"}
+        assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, merging_threshold=default))
+    # Told nothing, the model may still speak like a voice at another rate.
+    assert model.generate(ids, **options, merging_threshold=1.0).shape[1] > 0
 
 
 def source(processor):

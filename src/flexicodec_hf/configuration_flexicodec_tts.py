@@ -112,6 +112,11 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
             )
 
     @property
+    def default_merging_threshold(self) -> float:
+        """Where a call names none: the highest that the autoregressive model knows, or the codec's if it knows none."""
+        return max(self.ar_config.merging_thresholds, default=self.codec_config.merging_threshold)
+
+    @property
     def sampling_rate(self) -> int:
         """Rate of the speech in hertz: the vocoder's, or the codec's where there is no vocoder."""
         return (self.codec_config if self.vocoder_config is None else self.vocoder_config).sampling_rate

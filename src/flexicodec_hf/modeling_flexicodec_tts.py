@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 TTS_DIR, VOICES_DIR = "tts", "voices"
 
 # The reference's defaults; `generate` reads them where a generation config does not say.
-TTS_DEFAULTS = {"merging_threshold": 0.91, "num_inference_steps": 15, "guidance_scale": 2.0, "guidance_rescale": 0.75}
+TTS_DEFAULTS = {"num_inference_steps": 15, "guidance_scale": 2.0, "guidance_rescale": 0.75}
 
 # Runaway speech ends here, after four minutes at 8.3 tokens a second. Stock pipelines would end it at 256 tokens.
 _MAX_NEW_TOKENS = 2048
@@ -145,7 +145,12 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             self._keys_to_ignore_on_load_missing = {r"^codec\."}
         self.post_init()
         self.generation_config = copy.deepcopy(self.ar.generation_config)
-        self.generation_config.update(**TTS_DEFAULTS, max_new_tokens=_MAX_NEW_TOKENS, allow_custom_entries=True)
+        defaults = {
+            "merging_threshold": config.default_merging_threshold,
+            "max_new_tokens": _MAX_NEW_TOKENS,
+            **TTS_DEFAULTS,
+        }
+        self.generation_config.update(**defaults, allow_custom_entries=True)
 
     @classmethod
     def from_parts_pretrained(
@@ -328,7 +333,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             reference_input_values, reference_padding_mask, reference_input_features, reference_input_features_mask, reference_mel, reference_mel_mask, reference_text_ids, reference_text_mask:
                 Instead of `voice`, recordings to take the voice from, as for [`~FlexiCodecForTextToSpeech.encode_voice`]:
                 one for all items or one for each.
-            merging_threshold (`float`, *optional*, defaults to 0.91):
+            merging_threshold (`float`, *optional*, defaults to `config.default_merging_threshold`, 0.91 as released):
                 The codec's merging threshold, one of those that the autoregressive model was trained with: the lower,
                 the fewer tokens a second.
             use_nar (`bool`, *optional*):
@@ -359,7 +364,9 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             raise ValueError("There is nothing to say: `input_ids` hold no text. Make them with `processor(text)`.")
         batch_size = len(input_ids)
         merging_threshold = self._setting("merging_threshold", merging_threshold, generation_config)
-        self.config.ar_config.threshold_token_id(merging_threshold)  # raises if the model does not know it
+        # A model that was trained without thresholds is told none.
+        told = merging_threshold if self.config.ar_config.merging_thresholds else None
+        self.config.ar_config.threshold_token_id(told)  # raises if the model does not know it
         references = {
             "reference_input_values": reference_input_values,
             "reference_padding_mask": reference_padding_mask,
@@ -406,7 +413,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             prompt.get("codes"),
             prompt.get("token_lengths"),
             prompt.get("codes_mask"),
-            merging_threshold,
+            told,
         )
         output = self.ar.generate(**inputs, generation_config=config, generator=token_generators, **kwargs)
         start = inputs["input_ids"].shape[1]
@@ -457,7 +464,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
                 1 for tokens, 0 for the padding behind them.
             voice, use_nar, num_inference_steps, guidance_scale, guidance_rescale, seed, generator:
                 As for [`~FlexiCodecForTextToSpeech.generate`].
-            merging_threshold (`float`, *optional*, defaults to 0.91):
+            merging_threshold (`float`, *optional*, defaults to `config.default_merging_threshold`, 0.91 as released):
                 The threshold that the tokens were made with: the voice's own tokens are taken at the same.
             chunk_length_s (`float`, *optional*):
                 Decode long speech in chunks of so many seconds, in memory bounded by the chunk (and the waveform).
@@ -522,7 +529,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`): Likewise.
             padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*): Likewise.
             input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*): Likewise.
-            merging_threshold (`float`, *optional*, defaults to 0.91):
+            merging_threshold (`float`, *optional*, defaults to `config.default_merging_threshold`, 0.91 as released):
                 The codec's merging threshold for source and voice: the lower, the less of the source's way of speaking
                 is left.
             voice, num_inference_steps, guidance_scale, guidance_rescale, seed, generator:
@@ -563,10 +570,11 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         )
 
     def _setting(self, name: str, value: Any, generation_config: GenerationConfig | None = None) -> Any:
-        """A setting of [`TTS_DEFAULTS`]: the call's, or the first generation config's that has it."""
+        """A setting: the call's, the first generation config's that has it, or the default."""
         for config in (generation_config, self.generation_config):
             value = getattr(config, name, None) if value is None else value
-        return TTS_DEFAULTS[name] if value is None else value
+        defaults = TTS_DEFAULTS | {"merging_threshold": self.config.default_merging_threshold}
+        return defaults[name] if value is None else value
 
     def _flow_settings(
         self,

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ..audio import write_audio
 from .losses import magnitudes
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def write_samples(
@@ -44,14 +45,20 @@ def plot_spectrograms(waveforms: dict[str, np.ndarray], sampling_rate: int) -> F
     figure = Figure(figsize=(10, 2.2 * len(waveforms)), layout="constrained")
     axes = figure.subplots(len(waveforms), squeeze=False)[:, 0]
     for axis, (name, waveform) in zip(axes, waveforms.items(), strict=True):
-        window = torch.hann_window(min(1024, len(waveform) // 2 * 2))
-        spectrum = magnitudes(torch.from_numpy(np.ascontiguousarray(waveform))[None].float(), window)[0]
-        extent = (0, len(waveform) / sampling_rate, 0, sampling_rate / 2000)
-        decibels = 20 * spectrum.clamp(min=1e-4).log10().T.numpy()
-        axis.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=40)
-        axis.set(title=name, ylabel="kHz")
+        draw_spectrogram(axis, waveform, sampling_rate)
+        axis.set_title(name)
     axes[-1].set_xlabel("seconds")
     return figure
 
 
-__all__ = ["plot_spectrograms", "write_samples"]
+def draw_spectrogram(axis: Axes, waveform: np.ndarray, sampling_rate: int) -> None:
+    """The spectrogram of a waveform `(num_samples,)`, in decibels, over seconds and kilohertz."""
+    window = torch.hann_window(min(1024, len(waveform) // 2 * 2))
+    spectrum = magnitudes(torch.from_numpy(np.ascontiguousarray(waveform))[None].float(), window)[0]
+    extent = (0, len(waveform) / sampling_rate, 0, sampling_rate / 2000)
+    decibels = 20 * spectrum.clamp(min=1e-4).log10().T.numpy()
+    axis.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=40)
+    axis.set_ylabel("kHz")
+
+
+__all__ = ["draw_spectrogram", "plot_spectrograms", "write_samples"]
