@@ -129,6 +129,25 @@ def test_semantic_encoder(semantic_encoder):
     assert features.input_features.std().item() == pytest.approx(1, abs=0.3)  # normalized by what it was trained on
 
 
+def test_curves_of_trainings(semantic_encoder, codec, tmp_path):
+    plot = importlib.import_module("plot_training")
+    history = [{"step": 1, "loss": 2.0, "epoch": 0.5}, {"step": 1, "eval_loss": 3.0}, {"step": 1, "train_runtime": 9}]
+    (tmp_path / "ar").mkdir()
+    (tmp_path / "ar" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert plot.read_curves(tmp_path / "ar") == {"loss": {"train": [(1, 2.0)], "validation": [(1, 3.0)]}}
+    assert [step for step, _ in plot.read_curves(semantic_encoder[0])["loss"]["train"]] == [1, 2, 3]
+    folders = [semantic_encoder[0], codec[0], tmp_path / "ar"]
+    plot.main([*map(str, folders), "-o", str(tmp_path / "curves.svg")])
+    picture = (tmp_path / "curves.svg").read_text()
+    for title in (f"{semantic_encoder[0].name}: wer", f"{codec[0].name}: mel_merged_semantic", "ar: loss"):
+        assert title in picture
+
+
+def test_codec_hears_other_voices(run, codec, codec_options, tmp_path):
+    rows = run("train_codec", tmp_path, *codec_options, "--max-steps", 1, "--vary-voices")
+    assert rows[0]["mel"] > 0 and rows[0]["mel"] != codec[1][0]["mel"]
+
+
 def test_interrupted_semantic_encoder_resumes_to_the_same_losses(run, semantic_encoder, tmp_path):
     options = (*SEMANTIC_OPTIONS, "--max-steps", 3, "--time-limit", 0)  # a step a run
     for _ in range(2):
