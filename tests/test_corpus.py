@@ -102,7 +102,7 @@ def test_one_pass_of_the_encoders_serves_several_thresholds(codec, feature_extra
 
 def test_rows_are_what_the_codec_gives_for_each_clip(tokenize, codec, feature_extractor, device, tmp_path):
     manifest = tokenize(AUDIO, tmp_path, **RATES, num_quantizers=3, batch_seconds=8, clips_per_shard=6)
-    rows = load_dataset(str(tmp_path), split="train")
+    rows = load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
     names = {path.name for path in AUDIO.iterdir() if path.suffix in (".wav", ".flac")}
     assert set(rows["id"]) == names and len(rows) == 3 * len(names) == 3 * manifest["num_clips"]
     assert [row["id"] for row in rows] == [name for name in dict.fromkeys(rows["id"]) for _ in range(3)]
@@ -303,7 +303,7 @@ def test_a_shard_of_broken_clips_is_empty(tokenize, tmp_path):
     (tmp_path / "a.wav").write_text("no audio")
     shutil.copy(AUDIO / "short_0p08s.wav", tmp_path / "b.wav")
     assert tokenize(tmp_path, tmp_path / "out", clips_per_shard=1)["num_broken"] == 1
-    assert load_dataset(str(tmp_path / "out"), split="train")["id"][:] == ["b.wav"]
+    assert load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))["id"][:] == ["b.wav"]
 
 
 def test_a_batch_that_fails_is_tried_in_halves(tokenize, codec, clips, tmp_path, monkeypatch):
@@ -552,7 +552,11 @@ def test_command_and_back_to_audio(codec_dir, device, clips, tmp_path, capsys, m
 
 def test_decode_takes_rows_that_were_saved_again(codec_dir, device, clips, tmp_path, capsys, tokenize):
     tokenize(clips, tmp_path)
-    rows = load_dataset(str(tmp_path), split="train").select([3]).map(lambda row: {"id": "../../outside"})
+    rows = (
+        load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
+        .select([3])
+        .map(lambda row: {"id": "../../outside"})
+    )
     rows.to_parquet(tmp_path / "one.parquet")
     options = ["--model", str(codec_dir()), "--device", device, "-o", str(tmp_path / "audio"), "--overwrite"]
     assert main(["decode", str(tmp_path / "one.parquet"), *options]) == 0
