@@ -90,6 +90,10 @@ class CodecRecipe:
         self.feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(source)
         if args.init_from:
             codec = FlexiCodecModel.from_pretrained(args.init_from)
+            if args.keep_tokens:
+                codec.requires_grad_(False)
+                codec.bottleneck.requires_grad_(True)
+                codec.acoustic_decoder.requires_grad_(True)
         else:
             codec = new_codec(args.config, args.semantic_encoder)
         codec.config.merging_threshold_range = list(args.merging_threshold_range)
@@ -214,6 +218,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_loop_arguments(parser, max_steps=800_000, batch_size=32, learning_rate=1e-4)
     model = parser.add_argument_group("model")
     model.add_argument("--init-from", metavar="ID_OR_DIR", help="codec to start from")
+    model.add_argument(
+        "--keep-tokens",
+        action="store_true",
+        help="train what decodes the tokens alone, so that the tokens, and models that know them, stay as they are",
+    )
     model.add_argument("--config", type=Path, help="JSON of FlexiCodecConfig, to start from nothing")
     model.add_argument("--semantic-encoder", metavar="ID_OR_DIR", help="from train_semantic_encoder.py, likewise")
     recipe = parser.add_argument_group("recipe")
@@ -237,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.init_from) == bool(args.config and args.semantic_encoder):
         parser.error("pass either --init-from, or --config and --semantic-encoder")
+    if args.keep_tokens and not args.init_from:
+        parser.error("--keep-tokens needs --init-from: there are no tokens to keep yet")
 
     recipe = CodecRecipe(args)
     TrainingLoop(args, recipe.accelerator, recipe).run()

@@ -148,6 +148,15 @@ def test_codec_hears_other_voices(run, codec, codec_options, tmp_path):
     assert rows[0]["mel"] > 0 and rows[0]["mel"] != codec[1][0]["mel"]
 
 
+def test_a_codec_can_be_tuned_without_changing_its_tokens(run, codec, tmp_path):
+    options = ("--max-steps", 2, "--batch-size", 2, "--crop-s", 0.48, "--num-validation", 1, "--evaluate-every", 100)
+    options += ("--init-from", codec[0] / "model", "--keep-tokens", "--discriminator-start", 9)
+    run("train_codec", tmp_path, *options, "--learning-rate", 0.01, "--ema-decay", 0.5)
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (codec[0], tmp_path))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"bottleneck", "acoustic_decoder"}
+
+
 def test_interrupted_semantic_encoder_resumes_to_the_same_losses(run, semantic_encoder, tmp_path):
     options = (*SEMANTIC_OPTIONS, "--max-steps", 3, "--time-limit", 0)  # a step a run
     for _ in range(2):
@@ -295,8 +304,9 @@ def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, t
 
 
 def documented_commands():
-    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
-    return re.findall(r"examples/(train_\w+)\.py (.*)$", page, flags=re.MULTILINE)
+    pages = [EXAMPLES.parent / page for page in ("docs/training.md", "checkpoints/flexicodec-tiny/README.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    return re.findall(r"examples/(train_(?:semantic_encoder|codec|vocoder))\.py (.*)$", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(("script", "options"), documented_commands())
