@@ -35,7 +35,7 @@ class FlexiCodecFramesOutput(ModelOutput):
         semantic_frames (`torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`):
             What the semantic encoder hears in each frame (80 ms); anything at padding.
         acoustic_frames (`torch.Tensor` of shape `(batch_size, num_frames, hidden_size)`):
-            What the acoustic encoder hears, likewise.
+            What the acoustic encoder hears, likewise; `None` where only the semantic code is wanted.
         num_frames (`list[int]`):
             Frames of each item.
     """
@@ -783,7 +783,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             ValueError: The inputs have wrong shapes or do not belong together, or an argument is out of its range.
         """
         frames = self.encode_frames(
-            input_values, input_features, padding_mask, input_features_mask, chunk_length_s, chunk_context_s
+            input_values,
+            input_features,
+            padding_mask,
+            input_features_mask,
+            num_quantizers,
+            chunk_length_s,
+            chunk_context_s,
         )
         return self.quantize_frames(
             frames,
@@ -800,6 +806,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         input_features: Tensor,
         padding_mask: Tensor | None = None,
         input_features_mask: Tensor | None = None,
+        num_quantizers: int | None = None,
         chunk_length_s: float | None = None,
         chunk_context_s: float = 5.0,
     ) -> FlexiCodecFramesOutput:
@@ -812,6 +819,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`): As for `encode`.
             padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*): As for `encode`.
             input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*): As for `encode`.
+            num_quantizers (`int`, *optional*):
+                As for `encode`. For 1, the semantic code alone, the acoustic encoder does not run.
             chunk_length_s (`float`, *optional*): As for `encode`.
             chunk_context_s (`float`, *optional*, defaults to 5.0): As for `encode`.
 
@@ -823,7 +832,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         """
         chunk = self._chunk(chunk_length_s, chunk_context_s)
         semantic_frames, acoustic_frames, num_frames = self._encode_frames(
-            input_values, input_features, padding_mask, input_features_mask, chunk
+            input_values, input_features, padding_mask, input_features_mask, chunk, acoustic=num_quantizers != 1
         )
         return FlexiCodecFramesOutput(semantic_frames, acoustic_frames, num_frames)
 
@@ -864,7 +873,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         _check_num_quantizers(num_quantizers)
         num_quantizers = min(num_quantizers, self.config.num_quantizers)
         chunk = self._chunk(chunk_length_s, chunk_context_s)
-        semantic_frames, acoustic_frames, lengths = frames.to_tuple()
+        stored: Any = frames  # all there but the acoustic frames
+        semantic_frames, acoustic_frames, lengths = stored.semantic_frames, stored.acoustic_frames, stored.num_frames
+        if acoustic_frames is None and num_quantizers > 1:
+            raise ValueError(
+                f"`frames` were encoded with `num_quantizers=1`: there is nothing to make {num_quantizers} rows of. "
+                "Leave it out in `encode_frames`."
+            )
         similarities = self._frame_similarities(semantic_frames, lengths)
         threshold = None
         if token_lengths is None:
@@ -1095,8 +1110,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         padding_mask: Tensor | None,
         input_features_mask: Tensor | None,
         chunk: tuple[int, int] | None,
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """Both streams at 12.5 Hz, `(batch_size, num_frames, size)`, and the number of frames of each item."""
+        acoustic: bool = True,
+    ) -> tuple[Tensor, Any, list[int]]:
+        """Both streams at 12.5 Hz, `(batch_size, num_frames, size)`, and the number of frames of each item.
+
+        Without `acoustic`, `None` in the place of that stream.
+        """
         if input_values.ndim != 3 or input_values.shape[1] != 1:
             raise ValueError(
                 f"`input_values` must have the shape (batch_size, 1, num_samples), got {tuple(input_values.shape)}."
@@ -1127,6 +1146,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         # The similarities that decide the merging are taken in float32 even where the model runs in less.
         semantic_frames = self._encode_semantic(input_features, feature_lengths, chunk).float()
         semantic_frames = _resample(semantic_frames, feature_lengths, semantic_lengths)
+        if not acoustic:
+            return semantic_frames, None, semantic_lengths
 
         num_samples = max(acoustic_lengths) * hop
         values = F.pad(input_values[:, 0], (0, max(num_samples - input_values.shape[-1], 0)))[:, :num_samples]
@@ -1271,13 +1292,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     def _quantize(
         self,
         semantic_frames: Tensor,
-        acoustic_frames: Tensor,
+        acoustic_frames: Tensor | None,
         lengths: list[int],
         token_lengths: Tensor,
         token_mask: Tensor,
         num_acoustic_quantizers: int | Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Frames to tokens.
+    ) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+        """Frames to tokens; without acoustic frames, to semantic codes alone.
 
         Returns the codes `(batch_size, num_quantizers, num_tokens)`, the latents and the semantic part of them
         `(batch_size, num_tokens, hidden_size)`, and the commitment and codebook losses.
@@ -1286,9 +1307,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         mask = None if token_mask.shape[0] == 1 else token_mask
         if frame_mask is None and mask is not None:
             frame_mask = torch.ones_like(semantic_frames[..., 0], dtype=torch.bool)
-        dtype = acoustic_frames.dtype
+        dtype = self.semantic_quantizer.in_proj.weight.dtype
         semantic = self.semantic_aggregator(semantic_frames.to(dtype), token_lengths, frame_mask, mask)
         semantic_latents, semantic_codes = self.semantic_quantizer(semantic, mask)
+        if acoustic_frames is None:
+            return semantic_codes[:, None], semantic_latents, semantic_latents, None, None
         acoustic = self.acoustic_aggregator(acoustic_frames, token_lengths, frame_mask, mask)
         acoustic_latents, acoustic_codes, commitment_loss, codebook_loss = self.acoustic_quantizer(
             acoustic - semantic_latents, num_acoustic_quantizers, mask
@@ -1299,7 +1322,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     def _quantize_in_chunks(
         self,
         semantic_frames: Tensor,
-        acoustic_frames: Tensor,
+        acoustic_frames: Tensor | None,
         lengths: list[int],
         token_lengths: Tensor,
         num_acoustic_quantizers: int,
@@ -1308,7 +1331,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         """Codes and latents as from `_quantize`, of whole tokens at a time with whole tokens of context."""
         size, context = chunk
         all_codes = token_lengths.new_zeros(len(lengths), num_acoustic_quantizers + 1, token_lengths.shape[1])
-        all_latents = acoustic_frames.new_zeros(*token_lengths.shape, acoustic_frames.shape[-1])
+        dtype = self.semantic_quantizer.in_proj.weight.dtype
+        all_latents = semantic_frames.new_zeros(*token_lengths.shape, self.config.hidden_size, dtype=dtype)
         for item, length in enumerate(lengths):
             starts = F.pad(token_lengths[item].cumsum(dim=0), (1, 0))
             for start, stop, begin, end in _windows(length, size, context):
@@ -1322,7 +1346,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 tokens = token_lengths[item : item + 1, first_context:last_context]
                 codes, latents, *_ = self._quantize(
                     semantic_frames[item : item + 1, frames],
-                    acoustic_frames[item : item + 1, frames],
+                    None if acoustic_frames is None else acoustic_frames[item : item + 1, frames],
                     [frames.stop - frames.start],
                     tokens,
                     tokens > 0,

@@ -501,7 +501,7 @@ class _Encoder:
             return_tensors="pt",
             device=self.codec.device,
         )
-        frames = self.codec.encode_frames(**inputs, chunk_length_s=chunk)
+        frames = self.codec.encode_frames(**inputs, num_quantizers=self.num_quantizers, chunk_length_s=chunk)
         tokens = [
             Tokens(source.name, clip.num_samples, clip.seconds, clip.file_sampling_rate, clip.num_channels, [], [], [])
             for source, clip in clips

@@ -341,8 +341,9 @@ class SpeechEncoder:
         waveforms = [decode_audio(audio, rate) for audio in examples["audio"]]
         inputs = dict(self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt").to(self.codec.device))
         new: dict[str, list[Any]] = {"codes": [[] for _ in waveforms], "token_lengths": [[] for _ in waveforms]}
+        frames = self.codec.encode_frames(**inputs, num_quantizers=1)
         for threshold in self.thresholds:
-            encoded = self.codec.encode(**inputs, num_quantizers=1, merging_threshold=threshold)
+            encoded = self.codec.quantize_frames(frames, num_quantizers=1, merging_threshold=threshold)
             rows = zip(encoded.audio_codes[:, 0], encoded.token_lengths, encoded.audio_codes_mask, strict=True)
             for item, (codes, lengths, mask) in enumerate(rows):
                 new["codes"][item].append(codes[mask].tolist())
