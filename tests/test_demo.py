@@ -5,28 +5,29 @@ import soundfile
 from conftest import AUDIO, TESTS
 
 
-def test_demo_reconstructs_at_every_setting(tmp_path, monkeypatch, capsys):
+def test_demo_reconstructs_speaks_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main = runpy.run_path(str(TESTS.parent / "examples" / "demo.py"))["main"]
-    main([str(AUDIO / "librivox_austen_0880.flac")])
+    main([str(AUDIO / "librivox_austen_0880.flac"), "--text", "Good morning."])
 
     output = capsys.readouterr().out
     assert "librivox_austen_0880.flac: 2.99 s" in output
-    assert "RANDOM weights: what it makes is noise" in output
-    rows = {
-        tuple(line.split()[:2]): line.split()[2:]
-        for line in output.splitlines()
-        if line.startswith(("merging_threshold", "target_frame_rate"))
-    }
-    assert len(rows) == 5
-    # Nothing is merged: 37 frames; semantic codes of 15 bits, acoustic ones of 12, lengths of 3.
-    tokens, rate, semantic_bits, all_bits, *_ = rows["merging_threshold", "1.0"]
-    assert (tokens, rate) == ("37", f"{37 / 2.99:.2f}")
-    assert (semantic_bits, all_bits) == (f"{37 / 2.99 * 18:.0f}", f"{37 / 2.99 * 102:.0f}")
-    assert abs(float(rows["target_frame_rate", "6.25"][1]) - 6.25) < 0.2
+    header, *lines = output[output.index("tokens/s") :].splitlines()
+    rows = [line.split() for line in lines if line.strip() and line.strip()[0].isdigit()]
+    assert header.split()[:5] == ["tokens/s", "rows", "bits/s", "STOI", "PESQ"]
+    assert [row[1] for row in rows] == ["1", "8"] * 3
+    # 37 frames, each a token: semantic codes of 11 bits, acoustic ones of 8, lengths of 3.
+    assert rows[0][:3] == [f"{37 / 2.99:.2f}", "1", f"{37 / 2.99 * 14:.0f}"]
+    assert rows[1][2] == f"{37 / 2.99 * 70:.0f}"
+    for row, rate in zip(rows[::2], (12.5, 8.3, 6.25), strict=True):
+        assert abs(float(row[0]) - rate) < 0.3
+    assert all(0 < float(row[3]) < 1 and 1 < float(row[4]) < 4.5 for row in rows)
+    assert "'Good morning.': " in output
 
-    sounds = sorted(path.name for path in (tmp_path / "demo").glob("*.wav"))
-    assert len(sounds) == 11 and "target_frame_rate_6.25_8.wav" in sounds
-    for name in sounds:
-        info = soundfile.info(tmp_path / "demo" / name)
-        assert info.samplerate == 16_000 and abs(info.duration - 2.99) < 0.2
+    sounds = {path.name: soundfile.info(path) for path in (tmp_path / "demo").glob("*.wav")}
+    assert len(sounds) == 8 and {"original.wav", "8.3_tokens_1_rows.wav", "spoken.wav"} <= sounds.keys()
+    spoken = sounds.pop("spoken.wav")
+    assert spoken.samplerate == 16_000 and 0.3 < spoken.duration < 5
+    for info in sounds.values():
+        assert info.samplerate == 16_000 and abs(info.duration - 2.99) < 0.1
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 50_000

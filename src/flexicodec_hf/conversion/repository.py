@@ -88,7 +88,7 @@ def assemble(
     root = model.codec if Path(codec) == Path(parts["codec"]) else FlexiCodecModel.from_pretrained(codec).to(dtype)
     with written_whole(output_dir) as folder:
         # One file of weights, whatever its size: where it is, the system is complete.
-        save_repository(folder, root, model.to(dtype), processor, storage_dtype, max_shard_size="1TB")
+        save_repository(folder, root, model.to(dtype), processor, storage_dtype=storage_dtype, max_shard_size="1TB")
         package = Path(__file__).parents[1]
         for name in PIPELINE_FILES:
             shutil.copyfile(package / name, folder / name)

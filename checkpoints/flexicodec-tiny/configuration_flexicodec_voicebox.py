@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/configuration_flexicodec_voicebox.py

@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/feature_extraction_flexicodec_mel.py

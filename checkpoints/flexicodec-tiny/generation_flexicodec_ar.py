@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/generation_flexicodec_ar.py

@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/linear_flexicodec.py

@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/modeling_flexicodec.py

@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/pipeline_flexicodec_tts.py

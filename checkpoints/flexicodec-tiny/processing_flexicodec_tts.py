@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/processing_flexicodec_tts.py

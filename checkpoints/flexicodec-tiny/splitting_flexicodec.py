@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/splitting_flexicodec.py

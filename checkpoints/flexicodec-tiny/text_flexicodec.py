@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/text_flexicodec.py

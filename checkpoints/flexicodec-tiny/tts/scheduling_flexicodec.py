@@ -1,0 +1,1 @@
+../../../src/flexicodec_hf/scheduling_flexicodec.py

@@ -1,0 +1,1 @@
+../../../src/flexicodec_hf/voice_flexicodec.py

@@ -1,0 +1,81 @@
+"""The small trained checkpoint of this repository: what it is, and that it still does what its card says."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, pipeline
+
+from conftest import AUDIO, TESTS, WITHOUT_PACKAGE
+from flexicodec_hf import FlexiCodecForTextToSpeech
+from flexicodec_hf.audio import read_audio
+from flexicodec_hf.evaluation import stoi
+
+
+CHECKPOINT = TESTS.parent / "checkpoints" / "flexicodec-tiny"
+CLIP = AUDIO / "flite_slt_held_out.flac"  # a training voice reads a sentence that was not trained on
+
+
+@pytest.fixture(scope="module")
+def feature_extractor():
+    return AutoFeatureExtractor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture
+def codec(device):
+    return AutoModel.from_pretrained(CHECKPOINT).to(device)
+
+
+def test_the_repository_is_small_and_complete():
+    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
+    assert sum(path.lstat().st_size for path in files) <= 24_000_000
+    # The code is that of the package, not a copy that could fall behind.
+    package = TESTS.parent / "src" / "flexicodec_hf"
+    code = [path for path in files if path.suffix == ".py"]
+    assert {"modeling_flexicodec.py", "pipeline_flexicodec_tts.py"} <= {path.name for path in code}
+    assert all(path.resolve() == package / path.name for path in code)
+    for file in (CHECKPOINT / "model.safetensors", CHECKPOINT / "tts" / "model.safetensors"):
+        assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("rate", "rows", "least"), [(12.5, 8, 0.72), (12.5, 1, 0.65), (8.3, 8, 0.71), (6.25, 1, 0.63)]
+)
+@torch.inference_mode()
+def test_a_held_out_sentence_is_reconstructed(codec, feature_extractor, device, rate, rows, least):
+    clip = read_audio(CLIP, 16_000)
+    inputs = feature_extractor(clip.waveform, sampling_rate=16_000, return_tensors="pt", device=device)
+    encoded = codec.encode(**inputs, target_frame_rate=rate)
+    assert encoded.audio_codes.shape[2] / clip.seconds == pytest.approx(rate, abs=0.3)
+    output = codec.decode(encoded.audio_codes[:, :rows], encoded.token_lengths).audio_values[0, 0].cpu().numpy()
+    length = min(len(output), clip.num_samples)
+    assert stoi(clip.waveform[:length], output[:length]) > least
+
+
+def test_it_speaks(device):
+    tts = pipeline("text-to-speech", model=str(CHECKPOINT), device=device)
+    assert type(tts.model) is FlexiCodecForTextToSpeech and tts.model.dtype == torch.float32
+    text = "I hope you will be very happy in your new house."
+    for threshold in tts.model.config.ar_config.merging_thresholds:
+        options = {"seed": 0, "merging_threshold": threshold}
+        speech = tts(text, generate_kwargs=options)
+        assert speech["sampling_rate"] == 16_000
+        assert 0.5 < speech["audio"].shape[-1] / 16_000 < 6  # the training voices take about 2.7 s
+        assert (tts(text, generate_kwargs=options)["audio"] == speech["audio"]).all()
+    # The processor says the same words to the model.
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    audio = tts.model.generate(**processor(text).to(device), **options)
+    assert (audio[0].cpu().numpy() == speech["audio"].reshape(-1)).all()
+
+
+def test_it_works_without_the_package(tmp_path):
+    program = f"""{WITHOUT_PACKAGE}
+from transformers import AutoModel, pipeline
+codec = AutoModel.from_pretrained({str(CHECKPOINT)!r}, trust_remote_code=True)
+tts = pipeline("text-to-speech", model={str(CHECKPOINT)!r}, trust_remote_code=True)
+print(codec.config.hidden_size, tts("Good morning.", generate_kwargs={{"seed": 0}})["audio"].size > 5000)
+"""
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert output.stdout.split()[-2:] == ["192", "True"]
