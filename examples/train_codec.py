@@ -48,6 +48,7 @@ def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
     """A codec with random weights around a trained semantic encoder."""
     recognizer = SemanticEncoderForCTC.from_pretrained(semantic_encoder)
     config = json.loads(config_file.read_text())
+    recognizer.encoder.config._name_or_path = ""  # a folder of this machine
     config["semantic_model_config"] = recognizer.encoder.config.to_dict()
     codec = FlexiCodecModel(FlexiCodecConfig(**config, num_semantic_queries=1, semantic_query_ids=[0]))
     # The model's own initialization, of a fixed width, fits layers as wide as the released ones; in narrow ones the signal

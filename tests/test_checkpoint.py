@@ -36,6 +36,7 @@ def test_the_repository_is_small_and_complete():
     code = [path for path in files if path.suffix == ".py"]
     assert {"modeling_flexicodec.py", "pipeline_flexicodec_tts.py"} <= {path.name for path in code}
     assert all(path.resolve() == package / path.name for path in code)
+    assert not any('_path": "/' in path.read_text() for path in files if path.suffix == ".json")
     for file in (CHECKPOINT / "model.safetensors", CHECKPOINT / "tts" / "model.safetensors"):
         assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {torch.float16}
 

@@ -148,6 +148,10 @@ def test_codec_hears_other_voices(run, codec, codec_options, tmp_path):
     assert rows[0]["mel"] > 0 and rows[0]["mel"] != codec[1][0]["mel"]
 
 
+def test_a_new_codec_does_not_say_where_its_encoder_was(codec, semantic_encoder):
+    assert str(semantic_encoder[0]) not in (codec[0] / "model" / "config.json").read_text()
+
+
 def test_a_codec_can_be_tuned_without_changing_its_tokens(run, codec, tmp_path):
     options = ("--max-steps", 2, "--batch-size", 2, "--crop-s", 0.48, "--num-validation", 1, "--evaluate-every", 100)
     options += ("--init-from", codec[0] / "model", "--keep-tokens", "--discriminator-start", 9)
