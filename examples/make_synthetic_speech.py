@@ -46,8 +46,8 @@ def read_lines(path: Path) -> Iterator[str]:
         yield ""
 
 
-def sentences(lines: Iterator[str], min_words: int, max_words: int) -> Iterator[str]:
-    """The sentences of `min_words` to `max_words` plain words, as they are to be said."""
+def sentences(lines: Iterator[str], min_words: int, max_words: int, cut: bool = False) -> Iterator[str]:
+    """The sentences of `min_words` to `max_words` plain words, as they are to be said; with `cut`, parts of longer ones."""
     paragraph: list[str] = []
     for line in [*lines, ""]:
         if line.strip():
@@ -59,10 +59,23 @@ def sentences(lines: Iterator[str], min_words: int, max_words: int) -> Iterator[
             text = text.replace(written, said)
         text = re.sub(r"\s+([,;])", r"\1", re.sub(r"[\"()\[\]“”]", " ", text))
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split())):
-            if min_words <= len(sentence.split()) <= max_words and re.fullmatch(
-                r"[A-Z][A-Za-z',;: -]*[.!?]", sentence
-            ):
-                yield sentence
+            if re.fullmatch(r"[A-Z][A-Za-z',;: -]*[.!?]", sentence):
+                for part in cut_sentence(sentence, max_words) if cut else [sentence]:
+                    if min_words <= len(part.split()) <= max_words:
+                        yield part
+
+
+def cut_sentence(sentence: str, max_words: int) -> list[str]:
+    """A sentence of too many words as parts of `max_words` at most, between commas, semicolons and colons."""
+    if len(sentence.split()) <= max_words:
+        return [sentence]
+    parts: list[str] = []
+    for clause in re.split(r"(?<=[,;:])\s+", sentence):
+        if parts and len(parts[-1].split()) + len(clause.split()) <= max_words:
+            parts[-1] += f" {clause}"
+        else:
+            parts.append(clause)
+    return [part[0].upper() + part[1:].rstrip(",;:.!?' ") + "." for part in parts]
 
 
 def speak(text: str, voice: str, path: Path) -> float:
@@ -117,10 +130,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--voices", nargs="+", default=VOICES, help="of flite (default: %(default)s)")
     parser.add_argument("--min-words", type=int, default=4)
     parser.add_argument("--max-words", type=int, default=24)
+    parser.add_argument("--cut", action="store_true", help="cut longer sentences at their commas")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the sentences")
     args = parser.parse_args(argv)
 
-    texts = [text for path in args.text for text in sentences(read_lines(path), args.min_words, args.max_words)]
+    texts = [
+        text for path in args.text for text in sentences(read_lines(path), args.min_words, args.max_words, args.cut)
+    ]
     texts = list(dict.fromkeys(texts))
     random.Random(args.seed).shuffle(texts)
     # Which split a sentence is in does not depend on how much is spoken.

@@ -355,6 +355,11 @@ def test_synthetic_speech(tmp_path, monkeypatch):
     assert list(script.sentences(iter(lines), min_words=4, max_words=24)) == [
         "It is a truth universally acknowledged, said Mister Bennet, and then he slept."
     ]
+    assert list(script.sentences(iter(lines), min_words=3, max_words=8)) == []
+    assert list(script.sentences(iter(lines), min_words=4, max_words=8, cut=True)) == [
+        "It is a truth universally acknowledged.",
+        "Said Mister Bennet, and then he slept.",
+    ]
     spoken = []
 
     def flite(command, check):

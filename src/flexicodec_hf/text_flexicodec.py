@@ -72,9 +72,10 @@ def prepare_text(text: str, language: str = "en", reference_text: str | None = N
     Arguments and errors as in `encode_text`.
     """
     spell = phonemize if phonemes and language == "en" else str
-    if not any(map(str.isalnum, spell(text))):
+    spelled = spell(text)
+    if not any(map(str.isalnum, spelled)):
         raise ValueError(f"`text` must hold something to speak (letters or digits), got {text!r}.")
-    return spell(f"{reference_text}, {text}" if reference_text else text)
+    return spell(f"{reference_text}, {text}") if reference_text else spelled
 
 
 def phonemize(text: str) -> str:

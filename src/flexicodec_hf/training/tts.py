@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
@@ -419,14 +420,17 @@ class SpeechCollator:
             clips = [resample(waveform, rate, mel_rate) for waveform in waveforms]
             batch |= self.mel_feature_extractor(clips, sampling_rate=mel_rate, return_tensors="pt")
         if self.tokenizer is not None:
-            ids = [
-                torch.tensor(encode_text(self.tokenizer, example["text"], self.language, phonemes=self.phonemes))
-                for example in examples
-            ]
+            ids = [_text_ids(self.tokenizer, example["text"], self.language, self.phonemes) for example in examples]
             batch["text_ids"] = pad_sequence(ids, batch_first=True)
             batch["text_attention_mask"] = pad_sequence([torch.ones_like(item) for item in ids], batch_first=True)
         batch["item_seeds"] = torch.tensor(seeds)
         return batch
+
+
+# Phonemes take milliseconds a text: as long as a small model's step.
+@functools.lru_cache(maxsize=1 << 17)
+def _text_ids(tokenizer: Any, text: str, language: str, phonemes: bool) -> Tensor:
+    return torch.tensor(encode_text(tokenizer, text, language, phonemes=phonemes))
 
 
 def _checksum(waveform: np.ndarray) -> int:
