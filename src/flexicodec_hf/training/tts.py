@@ -32,6 +32,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -537,6 +538,13 @@ class TTSTrainer(Trainer):
             )
         self.prepare = prepare
         self._parts: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # A column of `datasets` reads each item from its file, in milliseconds; sorting asks for all in each epoch.
+            sampler.lengths = sampler.lengths[:]
+        return sampler
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
