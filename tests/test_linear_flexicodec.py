@@ -24,6 +24,38 @@ def test_it_is_a_linear_layer(shape, bias, device):
         assert_close(gradient, wanted, 1e-3)
 
 
+@pytest.mark.parametrize("shape", [(1024,), (1, 1, 1024)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_single_row_times_large_weights(shape, bias, device, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # 6 parts: 4 do not divide the 1026 outputs
+    linear = FlexiCodecLinear(1024, 1026, bias=bias).to(device)
+    inputs = torch.randn(shape, device=device, requires_grad=True)
+    expected = F.linear(inputs, linear.weight, linear.bias)
+    output = linear(inputs)
+    assert output.shape == expected.shape
+    assert_close(output, expected, 1e-5)
+
+    variables = [inputs, *linear.parameters()]
+    weighting = torch.randn_like(expected)
+    gradients = torch.autograd.grad(output, variables, weighting)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, variables, weighting), strict=True):
+        assert_close(gradient, wanted, 1e-3)
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(1, 24, device=device))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_single_bfloat16_row_leaves_onednn_as_it_was(enabled, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    linear = FlexiCodecLinear(1024, 1024).to(device, torch.bfloat16)
+    row = torch.randn(1, 1, 1024, device=device, dtype=torch.bfloat16)
+    assert_close(linear(row).float(), F.linear(row, linear.weight, linear.bias).float(), 1e-2)
+    assert torch.backends.mkldnn.enabled is enabled
+    with pytest.raises(RuntimeError):
+        linear(row[..., :24])
+    assert torch.backends.mkldnn.enabled is enabled
+
+
 def test_transposed_input(device):
     linear = FlexiCodecLinear(48, 80).to(device)
     inputs = torch.randn(2, 48, 300, device=device).transpose(1, 2)
