@@ -38,12 +38,12 @@ class FlexiCodecLinear(nn.Linear):
             if is_float32 and torch.get_num_threads() > 1:
                 return self._in_parts(input)
             if input.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled:
-                torch.backends.mkldnn.enabled = False
+                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
                 try:
                     return super().forward(input)
                 finally:
                     # Not what it was before: a thread beside this one may have turned it off for its own product.
-                    torch.backends.mkldnn.enabled = True
+                    torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         return super().forward(input)
 
     def _in_parts(self, row: Tensor) -> Tensor:
