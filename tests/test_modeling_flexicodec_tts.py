@@ -253,7 +253,7 @@ def test_a_model_without_second_stage(tts_parts, device, processor):
     assert output.sampling_rate == 16_000
     with pytest.raises(ValueError, match="has no Voicebox: pass `use_nar=False`"):
         model.decode_speech(output.audio_codes, output.token_lengths, use_nar=True)
-    with pytest.raises(ValueError, match="has no Voicebox"):
+    with pytest.raises(ValueError, match="no Voicebox, which gives speech the voice"):
         model.convert_voice(**source(processor))
 
 

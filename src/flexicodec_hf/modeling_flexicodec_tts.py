@@ -544,6 +544,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: The model has no Voicebox.
         """
+        if self.voicebox is None:
+            raise ValueError("This model has no Voicebox, which gives speech the voice: load a model that has one.")
         merging_threshold = self._setting("merging_threshold", merging_threshold)
         encoded = self.codec.encode(
             input_values.to(self.codec.device),
