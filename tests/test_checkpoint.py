@@ -71,6 +71,27 @@ def test_it_speaks(device):
     assert (audio[0].cpu().numpy() == speech["audio"].reshape(-1)).all()
 
 
+@torch.inference_mode()
+def test_it_expects_a_held_out_sentence_to_sound_as_it_does(codec, feature_extractor, device):
+    clip = read_audio(AUDIO / "flite_rms_held_out.flac", 16_000)
+    inputs = feature_extractor(clip.waveform, sampling_rate=16_000, return_tensors="pt", device=device)
+    model = FlexiCodecForTextToSpeech.from_pretrained(CHECKPOINT).to(device).ar
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    for threshold in model.config.merging_thresholds:
+        encoded = codec.encode(**inputs, num_quantizers=1, merging_threshold=threshold)
+        speech = {"codes": encoded.audio_codes[:, 0], "token_lengths": encoded.token_lengths}
+        loss = {}
+        for text in (
+            "I have just had the honour of receiving your letter.",
+            "Their spirits were in general exhausted.",
+        ):
+            ids = processor(text).to(device)["input_ids"]
+            stream = model.build_inputs(ids, **speech, merging_threshold=threshold, return_labels=True)
+            loss[text] = model(**stream).token_loss.item()
+        own, other = loss.values()
+        assert own < 5 < other - 1  # nats
+
+
 def test_it_works_without_the_package(tmp_path):
     program = f"""{WITHOUT_PACKAGE}
 from transformers import AutoModel, pipeline

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoFeatureExtractor, AutoTokenizer, TrainingArguments, pipeline
 
@@ -381,6 +382,25 @@ def test_one_process_does_not_take_two_gpus(tmp_path):
     model = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**MEL_VOICEBOX))
     with pytest.raises(ValueError, match="There are 2 GPUs, and one process: start one for each"):
         TTSTrainer(model, args, prepare=None)
+
+
+def test_clips_of_like_length_share_a_batch(tmp_path):
+    lengths = list(range(64))
+    args = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        train_sampling_strategy="group_by_length",
+        per_device_train_batch_size=4,
+    )
+    model = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**MEL_VOICEBOX))
+    trainer = TTSTrainer(model, args, train_dataset=Dataset.from_dict({"length": lengths}), prepare=None)
+    sampler = trainer._get_train_sampler()
+    assert type(sampler.lengths) is list  # a column of `datasets` would be read from its file at each comparison
+    order = list(sampler)
+    assert sorted(order) == lengths
+    spread = [max(order[i : i + 4]) - min(order[i : i + 4]) for i in range(0, 64, 4)]
+    assert sorted(spread)[8] < 20  # of 64, half of the batches
 
 
 def test_latent_statistics_must_fit_the_model():
