@@ -56,6 +56,26 @@ def test_a_single_bfloat16_row_leaves_onednn_as_it_was(enabled, device, monkeypa
     assert torch.backends.mkldnn.enabled is enabled
 
 
+class QuantizedWeight(torch.Tensor):
+    """Knows one product, as the weights of quantization libraries do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.view):
+            raise NotImplementedError(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_with_a_product_of_their_own(rows, dtype, device):
+    linear = FlexiCodecLinear(1024, 1024).to(device, dtype)
+    inputs = torch.randn(1, rows, 1024, device=device, dtype=dtype)
+    expected = F.linear(inputs, linear.weight, linear.bias)
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(QuantizedWeight))
+    assert_close(linear(inputs).as_subclass(torch.Tensor).float(), expected.float(), 1e-2)
+
+
 def test_transposed_input(device):
     linear = FlexiCodecLinear(48, 80).to(device)
     inputs = torch.randn(2, 48, 300, device=device).transpose(1, 2)

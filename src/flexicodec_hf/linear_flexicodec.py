@@ -25,8 +25,9 @@ class FlexiCodecLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         num_rows = input.shape[:-1].numel()
-        # Inductor has kernels of its own, and cannot lay out the image when its length is dynamic.
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
+        # Quantized and sharded weights bring their own product. Inductor has kernels of its own, and cannot lay out the
+        # image when its length is dynamic.
+        if input.device.type != "cpu" or type(self.weight) is not nn.Parameter or torch.compiler.is_compiling():
             return super().forward(input)
         is_float32 = input.dtype == torch.float32
         if is_float32 and num_rows >= _MIN_ROWS:
