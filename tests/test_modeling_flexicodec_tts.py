@@ -542,7 +542,9 @@ def test_a_codec_in_both_roles_is_stored_once(latent_repository, latent_model, l
     shutil.copytree(latent_repository, tmp_path / "a" / "b")
     for path, options in (
         (latent_repository / "tts", {}),
+        (latent_repository, {}),
         (latent_repository, {"subfolder": "tts"}),
+        (tmp_path / "a", {"subfolder": "b"}),
         (tmp_path / "a", {"subfolder": "b/tts"}),
     ):
         model, info = FlexiCodecForTextToSpeech.from_pretrained(path, **options, output_loading_info=True)

@@ -189,12 +189,19 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
         cls, pretrained_model_name_or_path: str | PathLike[str], *model_args: Any, **kwargs: Any
     ) -> FlexiCodecForTextToSpeech:
         """
-        As everywhere in transformers, with two additions: the `voices/` of the repository come along (and its codec, where
-        that is shared), and `dtype` may be a dictionary from parts (`"codec"`, `"ar"`, `"voicebox"`, `"vocoder"`, and `""`
-        for the rest) to types.
+        As everywhere in transformers, with three additions: of a repository with the codec at its root, the system in `tts/`
+        is loaded; the `voices/` of the repository come along (and its codec, where that is shared); and `dtype` may be a
+        dictionary from parts (`"codec"`, `"ar"`, `"voicebox"`, `"vocoder"`, and `""` for the rest) to types.
 
         With one dtype for all, the codec still stays in float32: its tokens, and so the voice, depend on small differences.
         """
+        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
+            options = {name: kwargs[name] for name in (*_HUB_OPTIONS, "subfolder") if name in kwargs}
+            config, _ = FlexiCodecTTSConfig.get_config_dict(pretrained_model_name_or_path, **options)
+            if config.get("model_type") == FlexiCodecConfig.model_type:
+                return FlexiCodecRepositoryForTextToSpeech.from_pretrained(
+                    pretrained_model_name_or_path, *model_args, **kwargs
+                )
         dtypes = kwargs.get("dtype")
         if isinstance(dtypes, dict):
             if unknown := dtypes.keys() - {"", *_PARTS}:
