@@ -5,8 +5,9 @@ python examples/make_synthetic_speech.py --text emma.txt persuasion.txt --output
 The text is plain text files, or the `Rdata.rdb` of an R package of books (`r-cran-janeaustenr` in Debian: Jane Austen's
 novels, in the public domain; reading it needs `pip install rdata`). The folder that comes out has the splits train,
 validation and test, each with FLAC files and a `metadata.jsonl` of file_name, text, speaker and seconds:
-`load_dataset("audiofolder", data_dir="speech")` reads it. No sentence is in two splits. An interrupted run goes on where
-it stopped, and a run with more hours adds to what is there.
+`load_dataset("audiofolder", data_dir="speech")` reads it. No sentence is in two splits (with `--cut` no part of one is; other
+parts of the same sentence may be). An interrupted run goes on where it stopped, and a run with more hours adds to what
+is there.
 """
 
 import argparse
