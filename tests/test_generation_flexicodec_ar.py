@@ -14,6 +14,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from conftest import assert_close
+from flexicodec_hf.compatibility_flexicodec import CACHE
 from flexicodec_hf.conversion.ar import convert_ar
 from flexicodec_hf.generation_flexicodec_ar import PromptVocabularyLogitsProcessor, RowSampler
 from test_modeling_flexicodec_ar import fixture_model, mask_of, tiny_model  # noqa: F401
@@ -358,12 +359,12 @@ def test_generation_continues_from_a_cache(device):
     model = tiny_model(device)
     inputs = prompts(model, device)
     whole = generate(model, inputs, max_new_tokens=12)
-    first = generate(model, inputs, max_new_tokens=5, min_new_tokens=5, past_key_values=DynamicCache())
+    first = generate(model, inputs, max_new_tokens=5, min_new_tokens=5, **{CACHE: DynamicCache()})
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
     rest = generate(
         model,
         {"input_ids": first.sequences, "token_lengths": first.token_lengths, "attention_mask": mask},
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         max_new_tokens=7,
         min_new_tokens=7,
     )
@@ -406,10 +407,10 @@ def test_compiled_forward_needs_nothing_kept(device):
     step = torch.compile(model.forward, fullgraph=True, backend=backend)
     codes = torch.tensor([[5, 9, 2]], device=device)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, cache=cache, use_cache=True)
         logits = [
             step(
-                codes[:, [i]], torch.full_like(codes[:, :2], i + 1), past_key_values=cache, use_cache=True,
+                codes[:, [i]], torch.full_like(codes[:, :2], i + 1), cache=cache, use_cache=True,
                 encode_text=False,
             ).logits
             for i in range(3)
@@ -424,7 +425,7 @@ def test_compiled_forward_needs_nothing_kept(device):
 def test_what_is_not_supported_is_refused(device):
     model = tiny_model(device)
     inputs = prompts(model, device)
-    with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*BEAM_SEARCH'"):
+    with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*(BEAM_SEARCH|beam_search)'"):
         generate(model, inputs, num_beams=2)
     with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*ASSISTED_GENERATION'"):
         generate(model, inputs, prompt_lookup_num_tokens=2)

@@ -111,7 +111,7 @@ class FlexiCodecARConfig(PreTrainedConfig):
     """
 
     model_type = "flexicodec_ar"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     sub_configs = {"text_encoder_config": FlexiCodecARTextEncoderConfig}
 
     text_encoder_config: Any = None

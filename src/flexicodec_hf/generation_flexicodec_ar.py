@@ -33,6 +33,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
+from .compatibility_flexicodec import CACHE
 from .configuration_flexicodec_ar import FlexiCodecARConfig
 
 
@@ -76,7 +77,7 @@ class FlexiCodecARGenerateOutput(GenerateDecoderOnlyOutput):
         duration_scores, duration_logits (`tuple[torch.FloatTensor]`, *optional*):
             With `output_scores` and `output_logits`. For each new token that a duration was picked for, scores of
             shape `(batch_size, num_durations)`, after and before processing. Entry `i` is of the `i`-th new token.
-        attentions, hidden_states, past_key_values (*optional*):
+        attentions, hidden_states, cache (*optional*):
             As usual.
     """
 
@@ -276,8 +277,9 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
             model_inputs = self.prepare_inputs_for_generation(sequences, next_sequence_length=step, **model_kwargs)
             durations = sampler.pick(self(**model_inputs).duration_logits[:, -1])
             token_lengths = torch.where(unread, durations[:, None].to(sequences.device), token_lengths)
-            if output.past_key_values is not None and not output.past_key_values.is_compileable:
-                output.past_key_values.crop(-1)
+            cache = getattr(output, CACHE)
+            if cache is not None and not cache.is_compileable:
+                cache.crop(-1)
         return FlexiCodecARGenerateOutput(
             **output,
             token_lengths=token_lengths.masked_fill(~is_speech, 0),
@@ -298,7 +300,7 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
         )
         length = model_inputs["input_ids"].shape[1]
         key_length = length
-        if (cache := model_inputs.get("past_key_values")) is not None:
+        if (cache := model_inputs.get(CACHE)) is not None:
             key_length, _ = cache.get_mask_sizes(length, 0)
         if token_lengths is not None:
             # With a cache, also the duration of the token before. A compiled step needs strides that do not grow.

@@ -20,12 +20,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compatibility_flexicodec import CACHE, takes_cache
 from .configuration_flexicodec_ar import FlexiCodecARConfig, FlexiCodecARTextEncoderConfig
 from .generation_flexicodec_ar import FlexiCodecARGenerationMixin
 from .linear_flexicodec import FlexiCodecLinear
@@ -35,7 +36,7 @@ IGNORE_INDEX = -100
 
 
 @dataclass
-class FlexiCodecAROutput(ModelOutput):
+class FlexiCodecAROutput(CausalLMOutputWithPast):
     """
     Output of [`FlexiCodecARForConditionalGeneration`].
 
@@ -46,8 +47,8 @@ class FlexiCodecAROutput(ModelOutput):
             Scores of the next token: the semantic codes and end of speech.
         duration_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_durations)`):
             Scores of the duration, in codec frames, of the speech token at the same position.
-        past_key_values (`Cache`, *optional*, returned when `use_cache=True`):
-            Keys and values of the language model.
+        cache (`Cache`, *optional*, returned when `use_cache=True`):
+            Keys and values of the language model; `past_key_values` before transformers 5.24.
         token_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
             Mean cross-entropy of the tokens in `labels`.
         duration_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `duration_labels` is given):
@@ -56,14 +57,9 @@ class FlexiCodecAROutput(ModelOutput):
             Of the language model's blocks, as usual.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     duration_logits: Tensor | None = None
-    past_key_values: Cache | None = None
     token_loss: Tensor | None = None
     duration_loss: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 def eager_attention_forward(
@@ -110,18 +106,19 @@ class FlexiCodecARAttention(nn.Module):
         """Sinusoids of the distances, of shape `(length, hidden_size)`, to keys `(num_heads, length, head_dim)`."""
         return self._split_heads(self.relative_k_proj(sinusoids)[None])[0]
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         relative_keys: Tensor,
         distances: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = map(self._split_heads, self.qkv_proj(hidden_states).chunk(3, dim=-1))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -191,21 +188,21 @@ class FlexiCodecARTransformer(nn.Module):
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         relative_keys: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         length = inputs_embeds.shape[1]
         offset: int | Tensor = 0
         key_length = length
-        if past_key_values is not None:
-            offset = past_key_values.get_seq_length()
-            key_length, _ = past_key_values.get_mask_sizes(length, 0)
+        if cache is not None:
+            offset = cache.get_seq_length()
+            key_length, _ = cache.get_mask_sizes(length, 0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
         )
         if relative_keys is None:
             relative_keys = self.relative_keys(key_length)
@@ -220,7 +217,7 @@ class FlexiCodecARTransformer(nn.Module):
                 keys,
                 distances,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         return self.norm(hidden_states)
@@ -275,7 +272,7 @@ class FlexiCodecARPreTrainedModel(PreTrainedModel):
     input_modalities = ("text", "audio")
     supports_gradient_checkpointing = True
     _no_split_modules = ("FlexiCodecARLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE,)
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -324,6 +321,7 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.speech_embedding
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -331,7 +329,7 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
         input_ids: Tensor,
         token_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         encode_text: bool = True,
         relative_keys: Tensor | None = None,
@@ -347,28 +345,26 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
                 last cached token. All 0 when left out, right for a stream with at most one speech token.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for ids, 0 for padding.
-            past_key_values (`Cache`, *optional*):
-                Keys and values of the stream so far.
+            cache (`Cache`, *optional*):
+                Keys and values of the stream so far; also taken as `past_key_values`.
             use_cache (`bool`, *optional*):
-                Whether to return `past_key_values`.
+                Whether to return `cache`.
             encode_text (`bool`, *optional*, defaults to `True`):
                 Whether `input_ids` may hold text. Generation turns it off after the prompt, so that the text encoder
                 does not run again.
             relative_keys (`torch.Tensor` of shape `(num_layers, num_heads, n, head_dim)`, *optional*):
                 [`FlexiCodecARTransformer.relative_keys`] of the decoder, for a compiled step that cannot keep them.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden_states = self.decoder(
             self._embed(input_ids, token_lengths, encode_text),
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             relative_keys=relative_keys,
             **kwargs,
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache if use_cache else None})
 
     def _embed(self, input_ids: Tensor, token_lengths: Tensor | None, encode_text: bool) -> Tensor:
         num_codes = self.config.speech_vocab_size
@@ -429,7 +425,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         input_ids: Tensor,
         token_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         duration_labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -440,7 +436,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
     ) -> FlexiCodecAROutput:
         """
         Args:
-            input_ids, token_lengths, attention_mask, past_key_values, use_cache, encode_text, relative_keys:
+            input_ids, token_lengths, attention_mask, cache, use_cache, encode_text, relative_keys:
                 As in [`FlexiCodecARModel.forward`].
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 `input_ids` where they are speech or end of speech, -100 elsewhere. They are shifted inside: the output
@@ -454,7 +450,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             input_ids=input_ids,
             token_lengths=token_lengths,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             encode_text=encode_text,
             relative_keys=relative_keys,
@@ -473,11 +469,11 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             loss=loss,
             logits=logits,
             duration_logits=duration_logits,
-            past_key_values=outputs.past_key_values,
             token_loss=token_loss,
             duration_loss=duration_loss,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

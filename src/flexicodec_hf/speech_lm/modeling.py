@@ -25,6 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from ..compatibility_flexicodec import CACHE, takes_cache
 from ..generation_flexicodec_ar import DurationSampler
 from .vocabulary import IGNORE_INDEX, FlexiCodecSpeechVocabulary
 
@@ -45,7 +46,7 @@ class SpeechLMOutput(CausalLMOutputWithPast):
             Scores of the token that follows each position.
         duration_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, max_frames_per_token)`):
             Scores of the duration of the token at each position: entry `i` is for `i + 1` frames.
-        past_key_values, hidden_states, attentions (*optional*):
+        cache, hidden_states, attentions (*optional*):
             As usual.
     """
 
@@ -63,7 +64,7 @@ class SpeechLMGenerateOutput(GenerateDecoderOnlyOutput):
         token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
             Durations in frames where `sequences` are codes, 0 elsewhere, and 0 for a code at the very end that the model
             did not go on from (`vocabulary.repair` leaves it out).
-        scores, logits, attentions, hidden_states, past_key_values (*optional*):
+        scores, logits, attentions, hidden_states, cache (*optional*):
             As usual.
     """
 
@@ -99,13 +100,14 @@ class DurationLMMixin(GenerationMixin):
         first = speech["first_code_id"]
         return (input_ids >= first) & (input_ids < first + speech["codebook_size"])
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor,
         token_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         duration_labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -126,7 +128,7 @@ class DurationLMMixin(GenerationMixin):
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 What the sum of the losses is divided by: `Trainer` passes the number of labels in all of its
                 accumulation steps. By default the number of labels here.
-            attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, kwargs: For the language model.
+            attention_mask, position_ids, cache, use_cache, logits_to_keep, kwargs: For the language model.
         """
         embeds = self.get_input_embeddings()(input_ids)
         if token_lengths is not None:
@@ -140,12 +142,11 @@ class DurationLMMixin(GenerationMixin):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             output_hidden_states=True,
-            **kwargs | {"return_dict": True},
+            **kwargs | {"return_dict": True, CACHE: cache},
         )
         duration_logits = self.duration_head(output.hidden_states[-1][:, -output.logits.shape[1] :])
 
@@ -160,9 +161,9 @@ class DurationLMMixin(GenerationMixin):
             loss=loss,
             logits=output.logits,
             duration_logits=duration_logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states if wanted else None,
             attentions=output.attentions,
+            **{CACHE: getattr(output, CACHE)},
         )
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+../../../src/flexicodec_hf/compatibility_flexicodec.py
