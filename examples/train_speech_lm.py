@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from flexicodec_hf.audio import write_audio
+from flexicodec_hf.audio_flexicodec import write_audio
 from flexicodec_hf.speech_lm import FlexiCodecSpeechVocabulary, SpeechTextCollator, duration_lm_class
 
 

@@ -17,7 +17,7 @@ from flexicodec_hf import (
     FlexiCodecTTSProcessor,
     save_repository,
 )
-from flexicodec_hf.audio import read_audio
+from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion.ar import convert_ar
 from flexicodec_hf.conversion.codec import convert_codec
 from flexicodec_hf.conversion.nar import convert_vocoder, convert_voicebox

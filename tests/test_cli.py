@@ -12,7 +12,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 import flexicodec_hf
 from conftest import AUDIO, assert_close
-from flexicodec_hf.audio import AudioClip
+from flexicodec_hf.audio_flexicodec import AudioClip
 from flexicodec_hf.cli import main
 from flexicodec_hf.cli.common import load_codec_config
 from flexicodec_hf.cli.runner import CodecRunner

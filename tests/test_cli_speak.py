@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from conftest import AUDIO
 from flexicodec_hf import FlexiCodecTTSPipeline
-from flexicodec_hf.audio import read_audio
+from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.cli import main, speak
 from flexicodec_hf.cli.common import CommandError
 

@@ -17,7 +17,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 import flexicodec_hf
 from conftest import AUDIO, assert_close
-from flexicodec_hf.audio import read_audio
+from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.cli import main
 from flexicodec_hf.corpus import CorpusError, load_corpus, sources, tokenization, tokenize_corpus
 from flexicodec_hf.corpus.sources import Columns, prepare, read_stream, read_table

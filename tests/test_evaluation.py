@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from conftest import AUDIO
-from flexicodec_hf.audio import AudioError, read_audio
+from flexicodec_hf.audio_flexicodec import AudioError, read_audio
 from flexicodec_hf.cli import main
 from flexicodec_hf.evaluation import (
     CodecReconstruction,

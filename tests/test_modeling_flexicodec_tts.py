@@ -29,7 +29,7 @@ from flexicodec_hf import (
     FlexiCodecVoiceboxModel,
     save_repository,
 )
-from flexicodec_hf.audio import read_audio
+from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxSampleOutput
 
 

@@ -13,7 +13,7 @@ from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer
 
 from conftest import AUDIO, assert_close, byte_tokenizer
 from flexicodec_hf import FlexiCodecFeatureExtractor, FlexiCodecMelFeatureExtractor, FlexiCodecTTSProcessor
-from flexicodec_hf.audio import AudioError, read_audio, resample
+from flexicodec_hf.audio_flexicodec import AudioError, read_audio, resample
 from flexicodec_hf.modeling_flexicodec_tts import FlexiCodecTTSOutput, SamplingRate
 from flexicodec_hf.text_flexicodec import encode_text
 

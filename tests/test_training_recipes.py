@@ -18,7 +18,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
-from flexicodec_hf.audio import read_audio
+from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion.checkpoint import CheckpointError
 from flexicodec_hf.conversion.codec import convert_codec
 

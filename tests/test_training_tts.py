@@ -24,7 +24,7 @@ from flexicodec_hf import (
     FlexiCodecVoiceboxConfig,
     FlexiCodecVoiceboxModel,
 )
-from flexicodec_hf.audio import read_audio, write_audio
+from flexicodec_hf.audio_flexicodec import read_audio, write_audio
 from flexicodec_hf.text_flexicodec import encode_text
 from flexicodec_hf.training.data import load_speech
 from flexicodec_hf.training.tts import (

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conftest import AUDIO, byte_tokenizer
 from flexicodec_hf import FlexiCodecFeatureExtractor, FlexiCodecModel
-from flexicodec_hf.audio import read_audio
+from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.speech_lm import FlexiCodecSpeechVocabulary, MalformedSpeechError
 
 

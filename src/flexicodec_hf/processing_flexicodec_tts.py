@@ -14,7 +14,7 @@ from transformers.audio_utils import load_audio
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .audio import read_audio, resample, write_audio
+from .audio_flexicodec import read_audio, resample, write_audio
 from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
 from .text_flexicodec import language_token_id, prepare_text
 

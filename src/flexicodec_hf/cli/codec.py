@@ -168,7 +168,7 @@ class Totals:
 
 def run_reconstruct(args: argparse.Namespace) -> int:
     """`reconstruct IN OUT`; returns the exit status."""
-    from ..audio import read_audio, write_audio
+    from ..audio_flexicodec import read_audio, write_audio
 
     check_output(args)
     config = _codec_config(args)
@@ -187,7 +187,7 @@ def run_reconstruct(args: argparse.Namespace) -> int:
 
 def run_encode(args: argparse.Namespace) -> int:
     """`encode IN... -o DIR`; returns the exit status."""
-    from ..audio import audio_seconds, read_audio
+    from ..audio_flexicodec import audio_seconds, read_audio
     from .runner import encode_settings
     from .tokens import read_settings
 
@@ -222,7 +222,7 @@ def run_encode(args: argparse.Namespace) -> int:
 
 def run_decode(args: argparse.Namespace) -> int:
     """`decode FILE... -o DIR`; returns the exit status."""
-    from ..audio import write_audio
+    from ..audio_flexicodec import write_audio
     from .tokens import parquet_rows, read_tokens
 
     totals = Totals()
@@ -369,7 +369,7 @@ def _run_batch(
 
 def _notes(runner: CodecRunner, item: Any) -> list[str]:
     """What was done to an item that its user did not ask for."""
-    from ..audio import AudioClip
+    from ..audio_flexicodec import AudioClip
 
     if isinstance(item, AudioClip):
         notes = item.changes

@@ -107,7 +107,7 @@ def choose_device(args: argparse.Namespace) -> str:
 
 def check_output(args: argparse.Namespace) -> None:
     """Whether the audio file `args.output` can be written: its format, its directory, and that it is not there."""
-    from ..audio import AudioError, check_audio_format
+    from ..audio_flexicodec import AudioError, check_audio_format
 
     try:
         check_audio_format(args.output)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import __version__
-from ..audio import AudioClip
+from ..audio_flexicodec import AudioClip
 from ..configuration_flexicodec import FlexiCodecConfig
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel

@@ -163,7 +163,7 @@ def run_speak(args: argparse.Namespace) -> int:
 
 def run_convert_voice(args: argparse.Namespace) -> int:
     """`convert-voice SOURCE REFERENCE -o OUT`; returns the exit status."""
-    from ..audio import audio_seconds
+    from ..audio_flexicodec import audio_seconds
 
     check_output(args)
     options = _given(args, "merging_threshold", "seed", "num_inference_steps", "guidance_scale")

@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from tqdm import tqdm
 
-from ..audio import AudioClip, AudioError, audio_seconds, read_audio
+from ..audio_flexicodec import AudioClip, AudioError, audio_seconds, read_audio
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from .shards import (

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from transformers import pipeline
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from ..audio import resample
+from ..audio_flexicodec import resample
 from .common import SAMPLING_RATE, EvaluationError, require
 
 

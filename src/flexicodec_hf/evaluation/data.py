@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from ..audio import AudioError, read_audio, resample
+from ..audio_flexicodec import AudioError, read_audio, resample
 from .common import SAMPLING_RATE, EvaluationError, require
 
 

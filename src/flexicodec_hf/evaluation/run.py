@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from ..audio import AudioError
+from ..audio_flexicodec import AudioError
 from . import metrics
 from .asr import Normalizer, Recognizer
 from .common import SAMPLING_RATE, EvaluationError, require

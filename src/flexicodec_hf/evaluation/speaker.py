@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
-from ..audio import resample
+from ..audio_flexicodec import resample
 from .common import SAMPLING_RATE, EvaluationError, require
 
 

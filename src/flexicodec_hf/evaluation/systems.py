@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from ..audio import resample
+from ..audio_flexicodec import resample
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from .common import SAMPLING_RATE, EvaluationError

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from ..audio import resample
+from ..audio_flexicodec import resample
 
 
 # Examples that a streamed dataset holds back to shuffle them.

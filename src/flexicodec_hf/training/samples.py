@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..audio import write_audio
+from ..audio_flexicodec import write_audio
 from .losses import magnitudes
 
 

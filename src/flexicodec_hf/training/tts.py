@@ -36,7 +36,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..audio import resample
+from ..audio_flexicodec import resample
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import IGNORE_INDEX, FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel

@@ -3,7 +3,14 @@ import pytest
 import soundfile
 
 from conftest import AUDIO
-from flexicodec_hf.audio import AudioError, audio_seconds, check_audio_format, read_audio, resample, write_audio
+from flexicodec_hf.audio_flexicodec import (
+    AudioError,
+    audio_seconds,
+    check_audio_format,
+    read_audio,
+    resample,
+    write_audio,
+)
 
 
 RATE = 16_000
@@ -30,7 +37,7 @@ def test_channels_are_averaged_and_the_rate_changed():
 
 
 def test_channels_are_averaged_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("flexicodec_hf.audio._BLOCK", 1000)
+    monkeypatch.setattr("flexicodec_hf.audio_flexicodec._BLOCK", 1000)
     samples = np.linspace(-0.5, 0.5, 3 * 2500, dtype=np.float32).reshape(2500, 3)
     soundfile.write(tmp_path / "three.wav", samples, RATE, subtype="FLOAT")
     np.testing.assert_allclose(read_audio(tmp_path / "three.wav", RATE).waveform, samples.mean(axis=1), atol=1e-7)

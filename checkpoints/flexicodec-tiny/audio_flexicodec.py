@@ -1,0 +1,1 @@
+../../src/flexicodec_hf/audio_flexicodec.py
