@@ -22,6 +22,8 @@ from .metrics import SAMPLING_RATE
 # How labels name each way to choose the token rate.
 _RATE_NAMES = {"merging_threshold": "threshold", "target_frame_rate": "rate", "fixed_frame_rate": "fixed rate"}
 
+Synthesizer = Callable[..., Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -89,7 +91,7 @@ class CodecReconstruction:
     Args:
         codec: The model, on its device.
         feature_extractor: Its feature extractor.
-        merging_threshold: Cosine similarity above which frames are merged. By default the model's, if no rate is given.
+        merging_threshold: Cosine similarity above which frames are merged. By default the model's, without a rate.
         target_frame_rate: Average number of tokens per second; a threshold is chosen for each clip.
         fixed_frame_rate: For comparison, downsample at a fixed rate: this many tokens per second, whatever the
             similarities, with lengths as even as whole frames allow. These tokens need no bits for their length.
@@ -173,13 +175,7 @@ class TextToSpeech:
         options: Passed on to each call, such as `forward_params={"merging_threshold": 0.91}`.
     """
 
-    def __init__(
-        self,
-        synthesizer: Callable[..., Mapping[str, Any]],
-        label: str = "text-to-speech",
-        seed: int = 0,
-        **options: Any,
-    ):
+    def __init__(self, synthesizer: Synthesizer, label: str = "text-to-speech", seed: int = 0, **options: Any):
         self.label = label
         self.settings: Mapping[str, Any] = {"seed": seed, **options}
         self._synthesizer, self._seed, self._options = synthesizer, seed, options
