@@ -511,6 +511,14 @@ def test_a_row_cut_inside_a_character_is_measured_again(folder, tmp_path):
     assert [json.loads(line) for line in part.read_text().splitlines()] == expected.rows
 
 
+def test_clips_of_one_name_are_measured_each(folder, tmp_path):
+    clips = [row | {"id": "same.wav", "text": None} for row in load_rows(folder)[:2]]
+    louder = Louder()
+    report = evaluate(clips, [louder], Evaluator(["mel"]), tmp_path / "results")
+    assert louder.clips == [row["clip"] for row in report.rows] == ["same.wav", "same.wav (000001)"]
+    assert report.rows[0]["seconds"] != report.rows[1]["seconds"]
+
+
 def test_silence_of_text_to_speech_counts_as_errors_and_takes_no_time(asr):
     evaluator = Evaluator(["wer"], load_recognizer(str(asr)), load_normalizer("en", (str(asr),)))
     silent = TextToSpeech(lambda text: {"audio": np.zeros((1, 0), dtype=np.float32), "sampling_rate": 24_000})

@@ -49,11 +49,7 @@ def add_commands(commands: Any) -> None:
     add("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
     add("--split", metavar="NAME", help="split of a dataset (default: test, or the only one)")
     add("--streaming", action="store_true", help="do not download the dataset first")
-    add(
-        "--audio-column",
-        metavar="NAME",
-        help="default: audio, file_name, path, file or audio_filepath",
-    )
+    add("--audio-column", metavar="NAME", help="default: audio, file_name, path, file or audio_filepath")
     add("--text-column", metavar="NAME", help="default: text, transcription, transcript, sentence, ...")
     add("--limit", type=positive_int, metavar="N", help="only the first N clips")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,10 +146,14 @@ def evaluate(
 
     rows: list[tuple[int, int, Row]] = []
     failed: list[str] = []
-    mine = itertools.islice(enumerate(dataset), state.process_index, None, state.num_processes)
-    total = -(-len(dataset) // state.num_processes) if isinstance(dataset, Sized) else None
-    for index, item in tqdm(mine, total=total, unit="clip", disable=None if state.is_main_process else True):
+    names: set[str] = set()
+    for index, item in enumerate(tqdm(dataset, unit="clip", disable=None if state.is_main_process else True)):
         name, text = str(item.get("id") or f"{index:06d}"), item.get("text") or None
+        if name in names:  # ids may be file names, without their folders
+            name = f"{name} ({index:06d})"
+        names.add(name)
+        if index % state.num_processes != state.process_index:
+            continue
         done = results.of(name, text)
         missing = [method for method in methods if method.label not in done]
         try:
