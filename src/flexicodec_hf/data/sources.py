@@ -235,9 +235,7 @@ def standard_columns(
     text = text_column or next((name for name in TEXT_NAMES if _has(features, name)), None)
     id = id_column or next((name for name in ID_NAMES if name in features), None)
     if audio is None and text is None:
-        raise DataError(
-            f"there is no column of audio or text among {list(features)}: pass `audio_column` or `text_column`."
-        )
+        raise DataError(_nothing_in(features))
     # A field of a column is copied, a column renamed. What has the name already makes room.
     field = text if text is not None and text not in features else None
     for role, name in (("audio", audio), ("text", text), ("id", id)):
@@ -247,6 +245,10 @@ def standard_columns(
             if name != field:
                 dataset = dataset.rename_column(name, role)
     return _with_computed_columns(dataset, field)
+
+
+def _nothing_in(columns: Iterable[str]) -> str:
+    return f"there is no column of audio or text among {list(columns)}: pass `audio_column` or `text_column`."
 
 
 def _with_features(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -276,16 +278,16 @@ def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def _find_audio(features: Features) -> str | None:
-    structs = [name for name in features if _is_audio(features, name) and name != "reference_audio"]
+    structs = [name for name in features if is_audio(features[name]) and name != "reference_audio"]
     if len(structs) > 1 and "audio" not in structs:
         raise DataError(f"which column holds the audio? Pass one of {structs} as `audio_column`.")
     names = structs if len(structs) == 1 else [name for name in AUDIO_NAMES if name in features]
     return names[0] if names else None
 
 
-def _is_audio(features: Features, name: str) -> bool:
-    kind = features[name]
-    return isinstance(kind, dict) and kind.keys() == UNDECODED.keys()
+def is_audio(feature: Any) -> bool:
+    """Whether a column of this type holds undecoded audio."""
+    return isinstance(feature, dict) and feature.keys() == UNDECODED.keys()
 
 
 def _has(features: Features, name: str) -> bool:
@@ -299,26 +301,22 @@ def _with_computed_columns(dataset: Dataset | IterableDataset, field: str | None
     """Paths become entries of audio, texts and ids strings, and ids that are missing are made of the paths."""
     features = dataset.features
     types: dict[str, Any] = {}
-    for name in ("audio", "reference_audio"):
-        if not (name in features and _is_audio(features, name)) and (name == "audio" or name in features):
-            types[name] = UNDECODED
-    for name in ("text", "id"):
-        if features.get(name) != Value("string") and (name == "id" or name in features or field):
-            types[name] = Value("string")
+    for name, kind, needed in (
+        ("audio", UNDECODED, True),
+        ("reference_audio", UNDECODED, False),
+        ("text", Value("string"), field is not None),
+        ("id", Value("string"), True),
+    ):
+        if features[name] != kind if name in features else needed:
+            types[name] = kind
     if not types:
         return dataset
     computed = partial(_computed, names=tuple(types), field=field)
     if isinstance(dataset, IterableDataset):
-        return (
-            dataset.with_format("arrow")
-            .map(
-                partial(_append, features=features, computed=computed),
-                batched=True,
-                batch_size=1,
-                features=Features({**features, **types}),
-            )
-            .with_format(None)
-        )
+        append = partial(_append, features=features, computed=computed)
+        dataset = dataset.with_format("arrow")
+        dataset = dataset.map(append, batched=True, batch_size=1, features=Features({**features, **types}))
+        return dataset.with_format(None)
     columns = computed(dataset.with_format("arrow")[:])
     dataset = dataset.remove_columns([name for name in types if name in features])
     for name, column in columns.items():
@@ -343,16 +341,13 @@ def _computed(table: pa.Table, names: Iterable[str], field: str | None) -> dict[
             columns[name] = _audio_entries(paths)
         elif name == "text" and field is not None:
             column, _, entry = field.partition(".")
-            columns[name] = pc.struct_field(table[column], [entry]).cast(pa.string())
+            columns[name] = pc.struct_field(table[column].combine_chunks(), [entry]).cast(pa.string())
         elif name in table.column_names:
-            columns[name] = table[name].cast(pa.string())
+            columns[name] = table[name].cast(pa.string()).combine_chunks()
         else:
-            audio = columns.get("audio", table["audio"] if "audio" in table.column_names else None)
+            audio = columns["audio"] if "audio" in columns else table["audio"]
             columns[name] = pa.array(map(_name_of, _paths(audio)), pa.string())
-    return {
-        name: column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        for name, column in columns.items()
-    }
+    return columns
 
 
 def _audio_entries(paths: Iterable[str | None]) -> pa.StructArray:
@@ -441,9 +436,15 @@ def _load_files(
     else:
         return None
 
-    tables = [_described(table, files, audio_column, id_column) for table in files.metadata]
+    tables = [_described(table, files, audio_column, text_column, id_column) for table in files.metadata]
     audio = audio_column or "audio"
-    named = {path for table in tables if audio in table.column_names for path in _paths(table[audio])}
+    named = {
+        path
+        for table in tables
+        for column in (audio, "reference_audio")
+        if column in table.column_names
+        for path in _paths(table[column])
+    }
     others = [name for name in files.audio if os.path.join(files.folder, name) not in named]
     if others:
         id = id_column or next((name for name in ID_NAMES for table in tables if name in table.column_names), "id")
@@ -453,7 +454,7 @@ def _load_files(
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(f"{path}: the metadata of its subfolders do not fit together: {error}") from error
-    if files.texts:
+    if files.texts and audio in table.column_names:
         text = text_column or next((name for name in TEXT_NAMES if name in table.column_names), "text")
         table = _with_texts_beside(table, files.texts, audio, text)
     return {name: Dataset(table, info=DatasetInfo(features=Features.from_arrow_schema(table.schema)))}
@@ -470,13 +471,17 @@ def _with_texts_beside(table: pa.Table, files: set[str], audio: str, text: str) 
     return table.append_column(text, pa.array(texts))
 
 
-def _described(path: Path, files: _Files, audio_column: str | None, id_column: str | None) -> pa.Table:
+def _described(
+    path: Path, files: _Files, audio_column: str | None, text_column: str | None, id_column: str | None
+) -> pa.Table:
     """A table with entries of audio instead of paths, and with ids."""
     table = read_table(path)
     inside = path.parent.relative_to(files.folder).as_posix()
     audio = audio_column or next((name for name in AUDIO_NAMES if name in table.column_names), None)
     if audio is not None and audio not in table.column_names:
         raise DataError(f"{path}: there is no column {audio!r} among {table.column_names}.")
+    if audio is None and len(table) and not {text_column, *TEXT_NAMES} & {*table.column_names}:
+        raise DataError(f"{path}: {_nothing_in(table.column_names)}")
     for column in (audio, "reference_audio"):
         if column not in table.column_names:
             continue
