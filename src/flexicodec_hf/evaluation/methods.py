@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from ..audio_flexicodec import resample
+from ..data.runner import chunk_length
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from .metrics import SAMPLING_RATE
@@ -143,8 +144,7 @@ class CodecReconstruction:
         waveform, codec = clip.waveform, self._codec
         if waveform is None:
             return None
-        long = self._chunk_length_s is not None and len(waveform) > 2 * self._chunk_length_s * SAMPLING_RATE
-        chunk_length_s = self._chunk_length_s if long else None
+        chunk_length_s = chunk_length(len(waveform) / SAMPLING_RATE, self._chunk_length_s)
         start = time.perf_counter()
         inputs = self._feature_extractor(
             waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=codec.device
