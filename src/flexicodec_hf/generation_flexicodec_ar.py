@@ -11,13 +11,12 @@ text-to-speech model needs.
 
 These private names of transformers (5.17 to 5.24) are overridden or set. All else goes through public arguments.
 
-| name | why |
-| --- | --- |
-| `_supported_generation_modes` | Beam search and assisted decoding reorder or withdraw tokens without their durations. |
-| `_update_model_kwargs_for_generation` | The only hook between two steps: here a duration is picked. |
-| `_get_logits_processor` | Processors passed by `logits_processor` run before temperature and top-k; a draw per row must come after them. Stock processors must see scores for text ids. |
-| `CompileConfig._compile_all_devices` | Otherwise the loop ignores `compile_config` on a CPU. |
-"""  # noqa: E501
+- `_supported_generation_modes`: beam search and assisted decoding reorder or withdraw tokens without their durations.
+- `_update_model_kwargs_for_generation`: the only hook between two steps; here a duration is picked.
+- `_get_logits_processor`: processors passed by `logits_processor` run before temperature and top-k, but a draw per row
+  must come after them; and stock processors must see scores for the text ids of the prompt.
+- `CompileConfig._compile_all_devices`: otherwise the loop ignores `compile_config` on a CPU.
+"""
 
 import copy
 import math
