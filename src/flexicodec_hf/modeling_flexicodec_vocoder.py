@@ -40,9 +40,7 @@ class FlexiCodecVocoderConvNeXtBlock(GradientCheckpointingLayer):
     def __init__(self, config: FlexiCodecVocoderConfig):
         super().__init__()
         size = config.hidden_size
-        self.depthwise_conv = nn.Conv1d(
-            size, size, config.kernel_size, padding=config.kernel_size // 2, groups=size
-        )
+        self.depthwise_conv = nn.Conv1d(size, size, config.kernel_size, padding=config.kernel_size // 2, groups=size)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.up_proj = nn.Linear(size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
