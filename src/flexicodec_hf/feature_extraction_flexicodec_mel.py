@@ -136,7 +136,7 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
                 f"Clip {item} of `raw_speech` has {len(clip)} samples, but must have more than {overhang} "
                 f"({1000 * overhang / self.sampling_rate:.0f} ms): its ends are reflected."
             )
-        # As in the reference: flexicodec 0.1.2, nar_tts/melspec.py, lines 73 to 100 and 13 to 27.
+        # As in the reference: flexicodec 0.1.2, nar_tts/melspec.py, lines 73 to 100 and 21 to 22.
         reflected = F.pad(clip[None], (overhang, overhang), mode="reflect")[0]
         window = torch.hann_window(self.n_fft)
         spectrum = torch.stft(reflected, self.n_fft, self.hop_length, window=window, center=False, return_complex=True)

@@ -2,7 +2,8 @@
 
 from .collators import SpeechChatCollator, SpeechTextCollator
 from .modeling import DurationLMMixin, duration_lm_class
-from .vocabulary import FlexiCodecSpeechVocabulary, MalformedSpeechError
+from .tokens import MalformedSpeechError
+from .vocabulary import FlexiCodecSpeechVocabulary
 
 
 __all__ = [
