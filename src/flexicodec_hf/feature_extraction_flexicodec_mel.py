@@ -18,8 +18,8 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
     r"""
     Waveforms to normalized log mel spectrograms.
 
-    Each clip is computed on its own, so its frames do not depend on the batch. A clip of N samples has N // `hop_length`
-    frames.
+    Each clip is computed on its own, so its frames do not depend on the batch. A clip of N samples
+    has N // `hop_length` frames.
 
     Args:
         feature_size (`int`, *optional*, defaults to 128):
@@ -82,9 +82,11 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
             raw_speech (`np.ndarray`, `torch.Tensor`, `list[float]`, or a list of such clips):
                 Mono waveforms in [-1, 1], each one-dimensional.
             sampling_rate (`int`, *optional*):
-                Their sampling rate in Hz. It must be the one of the extractor, so that a wrong rate is an error.
+                Their sampling rate in Hz. It must be the one of the extractor, so that a wrong rate
+                is an error.
             padding (`bool` or `str`, *optional*, defaults to `True`):
-                `True` or `"longest"` pads to the longest clip, `"max_length"` to `max_length`, `False` not at all.
+                `True` or `"longest"` pads to the longest clip, `"max_length"` to `max_length`,
+                `False` not at all.
             max_length (`int`, *optional*):
                 Length to pad to, in frames.
             pad_to_multiple_of (`int`, *optional*):
@@ -93,16 +95,16 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
                 `"pt"` or `"np"`.
 
         Returns:
-            [`BatchFeature`]: `mel` of shape `(batch_size, num_frames, feature_size)` in float32, and `mel_mask` of shape
-            `(batch_size, num_frames)`, 1 for frames and 0 for padding.
+            [`BatchFeature`]: `mel` of shape `(batch_size, num_frames, feature_size)` in float32,
+            and `mel_mask` of shape `(batch_size, num_frames)`, 1 for frames and 0 for padding.
 
         Raises:
             ValueError: A different sampling rate, or a clip that is not mono or shorter than 30 ms.
         """
         if sampling_rate is None:
             logger.warning_once(
-                f"`sampling_rate` was not given, so the clips are assumed to be at {self.sampling_rate} Hz. Pass it to turn "
-                "a wrong rate into an error."
+                f"`sampling_rate` was not given, so {self.sampling_rate} Hz are assumed. Pass it to "
+                "turn a wrong rate into an error."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(

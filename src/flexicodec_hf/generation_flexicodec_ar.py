@@ -1,20 +1,23 @@
 """
 Generation of speech tokens that each last a number of codec frames.
 
-The stock `generate` of transformers writes the tokens. The output at a token scores the token's own duration and the
-token that follows, and the duration goes into the input of that next token, as in the reference (flexicodec 0.1.2,
-ar_tts/modeling_artts.py, lines 553 to 632). So durations travel among the keyword arguments of the loop: one is picked
-after each step and fed to the next.
+The stock `generate` of transformers writes the tokens. The output at a token scores the token's own
+duration and the token that follows, and the duration goes into the input of that next token, as in
+the reference (flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 553 to 632). So durations travel
+among the keyword arguments of the loop: one is picked after each step and fed to the next.
 
-[`DurationMixin`] does this for every model with a duration head, [`FlexiCodecARGenerationMixin`] adds what only the
-text-to-speech model needs.
+[`DurationMixin`] does this for every model with a duration head, [`FlexiCodecARGenerationMixin`]
+adds what only the text-to-speech model needs.
 
-These private names of transformers (5.17 to 5.24) are overridden or set. All else goes through public arguments.
+These private names of transformers (5.17 to 5.24) are overridden or set. All else goes through
+public arguments.
 
-- `_supported_generation_modes`: beam search and assisted decoding reorder or withdraw tokens without their durations.
+- `_supported_generation_modes`: beam search and assisted decoding reorder or withdraw tokens
+  without their durations.
 - `_update_model_kwargs_for_generation`: the only hook between two steps; here a duration is picked.
-- `_get_logits_processor`: processors passed by `logits_processor` run before temperature and top-k, but a draw per row
-  must come after them; and stock processors must see scores for the text ids of the prompt.
+- `_get_logits_processor`: processors passed by `logits_processor` run before temperature and top-k,
+  but a draw per row must come after them; and stock processors must see scores for the text ids of
+  the prompt.
 - `CompileConfig._compile_all_devices`: otherwise the loop ignores `compile_config` on a CPU.
 """
 
@@ -59,7 +62,8 @@ LIMIT_DEFAULTS = {"min_token_text_ratio": 0.0, "max_token_text_ratio": 20.0}
 
 # Marks the duration of a token that was generated but not yet read by the model.
 _UNKNOWN = -1
-# Relative keys are projected for a multiple of this length, so a growing sequence needs few projections.
+# Relative keys are projected for a multiple of this length, so a growing sequence needs few
+# projections.
 _KEY_BLOCK = 256
 
 
@@ -75,11 +79,13 @@ class FlexiCodecGenerateOutput(GenerateDecoderOnlyOutput):
             Codec frames that each speech token of `sequences` lasts, 0 elsewhere.
         scores, logits (`tuple[torch.FloatTensor]`, *optional*):
             For each step, scores of shape `(batch_size, vocab_size)`, after and before processing.
-        duration_scores, duration_logits (`tuple[torch.FloatTensor]`, *optional*, with `output_scores` and `output_logits`):
-            Scores of shape `(batch_size, num_durations)`, after and before processing. Entry `i` belongs to the `i`-th
-            new token; there is none for a last token that the model did not read.
+        duration_scores, duration_logits (`tuple[torch.FloatTensor]`, *optional*):
+            Scores of shape `(batch_size, num_durations)`, after and before processing. Entry `i`
+            belongs to the `i`-th new token; there is none for a last token that the model did not
+            read.
         attentions, hidden_states, cache (*optional*):
-            As in [`~generation.GenerateDecoderOnlyOutput`]; `cache` is `past_key_values` before transformers 5.24.
+            As in [`~generation.GenerateDecoderOnlyOutput`]; `cache` is `past_key_values` before
+            transformers 5.24.
     """
 
     token_lengths: Tensor | None = None
@@ -89,7 +95,10 @@ class FlexiCodecGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class RowSampler:
-    """Draws for each row of a batch with the row's own generator, so that one row's draws never affect another row."""
+    """
+    Draws for each row of a batch with the row's own generator, so that one row's draws never affect
+    another row.
+    """
 
     generators: torch.Generator | list[torch.Generator]
 
@@ -100,7 +109,7 @@ class RowSampler:
             generators = [generators] * len(scores)
         if len(generators) != len(scores):
             raise ValueError(
-                f"`generator` holds {len(generators)} generators for {len(scores)} rows: pass one, or one for each row."
+                f"`generator` holds {len(generators)} generators for {len(scores)} rows: pass one, or one for each."
             )
         # In (0, 1], so that a choice of probability 0 is never drawn.
         draws = [1 - torch.rand(1, generator=generator, device=generator.device).cpu() for generator in generators]
@@ -120,7 +129,8 @@ class DurationSampler:
         processors: Temperature and top-k of the durations.
         row_sampler: Draws with generators; without one, PyTorch's global generator is used.
         logits, scores: What was picked from, before and after processing, one entry for each pick.
-        model_kwargs: The keyword arguments of the loop after its last step, which the loop does not return.
+        model_kwargs: The keyword arguments of the loop after its last step, which the loop does not
+            return.
     """
 
     prompt_length: int
@@ -172,17 +182,19 @@ class DurationMixin(GenerationMixin):
     """
     `generate` for models whose tokens last a number of codec frames.
 
-    A model's `forward` takes `token_lengths` beside `input_ids`, possibly with one more column in front, and returns
-    `duration_logits`: the output at a token scores that token's duration.
+    A model's `forward` takes `token_lengths` beside `input_ids`, possibly with one more column in
+    front, and returns `duration_logits`: the output at a token scores that token's duration.
     """
 
     # Frames of class 0 of `duration_logits`.
     duration_offset = 0
-    # Whether the model reads the last token once more for its duration. Otherwise its duration stays 0.
+    # Whether the model reads the last token once more for its duration. Otherwise its duration
+    # stays 0.
     reads_last_token = False
 
     # ******** FlexiCodec specific ********
-    # Beam search and assisted decoding reorder or withdraw tokens, and the durations would not follow.
+    # Beam search and assisted decoding reorder or withdraw tokens, and the durations would not
+    # follow.
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     # *************************************
 
@@ -208,23 +220,25 @@ class DurationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*):
                 Settings of this call. It may hold the duration settings below, too.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the random numbers instead of PyTorch's global one: one generator for all rows, or one for
-                each row. With one for each, a row does not depend on its batch. `scores` then show only the drawn
-                token.
+                Source of the random numbers instead of PyTorch's global one: one generator for all
+                rows, or one for each row. With one for each, a row does not depend on its batch.
+                `scores` then show only the drawn token.
             token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Codec frames of the prompt's speech tokens, 0 elsewhere. Required if the prompt holds speech tokens.
+                Codec frames of the prompt's speech tokens, 0 elsewhere. Required if the prompt
+                holds speech tokens.
             duration_temperature (`float`, *optional*, defaults to 1.0):
                 Temperature of the durations.
             duration_top_k (`int`, *optional*, defaults to 1):
-                How many durations to draw from: 1 takes the most likely one, 0 draws from all. Without `do_sample`
-                the most likely one is always taken.
+                How many durations to draw from: 1 takes the most likely one, 0 draws from all.
+                Without `do_sample` the most likely one is always taken.
 
         Returns:
-            [`FlexiCodecGenerateOutput`] with `return_dict_in_generate=True`, otherwise its `sequences`.
+            [`FlexiCodecGenerateOutput`] with `return_dict_in_generate=True`, otherwise its
+            `sequences`.
 
         Raises:
-            ValueError: The prompt is missing, holds speech tokens without `token_lengths`, or the generation mode is
-                not supported.
+            ValueError: The prompt is missing, holds speech tokens without `token_lengths`, or the
+                generation mode is not supported.
         """
         config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS, kwargs)
         input_ids = self._prompt_ids(inputs, kwargs)
@@ -244,8 +258,9 @@ class DurationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, defaults: dict[str, float], kwargs: dict[str, Any]
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """
-        All settings of a call in one generation config, and the keyword arguments that are no settings. The order is
-        that of the stock loop: keyword arguments, the config of the call, the model's own, the defaults.
+        All settings of a call in one generation config, and the keyword arguments that are no
+        settings. The order is that of the stock loop: keyword arguments, the config of the call,
+        the model's own, the defaults.
         """
         config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
@@ -294,7 +309,8 @@ class DurationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         # ******** FlexiCodec specific ********
-        # A token's input holds the duration of the token before it: with a cache, one more column is needed.
+        # A token's input holds the duration of the token before it: with a cache, one more column
+        # is needed.
         if token_lengths is not None:
             kept = slice(-model_inputs["input_ids"].shape[1] - 1, None)
             is_code = self.is_code(input_ids[:, kept]).to(token_lengths.device)
@@ -320,7 +336,8 @@ class DurationMixin(GenerationMixin):
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config=generation_config, **kwargs)
         # ******** FlexiCodec specific ********
-        # The draw of a row comes after everything that shapes the scores, temperature and top-k included.
+        # The draw of a row comes after everything that shapes the scores, temperature and top-k
+        # included.
         row_sampler = kwargs["model_kwargs"]["duration_sampler"].row_sampler
         if generation_config.do_sample and row_sampler is not None:
             processors.append(RowSamplingLogitsProcessor(row_sampler))
@@ -329,7 +346,10 @@ class DurationMixin(GenerationMixin):
 
 
 class RelativeKeys:
-    """The relative keys of one call of `generate`, projected when the sequence outgrows them instead of at each step."""
+    """
+    The relative keys of one call of `generate`, projected when the sequence outgrows them instead
+    of at each step.
+    """
 
     def __init__(self, project: Callable[[int], Tensor]):
         self.project = project
@@ -346,8 +366,8 @@ class PromptVocabularyLogitsProcessor(LogitsProcessor):
     """
     Lets a processor see scores for all ids of the stream.
 
-    The model scores the ids that it can generate, which are the lowest. Processors such as the repetition penalty look
-    up scores by the ids of the prompt, including text and control ids.
+    The model scores the ids that it can generate, which are the lowest. Processors such as the
+    repetition penalty look up scores by the ids of the prompt, including text and control ids.
     """
 
     def __init__(self, processor: LogitsProcessor, input_vocab_size: int):
@@ -361,7 +381,10 @@ class PromptVocabularyLogitsProcessor(LogitsProcessor):
 
 
 class MinSpeechLogitsProcessor(LogitsProcessor):
-    """Forbids the end of speech until a row has its minimum of new tokens, `min_new_tokens` of shape `(batch_size,)`."""
+    """
+    Forbids the end of speech until a row has its minimum of new tokens, `min_new_tokens` of shape
+    `(batch_size,)`.
+    """
 
     def __init__(self, min_new_tokens: Tensor, prompt_length: int, end_token_id: int):
         self.min_new_tokens = min_new_tokens
@@ -402,9 +425,13 @@ _PROMPT_FREE = (
 
 
 class FlexiCodecARGenerationMixin(DurationMixin):
-    """[`DurationMixin`] for the text-to-speech model: limits by the length of the text, and relative keys."""
+    """
+    [`DurationMixin`] for the text-to-speech model: limits by the length of the text, and relative
+    keys.
+    """
 
-    # The reference returns one duration too few at the limit (flexicodec 0.1.2, ar_tts/modeling_artts.py, line 608).
+    # The reference returns one duration too few at the limit (flexicodec 0.1.2,
+    # ar_tts/modeling_artts.py, line 608).
     reads_last_token = True
 
     @staticmethod
@@ -434,7 +461,8 @@ class FlexiCodecARGenerationMixin(DurationMixin):
     ) -> FlexiCodecGenerateOutput | Tensor:
         """
         Generate speech tokens, and the duration of each, after a prompt laid out by
-        [`~FlexiCodecARForConditionalGeneration.build_inputs`]. Takes everything that [`DurationMixin.generate`] takes.
+        [`~FlexiCodecARForConditionalGeneration.build_inputs`]. Takes everything that
+        [`DurationMixin.generate`] takes.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -444,20 +472,22 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the random numbers, one for all rows or one for each.
             token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Codec frames of the prompt's speech tokens, 0 elsewhere. Required if the prompt holds speech tokens.
+                Codec frames of the prompt's speech tokens, 0 elsewhere. Required if the prompt
+                holds speech tokens.
             min_token_text_ratio, max_token_text_ratio (`float`, *optional*, default to 0 and 20):
-                Limits on the new tokens of a row, as a ratio to its text ids (rounded down). `min_new_tokens` and
-                `max_new_tokens` apply too; the stricter limit wins.
+                Limits on the new tokens of a row, as a ratio to its text ids (rounded down).
+                `min_new_tokens` and `max_new_tokens` apply too; the stricter limit wins.
             compile_config (`CompileConfig`, *optional*):
                 Compiles the step, also on a CPU. Needs `cache_implementation="static"`.
 
         Returns:
-            [`FlexiCodecGenerateOutput`] with `return_dict_in_generate=True`, otherwise its `sequences`. If the model
-            ends at once, there is no new speech token; this is not an error.
+            [`FlexiCodecGenerateOutput`] with `return_dict_in_generate=True`, otherwise its
+            `sequences`. If the model ends at once, there is no new speech token; this is not an
+            error.
 
         Raises:
-            ValueError: The prompt is missing, holds speech tokens without `token_lengths`, the ratios contradict each
-                other, or the generation mode is not supported.
+            ValueError: The prompt is missing, holds speech tokens without `token_lengths`, the
+                ratios contradict each other, or the generation mode is not supported.
         """
         config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS | LIMIT_DEFAULTS, kwargs)
         prompt_ids = self._prompt_ids(inputs, kwargs)
@@ -494,7 +524,7 @@ class FlexiCodecARGenerationMixin(DurationMixin):
         lowest, highest = config.min_token_text_ratio, config.max_token_text_ratio
         if lowest > highest:
             raise ValueError(
-                f"`min_token_text_ratio` is {lowest}, above `max_token_text_ratio`, which is {highest}: pass a lower one."
+                f"`min_token_text_ratio` is {lowest}, above `max_token_text_ratio`, which is {highest}: lower it."
             )
         text_lengths = (prompt_ids >= self.config.text_token_offset).sum(dim=1)
         text_lengths = text_lengths.repeat_interleave(config.num_return_sequences or 1)
@@ -527,7 +557,8 @@ class FlexiCodecARGenerationMixin(DurationMixin):
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config=generation_config, **kwargs)
         # ******** FlexiCodec specific ********
-        # Stock processors look scores up by the ids of the prompt, which go beyond those that are scored.
+        # Stock processors look scores up by the ids of the prompt, which go beyond those that are
+        # scored.
         return LogitsProcessorList(
             processor
             if isinstance(processor, _PROMPT_FREE)

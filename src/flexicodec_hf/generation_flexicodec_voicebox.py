@@ -1,8 +1,9 @@
 """
-Sampling of the Voicebox: classifier-free guidance and the integration of the flow from noise to a mel spectrogram.
+Sampling of the Voicebox: classifier-free guidance and the integration of the flow from noise to a
+mel spectrogram.
 
-From top to bottom: the mixin with `sample`, what it computes once for all steps of a flow, and the checks of arguments
-that `forward` shares.
+From top to bottom: the mixin with `sample`, what it computes once for all steps of a flow, and the
+checks of arguments that `forward` shares.
 """
 
 import itertools
@@ -19,8 +20,8 @@ from transformers.utils import ModelOutput
 from .modeling_flexicodec import frame_to_token
 
 
-# Codec frames by which codes and mel of one clip can differ: the codec drops up to two frames at the end of a clip, and
-# the last frame of the mel may be incomplete.
+# Codec frames by which codes and mel of one clip can differ: the codec drops up to two frames at
+# the end of a clip, and the last frame of the mel may be incomplete.
 MAX_MISALIGNMENT = 3
 
 
@@ -31,8 +32,8 @@ class FlexiCodecVoiceboxSampleOutput(ModelOutput):
 
     Args:
         mel (`torch.FloatTensor` of shape `(batch_size, num_frames, num_mel_bins)`):
-            Normalized log mel spectrogram of the target (or the codec's decoder latent, for `codec.decode`), in
-            float32, 0 in the padding.
+            Normalized log mel spectrogram of the target (or the codec's decoder latent, for
+            `codec.decode`), in float32, 0 in the padding.
         mel_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`):
             True for frames, False for padding.
     """
@@ -71,37 +72,41 @@ class FlexiCodecVoiceboxGenerationMixin:
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
                 Semantic codes to speak.
             token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
-                Codec frames that each code covers, 0 for padding (its code is not read). One each by default.
+                Codec frames that each code covers, 0 for padding (its code is not read). One each
+                by default.
             prompt_codes (`torch.LongTensor` of shape `(batch_size, num_prompt_tokens)`, *optional*):
                 Semantic codes of the prompt. Without a prompt the model invents a voice.
             prompt_token_lengths (`torch.LongTensor` of shape `(batch_size, num_prompt_tokens)`, *optional*):
                 Codec frames that each of them covers. One each by default.
             prompt_mel (`torch.FloatTensor` of shape `(batch_size, num_prompt_frames, num_mel_bins)`, *optional*):
-                Normalized mel of the prompt, required with `prompt_codes`. Mel and codes are cut to the same frames.
-                They may differ by the few frames at the end of a clip that the codec drops.
+                Normalized mel of the prompt, required with `prompt_codes`. Mel and codes are cut to
+                the same frames. They may differ by the few frames at the end of a clip that the
+                codec drops.
             prompt_mel_mask (`torch.BoolTensor` of shape `(batch_size, num_prompt_frames)`, *optional*):
                 True for frames of `prompt_mel`, False for padding on the right.
             num_inference_steps (`int`, *optional*, defaults to 15):
                 Steps of the flow.
             guidance_scale (`float`, *optional*, defaults to 2.0):
-                Weight g of classifier-free guidance, v = v_cond + g (v_cond - v_uncond). 0 turns it off and halves the
-                cost.
+                Weight g of classifier-free guidance, v = v_cond + g (v_cond - v_uncond). 0 turns it
+                off and halves the cost.
             guidance_rescale (`float`, *optional*, defaults to 0.75):
-                How far the guided velocity is brought back to the standard deviation of the conditional one, 0 to 1
-                (arXiv 2305.08891).
+                How far the guided velocity is brought back to the standard deviation of the
+                conditional one, 0 to 1 (arXiv 2305.08891).
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the noise, see [`~FlexiCodecVoiceboxModel.draw_noise`].
             noise (`torch.FloatTensor` of shape `(batch_size, num_frames, num_mel_bins)`, *optional*):
-                The noise itself, with `config.upsample_factor` frames for each codec frame of the longest item.
+                The noise itself, with `config.upsample_factor` frames for each codec frame of the
+                longest item.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(model, step, timestep, {"mel": mel})`. It may return a dictionary
-                with another `mel` to continue with.
+                Called after each step as `callback(model, step, timestep, {"mel": mel})`. It may
+                return a dictionary with another `mel` to continue with.
 
         Returns:
             [`FlexiCodecVoiceboxSampleOutput`]: The mel spectrogram and its mask.
 
         Raises:
-            ValueError: Tensors that do not match each other, codes out of range, half a prompt, nothing to speak.
+            ValueError: Tensors that do not match each other, codes out of range, half a prompt,
+                nothing to speak.
         """
         # 1. Codes and prompt for each mel frame
         token_lengths = check_codes(
@@ -145,12 +150,13 @@ class FlexiCodecVoiceboxGenerationMixin:
         Args:
             num_frames (`list[int]`): Mel frames of each item.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator for each item: then an item's noise is the same in any batch. A single one, or PyTorch's
-                global one by default: then it depends on the item's place in the batch, but not on the other lengths.
-                It never depends on the device of the model.
+                One generator for each item: then an item's noise is the same in any batch. A single
+                one, or PyTorch's global one by default: then it depends on the item's place in the
+                batch, but not on the other lengths. It never depends on the device of the model.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, max(num_frames), num_mel_bins)`, 0 in the padding.
+            `torch.FloatTensor` of shape `(batch_size, max(num_frames), num_mel_bins)`, 0 in the
+            padding.
         """
         if isinstance(generator, list):
             if len(generator) != len(num_frames):
@@ -197,21 +203,26 @@ class FlexiCodecVoiceboxGenerationMixin:
         return _Prompt(codes.gather(1, source), mask, mel)
 
     def _normalize(self, latent: Tensor) -> Tensor:
-        # CODEPATH: the released model predicts a mel spectrogram, the one of checkpoints/ the codec's latent.
+        # CODEPATH: the released model predicts a mel spectrogram, the one of checkpoints/ the
+        # codec's latent.
         if not self.config.predicts_latent:
             return latent
         latent = latent.float()
         return (latent - latent.new_tensor(self.config.latent_mean)) / latent.new_tensor(self.config.latent_std)
 
     def _denormalize(self, latent: Tensor) -> Tensor:
-        # CODEPATH: the released model predicts a mel spectrogram, the one of checkpoints/ the codec's latent.
+        # CODEPATH: the released model predicts a mel spectrogram, the one of checkpoints/ the
+        # codec's latent.
         if not self.config.predicts_latent:
             return latent
         return latent * latent.new_tensor(self.config.latent_std) + latent.new_tensor(self.config.latent_mean)
 
 
 def _time_grid(num_steps: int, device: torch.device) -> Tensor:
-    """Times `(num_steps + 1,)` from 0 (noise) to 1 (mel) between which the steps of the flow lie, all of one length."""
+    """
+    Times `(num_steps + 1,)` from 0 (noise) to 1 (mel) between which the steps of the flow lie, all
+    of one length.
+    """
     if num_steps < 1:
         raise ValueError(f"`num_inference_steps` must be at least 1, got {num_steps}.")
     return torch.arange(num_steps + 1, device=device) / num_steps
@@ -229,9 +240,10 @@ class _GuidedVelocity:
     """
     The velocity with classifier-free guidance, for all steps of one flow.
 
-    The conditional rows are prompt and target, the unconditional ones only the target, with positions that start there
-    (flexicodec 0.1.2, nar_tts/voicebox_models.py, lines 318 to 329). What depends neither on the mel nor on the time is
-    computed once, here. Prompts are padded on the left, so all targets begin in the same column.
+    The conditional rows are prompt and target, the unconditional ones only the target, with
+    positions that start there (flexicodec 0.1.2, nar_tts/voicebox_models.py, lines 318 to 329).
+    What depends neither on the mel nor on the time is computed once, here. Prompts are padded on
+    the left, so all targets begin in the same column.
     """
 
     def __init__(
@@ -255,7 +267,8 @@ class _GuidedVelocity:
         # Without a condition, the MLP sees zeros.
         blank = model.condition_mlp(condition.new_zeros(1, 1, condition.shape[-1])).expand(*mask.shape, -1)
         if model.device.type == "cpu" and num_prompt:
-            # A CPU is bound by arithmetic: there, prompt columns of mere padding cost more than a second pass.
+            # A CPU is bound by arithmetic: there, prompt columns of mere padding cost more than a
+            # second pass.
             self.passes = [self._prepare(condition, full_mask), self._prepare(blank, mask)]
         else:
             blank, mask = F.pad(blank, (0, 0, num_prompt, 0)), F.pad(mask, (num_prompt, 0))
@@ -269,7 +282,10 @@ class _GuidedVelocity:
         return condition, attention_mask, self.model.rotary_emb(condition, positions)
 
     def __call__(self, mel: Tensor, timestep: Tensor) -> Tensor:
-        """The velocity, of the shape of `mel` `(batch_size, num_frames, num_mel_bins)`, at a time of shape `()`."""
+        """
+        The velocity, of the shape of `mel` `(batch_size, num_frames, num_mel_bins)`, at a time of
+        shape `()`.
+        """
         time_embedding = self.model.time_embedding(timestep[None])
         mel_hidden = self.model.mel_mlp(mel.to(self.model.dtype))
         velocities = torch.cat([self._run(mel_hidden, time_embedding, *one) for one in self.passes]).float()
@@ -277,7 +293,8 @@ class _GuidedVelocity:
             return velocities
         conditional, unconditional = velocities.chunk(2)
         guided = conditional + self.scale * (conditional - unconditional)
-        # Of each item on its own: the reference takes the deviations over the batch with its padding.
+        # Of each item on its own: the reference takes the deviations over the batch with its
+        # padding.
         ratio = _masked_std(conditional, self.mask) / _masked_std(guided, self.mask)
         return guided * (self.rescale * ratio + 1 - self.rescale)
 
@@ -298,7 +315,10 @@ class _GuidedVelocity:
 
 
 def _masked_std(values: Tensor, mask: Tensor) -> Tensor:
-    """Unbiased standard deviation of each item over its own frames and all channels, shape `(batch_size, 1, 1)`."""
+    """
+    Unbiased standard deviation of each item over its own frames and all channels, shape
+    `(batch_size, 1, 1)`.
+    """
     mask = mask[..., None]
     count = mask.sum(dim=1, keepdim=True) * values.shape[-1]
     mean = (values * mask).sum(dim=(1, 2), keepdim=True) / count
@@ -316,7 +336,8 @@ def codes_of_frames(codes: Tensor, token_lengths: Tensor, num_frames: int) -> tu
         num_frames: Mel frames of the result.
 
     Returns:
-        The code of each frame, 0 without one, and whether it has one, both `(batch_size, num_frames)`.
+        The code of each frame, 0 without one, and whether it has one, both `(batch_size,
+        num_frames)`.
     """
     mask = torch.arange(num_frames, device=codes.device) < token_lengths.sum(dim=1, keepdim=True)
     return codes.gather(1, frame_to_token(token_lengths, num_frames)) * mask, mask
@@ -342,8 +363,8 @@ def check_codes(
     """The token lengths, one frame each by default, after a check of both tensors."""
     if codes.ndim != 2 or codes.shape[0] != batch_size or codes.shape[1] == 0:
         raise ValueError(
-            f"`{name}` has shape {tuple(codes.shape)}, expected ({batch_size}, num_tokens) with at least one token. Of "
-            "codes with several codebooks pass the semantic one, `audio_codes[:, 0]`."
+            f"`{name}` has shape {tuple(codes.shape)}, expected ({batch_size}, num_tokens) with at least one token. "
+            "Of codes with several codebooks pass the semantic one, `audio_codes[:, 0]`."
         )
     if token_lengths is None:
         token_lengths = torch.ones_like(codes)
@@ -360,7 +381,8 @@ def check_codes(
         spoken = codes[token_lengths > 0]
         if ((spoken < 0) | (spoken >= codebook_size)).any():
             raise ValueError(
-                f"`{name}` must lie between 0 and {codebook_size - 1}, but range from {spoken.min()} to {spoken.max()}."
+                f"`{name}` must lie between 0 and {codebook_size - 1}, but range from {spoken.min()} to "
+                f"{spoken.max()}."
             )
     return token_lengths
 

@@ -1,10 +1,12 @@
 """
-The autoregressive text-to-speech model of FlexiCodec (arXiv 2510.00981): text in, semantic tokens with durations out.
+The autoregressive text-to-speech model of FlexiCodec (arXiv 2510.00981): text in, semantic tokens
+with durations out.
 
-A causal text encoder and a causal language model, both with the relative attention of Transformer-XL (arXiv
-1901.02860). Text, control and speech ids form one stream (see [`FlexiCodecARConfig`]). A second tensor beside it,
-`token_lengths`, gives the codec frames that each speech token lasts: the input of a token holds the duration of the
-token before it, and its output scores its own (flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 346 to 362).
+A causal text encoder and a causal language model, both with the relative attention of
+Transformer-XL (arXiv 1901.02860). Text, control and speech ids form one stream (see
+[`FlexiCodecARConfig`]). A second tensor beside it, `token_lengths`, gives the codec frames that
+each speech token lasts: the input of a token holds the duration of the token before it, and its
+output scores its own (flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 346 to 362).
 """
 
 import math
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import create_position_bias_mask
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -54,8 +56,9 @@ class FlexiCodecAROutput(CausalLMOutputWithPast):
         duration_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `duration_labels` is given):
             Mean focal loss of the durations in `duration_labels`.
         hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
-            Those of the language model: `(batch_size, sequence_length, hidden_size)` for the embeddings and each
-            block, and `(batch_size, num_attention_heads, sequence_length, key_length)` for each block.
+            Those of the language model: `(batch_size, sequence_length, hidden_size)` for the
+            embeddings and each block, and `(batch_size, num_attention_heads, sequence_length,
+            key_length)` for each block.
     """
 
     duration_logits: Tensor | None = None
@@ -83,9 +86,9 @@ def eager_attention_forward(
 
 class FlexiCodecARAttention(nn.Module):
     """
-    Causal self-attention with relative positions: `((q + u) k^T + (q + v) r^T) / sqrt(head_dim)`, where `r` projects
-    the sinusoids of the distance from query to key (arXiv 1901.02860, section 3.3). The attention function computes the
-    first term, and the second is its additive mask.
+    Causal self-attention with relative positions: `((q + u) k^T + (q + v) r^T) / sqrt(head_dim)`,
+    where `r` projects the sinusoids of the distance from query to key (arXiv 1901.02860, section
+    3.3). The attention function computes the first term, and the second is its additive mask.
     """
 
     def __init__(self, config: FlexiCodecARConfig | FlexiCodecARTextEncoderConfig, layer_idx: int):
@@ -96,7 +99,8 @@ class FlexiCodecARAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        # One matrix for all three: a step of generation has few rows and takes as long as reading its weights.
+        # One matrix for all three: a step of generation has few rows and takes as long as reading
+        # its weights.
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.relative_k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -104,7 +108,10 @@ class FlexiCodecARAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
 
     def relative_keys(self, sinusoids: Tensor) -> Tensor:
-        """Sinusoids of the distances, of shape `(length, hidden_size)`, to keys `(num_heads, length, head_dim)`."""
+        """
+        Sinusoids of the distances, of shape `(length, hidden_size)`, to keys `(num_heads, length,
+        head_dim)`.
+        """
         return self._split_heads(self.relative_k_proj(sinusoids)[None])[0]
 
     @takes_cache
@@ -124,9 +131,10 @@ class FlexiCodecARAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        # For a single query on a CPU, SDPA's kernel takes twice as long as the two products, in bfloat16 four times.
+        # For a single query on a CPU, SDPA's kernel takes twice as long as the two products, in
+        # bfloat16 four times.
         # TODO: drop once PyTorch's kernel for one query is as fast as the products.
-        if self.config._attn_implementation == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu":
+        if attention is sdpa_attention_forward and query.shape[2] == 1 and query.device.type == "cpu":
             attention = eager_attention_forward
         output, weights = attention(
             self,
@@ -142,9 +150,9 @@ class FlexiCodecARAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
     def _position_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
-        # One product per head for all rows of the batch, which share the relative keys. Then each pair of positions
-        # takes the score of its distance. Keys beyond the longest distance take part too: on a CPU, a slice of
-        # bfloat16 keys would be copied first.
+        # One product per head for all rows of the batch, which share the relative keys. Then each
+        # pair of positions takes the score of its distance. Keys beyond the longest distance take
+        # part too: on a CPU, a slice of bfloat16 keys would be copied first.
         batch_size, num_heads, length, head_dim = query.shape
         rows = (query * self.scaling).transpose(0, 1).reshape(num_heads, batch_size * length, head_dim)
         scores = torch.matmul(relative_keys, rows.transpose(1, 2))
@@ -176,7 +184,10 @@ class FlexiCodecARLayer(GradientCheckpointingLayer):
 
 
 class FlexiCodecARTransformer(nn.Module):
-    """Causal transformer with relative positions: the body of the text encoder and of the language model."""
+    """
+    Causal transformer with relative positions: the body of the text encoder and of the language
+    model.
+    """
 
     def __init__(self, config: FlexiCodecARConfig | FlexiCodecARTextEncoderConfig):
         super().__init__()
@@ -211,7 +222,8 @@ class FlexiCodecARTransformer(nn.Module):
         # Keys after the query have no distance; the mask hides them.
         distances = ((positions[:length] + offset)[:, None] - positions).clamp(min=0)
 
-        # The reference scales the embeddings: flexicodec 0.1.2, ar_tts/utils/transformer/embedding.py, line 218.
+        # The reference scales the embeddings: flexicodec 0.1.2,
+        # ar_tts/utils/transformer/embedding.py, line 218.
         hidden_states = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
         for layer, keys in zip(self.layers, relative_keys, strict=True):
             hidden_states = layer(
@@ -226,26 +238,26 @@ class FlexiCodecARTransformer(nn.Module):
 
     def relative_keys(self, length: int) -> Tensor:
         """
-        Project the relative positions for all layers. They depend only on the weights, so a loop over single steps
-        computes them once and passes them to `forward`, as `generate` does.
+        Project the relative positions for all layers. They depend only on the weights, so a loop
+        over single steps computes them once and passes them to `forward`, as `generate` does.
 
         Args:
             length (`int`): Positions from the first key to the last query.
 
         Returns:
-            `torch.FloatTensor` of shape `(num_layers, num_heads, length, head_dim)`; index `d` of the third dimension
-            belongs to a key `d` positions before the query.
+            `torch.FloatTensor` of shape `(num_layers, num_heads, length, head_dim)`; index `d` of
+            the third dimension belongs to a key `d` positions before the query.
         """
         weight, width = self.norm.weight, self.config.hidden_size
-        # Always in float32: positions above 256 are not whole numbers in bfloat16. Sine and cosine alternate, as in
-        # the reference: flexicodec 0.1.2, ar_tts/utils/transformer/embedding.py, lines 238 to 245.
+        # Always in float32: positions above 256 are not whole numbers in bfloat16. Sine and cosine
+        # alternate, as in the reference: flexicodec 0.1.2, ar_tts/utils/transformer/embedding.py,
+        # lines 238 to 245.
         frequencies = torch.exp(
             torch.arange(0, width, 2, device=weight.device, dtype=torch.float32) * (-math.log(10000.0) / width)
         )
         angles = torch.arange(length, device=weight.device, dtype=torch.float32)[:, None] * frequencies
         sinusoids = self.dropout(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(weight.dtype))
-        attentions = [layer.get_submodule("self_attn") for layer in self.layers]
-        return torch.stack([attention.relative_keys(sinusoids) for attention in attentions])
+        return torch.stack([layer.self_attn.relative_keys(sinusoids) for layer in self.layers])  # type: ignore[operator, union-attr]
 
 
 class FlexiCodecARPreTrainedModel(PreTrainedModel):
@@ -284,7 +296,10 @@ class FlexiCodecARTextEncoder(FlexiCodecARPreTrainedModel):
         self.post_init()
 
     def forward(self, text_ids: Tensor) -> Tensor:
-        """Text ids of shape `(batch_size, text_length)` to states `(batch_size, text_length, hidden_size)`."""
+        """
+        Text ids of shape `(batch_size, text_length)` to states `(batch_size, text_length,
+        hidden_size)`.
+        """
         return self.transformer(self.embed_tokens(text_ids))
 
 
@@ -321,10 +336,12 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The stream of ids (see [`FlexiCodecARConfig`]), padded on the left, or in training on either side.
+                The stream of ids (see [`FlexiCodecARConfig`]), padded on the left, or in training
+                on either side.
             token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Codec frames of the speech tokens, 0 elsewhere. With a cache, an extra first column holds the duration
-                of the last token in the cache. If left out, all are 0, which is right for at most one speech token.
+                Codec frames of the speech tokens, 0 elsewhere. With a cache, an extra first column
+                holds the duration of the last token in the cache. If left out, all are 0, which is
+                right for at most one speech token.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for ids, 0 for padding.
             cache (`Cache`, *optional*):
@@ -332,11 +349,12 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
             use_cache (`bool`, *optional*):
                 Whether to return `cache`.
             encode_text (`bool`, *optional*, defaults to `True`):
-                Whether `input_ids` may hold text. Generation turns this off after the prompt, since finding text
-                waits for the device.
+                Whether `input_ids` may hold text. Generation turns this off after the prompt, since
+                finding text waits for the device.
             relative_keys (`torch.Tensor` of shape `(num_layers, num_heads, n, head_dim)`, *optional*):
-                `model.decoder.relative_keys(n)` with `n` no less than the length of the stream so far. Computed anew
-                when left out, which costs a step of generation as much as the step itself.
+                `model.decoder.relative_keys(n)` with `n` no less than the length of the stream so
+                far. Computed anew when left out, which costs a step of generation as much as the
+                step itself.
         """
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -362,7 +380,8 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
         return self._put_text(embeds, input_ids) if encode_text else embeds
 
     def _put_text(self, embeds: Tensor, input_ids: Tensor) -> Tensor:
-        # The encoder gets each row's text moved to the left. It is causal, so the padding after it needs no mask.
+        # The encoder gets each row's text moved to the left. It is causal, so the padding after it
+        # needs no mask.
         is_text = input_ids >= self.config.text_token_offset
         text_length = int(is_text.sum(dim=1).max())
         if text_length == 0:
@@ -377,8 +396,8 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
 
 class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCodecARGenerationMixin):
     """
-    FlexiCodec's autoregressive text-to-speech model: [`FlexiCodecARModel`] with a head for the next semantic token and
-    one for the duration of the current token.
+    FlexiCodec's autoregressive text-to-speech model: [`FlexiCodecARModel`] with a head for the next
+    semantic token and one for the duration of the current token.
 
     Example:
 
@@ -389,7 +408,8 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
     ```
     """
 
-    # The losses are means over the tokens of a batch, so `Trainer` itself averages over accumulation steps.
+    # The losses are means over the tokens of a batch, so `Trainer` itself averages over
+    # accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config: FlexiCodecARConfig):
@@ -424,13 +444,14 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             input_ids, token_lengths, attention_mask, cache, use_cache, encode_text, relative_keys:
                 See [`FlexiCodecARModel.forward`].
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                `input_ids` where they are speech or end of speech, -100 elsewhere. The model shifts them: the output
-                before a token predicts it.
+                `input_ids` where they are speech or end of speech, -100 elsewhere. The model shifts
+                them: the output before a token predicts it.
             duration_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Codec frames of the speech tokens, -100 elsewhere. They are not shifted: a token's own output predicts
-                its duration.
+                Codec frames of the speech tokens, -100 elsewhere. They are not shifted: a token's
+                own output predicts its duration.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Number of last positions to compute logits for (0 for all), or the positions themselves.
+                Number of last positions to compute logits for (0 for all), or the positions
+                themselves.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -472,8 +493,8 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
 
     def _duration_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """
-        Focal loss (arXiv 1708.02002), which favors rare durations: most tokens last only one or two frames. As in the
-        reference: flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 25 to 33.
+        Focal loss (arXiv 1708.02002), which favors rare durations: most tokens last only one or two
+        frames. As in the reference: flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 25 to 33.
         """
         labels = labels.flatten()
         cross_entropy = F.cross_entropy(
@@ -498,7 +519,8 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
 
         Args:
             text_ids (`torch.LongTensor` of shape `(batch_size, text_length)`):
-                The tokenizer's ids: language token, then the text (of the voice prompt too, if there is one).
+                The tokenizer's ids: language token, then the text (of the voice prompt too, if
+                there is one).
             text_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
                 1 for text, 0 for padding, which may be on either side.
             codes (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
@@ -511,14 +533,17 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
                 The codec's merging threshold, which sets the frame rate to speak at: one of
                 `config.merging_thresholds`, for all items or for each.
             return_labels (`bool`, *optional*, defaults to `False`):
-                For training: end `codes` with end of speech, and return `labels` and `duration_labels`.
+                For training: end `codes` with end of speech, and return `labels` and
+                `duration_labels`.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `token_lengths` and `attention_mask`, and with `return_labels` also
-            `labels` and `duration_labels`, each of shape `(batch_size, sequence_length)`.
+            `dict[str, torch.Tensor]`: `input_ids`, `token_lengths` and `attention_mask`, and with
+            `return_labels` also `labels` and `duration_labels`, each of shape `(batch_size,
+            sequence_length)`.
 
         Raises:
-            ValueError: An id, a duration or the threshold is out of range, or `codes` and `token_lengths` do not match.
+            ValueError: An id, a duration or the threshold is out of range, or `codes` and
+                `token_lengths` do not match.
         """
         config = self.config
         if codes is None and token_lengths is None and not return_labels:
@@ -529,8 +554,8 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             )
         if codes.shape != token_lengths.shape or len(codes) != len(text_ids):
             raise ValueError(
-                f"`codes` {tuple(codes.shape)} and `token_lengths` {tuple(token_lengths.shape)} must have one shape, with "
-                f"the batch size of `text_ids`, {len(text_ids)}."
+                f"`codes` {tuple(codes.shape)} and `token_lengths` {tuple(token_lengths.shape)} must have one shape, "
+                f"with the batch size of `text_ids`, {len(text_ids)}."
             )
         _check_range("text_ids", text_ids, text_attention_mask, config.text_encoder_config.vocab_size - 1)
         _check_range("codes", codes, codes_mask, config.speech_vocab_size - 1)
@@ -570,7 +595,8 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         thresholds = merging_threshold if isinstance(merging_threshold, list) else [merging_threshold] * len(text_ids)
         if len(thresholds) != len(text_ids):
             raise ValueError(
-                f"`merging_threshold` holds {len(thresholds)} values for {len(text_ids)} texts: pass one, or one for each."
+                f"`merging_threshold` holds {len(thresholds)} values for {len(text_ids)} texts: pass one, or one "
+                "for each."
             )
         return text_ids.new_tensor([[self.config.threshold_token_id(threshold)] for threshold in thresholds])
 

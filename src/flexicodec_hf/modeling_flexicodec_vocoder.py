@@ -1,4 +1,7 @@
-"""Mel spectrogram to waveform by predicting its Fourier transform frame by frame (Vocos, arXiv 2306.00814)."""
+"""
+Mel spectrogram to waveform by predicting its Fourier transform frame by frame (Vocos, arXiv
+2306.00814).
+"""
 
 import math
 from dataclasses import dataclass
@@ -24,8 +27,8 @@ class FlexiCodecVocoderOutput(ModelOutput):
 
     Args:
         audio_values (`torch.FloatTensor` of shape `(batch_size, 1, num_samples)`):
-            Waveform in float32 at `config.sampling_rate`, 0 in the padding. `num_samples` is `config.hop_length` for
-            each mel frame.
+            Waveform in float32 at `config.sampling_rate`, 0 in the padding. `num_samples` is
+            `config.hop_length` for each mel frame.
         padding_mask (`torch.BoolTensor` of shape `(batch_size, num_samples)`):
             True for samples, False for padding.
     """
@@ -35,7 +38,10 @@ class FlexiCodecVocoderOutput(ModelOutput):
 
 
 class FlexiCodecVocoderConvNeXtBlock(GradientCheckpointingLayer):
-    """Depthwise convolution over time, then an MLP over channels, scaled per channel and added to the input."""
+    """
+    Depthwise convolution over time, then an MLP over channels, scaled per channel and added to the
+    input.
+    """
 
     def __init__(self, config: FlexiCodecVocoderConfig):
         super().__init__()
@@ -58,9 +64,10 @@ class FlexiCodecVocoderISTFTHead(nn.Module):
     """
     Log magnitude and phase of each frame, and their inverse short-time Fourier transform.
 
-    The transform has "same" padding: every frame gives `hop_length` samples, which `torch.istft` cannot do. The window
-    envelope counts only an item's own frames, and a magnitude that overflows has a gradient of 0 instead of NaN. In
-    both it differs from the reference (flexicodec 0.1.2, nar_tts/vocoder_model.py, lines 88 to 175).
+    The transform has "same" padding: every frame gives `hop_length` samples, which `torch.istft`
+    cannot do. The window envelope counts only an item's own frames, and a magnitude that overflows
+    has a gradient of 0 instead of NaN. In both it differs from the reference (flexicodec 0.1.2,
+    nar_tts/vocoder_model.py, lines 88 to 175).
     """
 
     def __init__(self, config: FlexiCodecVocoderConfig):
@@ -81,7 +88,10 @@ class FlexiCodecVocoderISTFTHead(nn.Module):
         return self._overlap_add(frames * mask) / envelope
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
-        """`(batch_size, num_frames, n_fft)` to `(batch_size, num_samples)`, without the overhang on either side."""
+        """
+        `(batch_size, num_frames, n_fft)` to `(batch_size, num_samples)`, without the overhang on
+        either side.
+        """
         length = (frames.shape[1] - 1) * self.hop_length + self.n_fft
         overhang = (self.n_fft - self.hop_length) // 2
         signal = F.fold(frames.transpose(1, 2), (1, length), (1, self.n_fft), stride=(1, self.hop_length))
@@ -95,8 +105,8 @@ class FlexiCodecVocoderPreTrainedModel(PreTrainedModel):
     main_input_name = "mel"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlexiCodecVocoderConvNeXtBlock"]
-    # The phase is an angle: in bfloat16, with 8 bits, it would be off by up to a hundredth of a turn.
-    # "head" alone would also match the `lm_head` of a language model beside the vocoder.
+    # The phase is an angle: in bfloat16, with 8 bits, it would be off by up to a hundredth of a
+    # turn. "head" alone would also match the `lm_head` of a language model beside the vocoder.
     _keep_in_fp32_modules_strict = ["head.linear"]
 
     @torch.no_grad()
@@ -134,17 +144,18 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
             mel_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`, *optional*):
                 True for frames, False for padding. The padding never changes a waveform.
             chunk_length_s (`float`, *optional*):
-                Compute the waveform in chunks of that many seconds, so that memory grows only with the waveform. Each
-                chunk sees its whole receptive field on either side (`config.context_frames`, 1.9 s in the released
-                model), so the waveform is the same up to rounding.
+                Compute the waveform in chunks of that many seconds, so that memory grows only with
+                the waveform. Each chunk sees its whole receptive field on either side
+                (`config.context_frames`, 1.9 s in the released model), so the waveform is the same
+                up to rounding.
 
         Raises:
             ValueError: Shapes that do not match, or a chunk below one frame.
         """
         if mel.ndim != 3 or mel.shape[-1] != self.config.num_mel_bins or mel.shape[1] == 0:
             raise ValueError(
-                f"`mel` has shape {tuple(mel.shape)}, expected (batch_size, num_frames, {self.config.num_mel_bins}) with "
-                "at least one frame."
+                f"`mel` has shape {tuple(mel.shape)}, expected (batch_size, num_frames, {self.config.num_mel_bins}) "
+                "with at least one frame."
             )
         mask = mel.new_ones(mel.shape[:2], dtype=torch.bool) if mel_mask is None else mel_mask.bool()
         if mask.shape != mel.shape[:2]:

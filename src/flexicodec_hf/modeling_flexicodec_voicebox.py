@@ -1,8 +1,9 @@
 """
-Flow matching from semantic tokens and a voice prompt to a mel spectrogram (Voicebox, arXiv 2306.15687).
+Flow matching from semantic tokens and a voice prompt to a mel spectrogram (Voicebox, arXiv
+2306.15687).
 
-The layers, the model with its `forward` (one velocity, or the training loss), and what training draws. `sample`, the
-whole flow, is in generation_flexicodec_voicebox.py.
+The layers, the model with its `forward` (one velocity, or the training loss), and what training
+draws. `sample`, the whole flow, is in generation_flexicodec_voicebox.py.
 """
 
 import math
@@ -44,11 +45,14 @@ class FlexiCodecVoiceboxOutput(ModelOutput):
         flow_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
             Mean absolute error of the velocity outside prompt and padding.
         repa_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `semantic_features` is given):
-            One minus the cosine similarity of projected hidden states and semantic features, weighted.
+            One minus the cosine similarity of projected hidden states and semantic features,
+            weighted.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
-            Input of the first block and output of each block, each `(batch_size, num_frames, hidden_size)`.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`, eager attention only):
-            Attention weights of each block, each `(batch_size, num_attention_heads, num_frames, num_frames)`.
+            Input of the first block and output of each block, each `(batch_size, num_frames,
+            hidden_size)`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
+            Attention weights of each block, each `(batch_size, num_attention_heads, num_frames,
+            num_frames)`.
     """
 
     loss: Tensor | None = None
@@ -60,7 +64,9 @@ class FlexiCodecVoiceboxOutput(ModelOutput):
 
 
 class FlexiCodecVoiceboxMLP(nn.Module):
-    """Linear, SiLU, linear: projects each input into the transformer, and its output to the velocity."""
+    """
+    Linear, SiLU, linear: projects each input into the transformer, and its output to the velocity.
+    """
 
     def __init__(self, input_size: int, hidden_size: int, output_size: int):
         super().__init__()
@@ -73,8 +79,9 @@ class FlexiCodecVoiceboxMLP(nn.Module):
 
 class FlexiCodecVoiceboxTimeEmbedding(nn.Module):
     """
-    Sinusoids of the flow time, then an MLP. The time is not scaled up from [0, 1], so the slow sinusoids are almost
-    constant, as in the reference: flexicodec 0.1.2, nar_tts/llama_nar.py, lines 22 to 26.
+    Sinusoids of the flow time, then an MLP. The time is not scaled up from [0, 1], so the slow
+    sinusoids are almost constant, as in the reference: flexicodec 0.1.2, nar_tts/llama_nar.py,
+    lines 22 to 26.
     """
 
     def __init__(self, config: FlexiCodecVoiceboxConfig):
@@ -91,7 +98,10 @@ class FlexiCodecVoiceboxTimeEmbedding(nn.Module):
 
 
 class FlexiCodecVoiceboxNormWeight(nn.Linear):
-    """Flow time to the weight of a norm. It has its own type because it is initialized to a constant 1."""
+    """
+    Flow time to the weight of a norm. It has its own type because it is initialized to a constant
+    1.
+    """
 
 
 class FlexiCodecVoiceboxAdaptiveRMSNorm(nn.Module):
@@ -161,14 +171,17 @@ class FlexiCodecVoiceboxPreTrainedModel(PreTrainedModel):
 
 class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoiceboxGenerationMixin):
     """
-    Semantic tokens with their lengths, and the mel spectrogram of a voice to imitate, to a mel spectrogram.
+    Semantic tokens with their lengths, and the mel spectrogram of a voice to imitate, to a mel
+    spectrogram.
 
-    [`~FlexiCodecVoiceboxModel.sample`] generates speech. `forward` computes the velocity of the flow at one time, or the
-    training loss. The result for an item does not depend on the other items of its batch.
+    [`~FlexiCodecVoiceboxModel.sample`] generates speech. `forward` computes the velocity of the
+    flow at one time, or the training loss. The result for an item does not depend on the other
+    items of its batch.
 
-    With `config.latent_mean` and `config.latent_std`, the model predicts the codec's decoder latent, and this latent
-    takes the place of the mel in all arguments: `codec.encode(..., merging_threshold=1.0).latents`, transposed, as
-    `codec.decode(latents=...)` takes it. `noisy_mel` and `velocity` are always in normalized channels.
+    With `config.latent_mean` and `config.latent_std`, the model predicts the codec's decoder
+    latent, and this latent takes the place of the mel in all arguments: `codec.encode(...,
+    merging_threshold=1.0).latents`, transposed, as `codec.decode(latents=...)` takes it.
+    `noisy_mel` and `velocity` are always in normalized channels.
     """
 
     def __init__(self, config: FlexiCodecVoiceboxConfig):
@@ -182,7 +195,8 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoice
         self.layers = nn.ModuleList([FlexiCodecVoiceboxLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = FlexiCodecVoiceboxAdaptiveRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output_mlp = FlexiCodecVoiceboxMLP(config.hidden_size, inner_size, config.num_mel_bins)
-        # CODEPATH: None in models that are trained without semantic features, an index in the released model.
+        # CODEPATH: None in models that are trained without semantic features, an index in the
+        # released model.
         if config.repa_layer_index is not None:
             self.repa_projection = FlexiCodecVoiceboxMLP(
                 config.hidden_size, config.repa_hidden_size, config.semantic_hidden_size
@@ -205,11 +219,13 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoice
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlexiCodecVoiceboxOutput:
         """
-        Velocity of the flow at (`noisy_mel`, `timesteps`), or the training loss for clean mels (`labels`).
+        Velocity of the flow at (`noisy_mel`, `timesteps`), or the training loss for clean mels
+        (`labels`).
 
-        In training, each item draws its time, its noise, and the length of the prompt that it sees clean. Each of the
-        three may be passed instead, see [`~FlexiCodecVoiceboxModel.draw_flow`]. Mel frames without a code count as
-        padding; `config.upsample_factor` mel frames belong to each codec frame.
+        In training, each item draws its time, its noise, and the length of the prompt that it sees
+        clean. Each of the three may be passed instead, see [`~FlexiCodecVoiceboxModel.draw_flow`].
+        Mel frames without a code count as padding; `config.upsample_factor` mel frames belong to
+        each codec frame.
 
         Args:
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
@@ -227,18 +243,22 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoice
             noise (`torch.FloatTensor` of shape `(batch_size, num_frames, num_mel_bins)`, *optional*):
                 Gaussian noise at t = 0, for training.
             prompt_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Mel frames of the prompt, for training. Items with 0 are trained without a condition.
-            semantic_features (`torch.FloatTensor` of shape `(batch_size, num_codec_frames, num_features)`, *optional*):
-                Output of the codec's semantic encoder before merging, `config.semantic_hidden_size` wide: adds the
-                alignment loss (REPA).
+                Mel frames of the prompt, for training. Items with 0 are trained without a
+                condition.
+            semantic_features (`torch.FloatTensor` of shape `(batch_size, num_frames, num_features)`, *optional*):
+                Output of the codec's semantic encoder before merging, `config.semantic_hidden_size`
+                wide: adds the alignment loss (REPA).
 
         Raises:
-            ValueError: Neither or both of `noisy_mel` and `labels`, or tensors that do not match each other.
+            ValueError: Neither or both of `noisy_mel` and `labels`, or tensors that do not match
+                each other.
         """
-        if (noisy_mel is None) == (labels is None):
+        mel = noisy_mel if labels is None else labels
+        if mel is None or (noisy_mel is not None and labels is not None):
             raise ValueError("Pass either `noisy_mel` with `timesteps` for the velocity, or `labels` for the loss.")
-        mel, name = (noisy_mel, "noisy_mel") if labels is None else (labels, "labels")
-        mask = check_mel(name, mel, mel_mask, "mel_mask", self.config.num_mel_bins)
+        mask = check_mel(
+            "noisy_mel" if labels is None else "labels", mel, mel_mask, "mel_mask", self.config.num_mel_bins
+        )
         condition = None
         if audio_codes is not None:
             token_lengths = check_codes(
@@ -305,7 +325,10 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoice
         return self.output_mlp(self.norm(hidden_states, time_embedding)), aligned
 
     def _repa_loss(self, hidden_states: Tensor | None, features: Tensor, mask: Tensor) -> Tensor:
-        """Alignment of hidden states, averaged over each codec frame, with semantic features (arXiv 2410.06940)."""
+        """
+        Alignment of hidden states, averaged over each codec frame, with semantic features (arXiv
+        2410.06940).
+        """
         factor = self.config.upsample_factor
         num_frames = mask.shape[1] // factor
         if hidden_states is None:
@@ -325,16 +348,16 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoice
 
     def draw_flow(self, frames: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """
-        Draw what `forward` needs in training with a generator for each item, so that an item's draws depend neither on
-        its batch nor on the process that trains it.
+        Draw what `forward` needs in training with a generator for each item, so that an item's
+        draws depend neither on its batch nor on the process that trains it.
 
         Args:
             frames (`torch.LongTensor` of shape `(batch_size,)`): Mel frames of each item.
             generators (`list[torch.Generator]`): One for each item, on any device.
 
         Returns:
-            `dict[str, torch.Tensor]`: `timesteps` and `prompt_lengths` of shape `(batch_size,)` and `noise` of shape
-            `(batch_size, frames.max(), num_mel_bins)`.
+            `dict[str, torch.Tensor]`: `timesteps` and `prompt_lengths` of shape `(batch_size,)` and
+            `noise` of shape `(batch_size, frames.max(), num_mel_bins)`.
         """
         uniform = torch.stack([torch.rand(3, generator=one, device=one.device) for one in generators], dim=1)
         uniform = uniform.to(frames.device)
@@ -355,14 +378,18 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _flow_times(uniform: Tensor) -> Tensor:
-    """Times of training from uniform draws: flexicodec 0.1.2, nar_tts/voicebox_models.py, lines 228 to 232."""
+    """
+    Times of training from uniform draws: flexicodec 0.1.2, nar_tts/voicebox_models.py, lines 228 to
+    232.
+    """
     return 1 - torch.cos(uniform.clamp(min=1e-5) * (math.pi / 2))
 
 
 def _prompt_lengths(frames: Tensor, uniform: Tensor, config: FlexiCodecVoiceboxConfig) -> Tensor:
     """
-    Prompt frames in training `(batch_size,)` from uniform draws `(2, batch_size)`: for a length and for whether there
-    is a prompt at all. As in flexicodec 0.1.2, nar_tts/voicebox_models.py, lines 141 to 146, but for each item.
+    Prompt frames in training `(batch_size,)` from uniform draws `(2, batch_size)`: for a length and
+    for whether there is a prompt at all. As in flexicodec 0.1.2, nar_tts/voicebox_models.py, lines
+    141 to 146, but for each item.
     """
     lowest = (frames // 4).clamp(max=5)
     span = ((frames * config.max_prompt_fraction).long() - lowest).clamp(min=1)

@@ -1,4 +1,7 @@
-"""Speech language models on FlexiCodec's tokens: the vocabulary, collators for `Trainer`, and a head for durations."""
+"""
+Speech language models on FlexiCodec's tokens: the vocabulary, collators for `Trainer`, and a head
+for durations.
+"""
 
 from .collators import SpeechChatCollator, SpeechTextCollator
 from .modeling import DurationLMMixin, duration_lm_class

@@ -20,16 +20,17 @@ class SpeechTextCollator:
     """
     Batches of utterances with text and speech, from rows that `flexicodec-hf tokenize` writes.
 
-    A row has `text` (`str`), `audio_codes` `(num_quantizers, num_tokens)` and `token_lengths` `(num_tokens,)`. Columns
-    that `parts` does not name may be missing. Each utterance becomes a stream that begins with the tokenizer's bos token
-    and ends with its eos token, if the tokenizer has them.
+    A row has `text` (`str`), `audio_codes` `(num_quantizers, num_tokens)` and `token_lengths`
+    `(num_tokens,)`. Columns that `parts` does not name may be missing. Each utterance becomes a
+    stream that begins with the tokenizer's bos token and ends with its eos token, if the tokenizer
+    has them.
 
     Args:
         vocabulary (`FlexiCodecSpeechVocabulary`):
             Vocabulary of the speech.
         parts (`tuple[str, ...]`, *optional*, defaults to `("text", "speech")`):
-            Parts of a stream, in this order: `("text", "speech")` for text-to-speech, `("speech", "text")` for speech
-            recognition, `("speech",)` to continue speech.
+            Parts of a stream, in this order: `("text", "speech")` for text-to-speech, `("speech",
+            "text")` for speech recognition, `("speech",)` to continue speech.
         labels_on (`tuple[str, ...]`, *optional*, defaults to `("speech",)`):
             Parts that have labels. All other labels are -100. Eos has a label if the last part has.
         pad_to_multiple_of (`int`, *optional*):
@@ -38,11 +39,12 @@ class SpeechTextCollator:
             `"right"` or `"left"`.
 
     Returns:
-        Calling it on a list of rows returns a `dict[str, torch.Tensor]` with `input_ids`, `attention_mask` and `labels`
-        `(batch_size, length)`. A parallel layout adds `token_lengths` and `duration_labels` of the same shape, delayed
-        acoustic codes add `acoustic_codes` and `acoustic_labels` `(batch_size, num_quantizers - 1, length)`. A label
-        stands at the position of what it labels: the model shifts `labels` and `acoustic_labels`, and predicts a
-        duration where it reads the code.
+        Calling it on a list of rows returns a `dict[str, torch.Tensor]` with `input_ids`,
+        `attention_mask` and `labels` `(batch_size, length)`. A parallel layout adds `token_lengths`
+        and `duration_labels` of the same shape, delayed acoustic codes add `acoustic_codes` and
+        `acoustic_labels` `(batch_size, num_quantizers - 1, length)`. A label
+        stands at the position of what it labels: the model shifts `labels` and `acoustic_labels`,
+        and predicts a duration where it reads the code.
 
     Raises:
         ValueError: A row lacks a column, or its codes and lengths are out of range.
@@ -93,16 +95,16 @@ class SpeechChatCollator:
     """
     Batches of conversations with spoken turns, laid out by the tokenizer's chat template.
 
-    A row has `messages`, each with a `role` and a `content`: a `str`, or a list of parts in any order, which are
-    `{"type": "text", "text": ...}` or `{"type": "audio", "audio_codes": ..., "token_lengths": ...}`. Other keys of a
-    message are passed to the template unchanged.
+    A row has `messages`, each with a `role` and a `content`: a `str`, or a list of parts in any
+    order, which are `{"type": "text", "text": ...}` or `{"type": "audio", "audio_codes": ...,
+    "token_lengths": ...}`. Other keys of a message are passed to the template unchanged.
 
     Args:
         vocabulary (`FlexiCodecSpeechVocabulary`):
             Vocabulary of the speech. Its tokenizer has the chat template.
         roles (`tuple[str, ...]`, *optional*, defaults to `("assistant",)`):
-            Roles whose turns have labels: everything after the template's generation prompt, including the end of the
-            turn.
+            Roles whose turns have labels: everything after the template's generation prompt,
+            including the end of the turn.
         labels_on (`tuple[str, ...]`, *optional*, defaults to `("text", "speech")`):
             What has labels in these turns. All other labels are -100.
         pad_to_multiple_of (`int`, *optional*):
@@ -114,8 +116,8 @@ class SpeechChatCollator:
         Calling it on a list of rows returns the same tensors as [`SpeechTextCollator`].
 
     Raises:
-        ValueError: A message is malformed, a text holds the name of a speech token, or the template changes earlier
-            turns when later ones follow, so that the ids of a turn cannot be found.
+        ValueError: A message is malformed, a text holds the name of a speech token, or the template
+            changes earlier turns when later ones follow, so that the ids of a turn cannot be found.
     """
 
     vocabulary: FlexiCodecSpeechVocabulary
@@ -136,13 +138,19 @@ class SpeechChatCollator:
         return self.vocabulary.pad(streams, self.padding_side, self.pad_to_multiple_of)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The stream of a conversation that ends with the template's generation prompt, for `generate` to continue."""
+        """
+        The stream of a conversation that ends with the template's generation prompt, for `generate`
+        to continue.
+        """
         flat, clips = self._flatten(messages)
         stream = self._stream(self._ids(flat, add_generation_prompt=True), clips, [])
         return {name: value for name, value in stream.items() if not name.endswith("labels")}
 
     def _flatten(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Tensor]]]:
-        """Messages with strings as content, in which a pair of markers stands for each clip, and the clips."""
+        """
+        Messages with strings as content, in which a pair of markers stands for each clip, and the
+        clips.
+        """
         vocabulary = self.vocabulary
         flat, clips = [], []
         for index, message in enumerate(messages):

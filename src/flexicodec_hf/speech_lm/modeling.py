@@ -34,7 +34,8 @@ class SpeechLMOutput(CausalLMOutputWithPast):
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the token that follows each position.
         duration_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, max_frames_per_token)`):
-            Scores of the duration of the token at each position. Entry `i` stands for `i + 1` frames.
+            Scores of the duration of the token at each position. Entry `i` stands for `i + 1`
+            frames.
         cache, hidden_states, attentions (*optional*):
             Those of the language model; `cache` is `past_key_values` before transformers 5.24.
     """
@@ -44,11 +45,13 @@ class SpeechLMOutput(CausalLMOutputWithPast):
 
 class DurationLMMixin(DurationMixin):
     """
-    A duration head on a causal language model, for vocabularies of `layout="parallel"`. [`duration_lm_class`] mixes it
-    into a class of transformers. As in FlexiCodec's own autoregressive model, the output at a code scores its duration
-    and the token that follows, and the duration goes into the input of that next token.
+    A duration head on a causal language model, for vocabularies of `layout="parallel"`.
+    [`duration_lm_class`] mixes it into a class of transformers. As in FlexiCodec's own
+    autoregressive model, the output at a code scores its duration and the token that follows, and
+    the duration goes into the input of that next token.
 
-    `generate` leaves a duration of 0 at a code that ends the sequence; `vocabulary.repair` drops this code.
+    `generate` leaves a duration of 0 at a code that ends the sequence; `vocabulary.repair` drops
+    this code.
     """
 
     # Class 0 stands for one frame.
@@ -93,8 +96,8 @@ class DurationLMMixin(DurationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Streams of the vocabulary.
             token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Codec frames of each code, 0 elsewhere. With a cache, an extra first column holds the duration of the
-                last token in the cache.
+                Codec frames of each code, 0 elsewhere. With a cache, an extra first column holds
+                the duration of the last token in the cache.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for ids, 0 for padding.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -102,8 +105,8 @@ class DurationLMMixin(DurationMixin):
             duration_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The durations to learn, -100 elsewhere. They are not shifted.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Divisor of the summed losses. `Trainer` passes the number of labels in all its accumulation steps; the
-                default is the number of labels in this batch.
+                Divisor of the summed losses. `Trainer` passes the number of labels in all its
+                accumulation steps; the default is the number of labels in this batch.
             position_ids, cache, use_cache, logits_to_keep, kwargs:
                 Passed on to the language model.
         """
@@ -131,7 +134,8 @@ class DurationLMMixin(DurationMixin):
         if labels is not None and duration_labels is not None:
             classes = torch.where(duration_labels > 0, duration_labels - 1, IGNORE_INDEX)
             losses = F.cross_entropy(duration_logits.flatten(0, 1).float(), classes.flatten(), reduction="sum")
-            # Divided by the count of the tokens, so that the sum is the loss of a token with its duration.
+            # Divided by the count of the tokens, so that the sum is the loss of a token with its
+            # duration.
             count = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
             loss = loss + losses / count
         return SpeechLMOutput(
@@ -154,15 +158,16 @@ def duration_lm_class(
         config (`PreTrainedConfig`):
             Configuration of any causal language model.
         vocabulary (`FlexiCodecSpeechVocabulary`, *optional*):
-            A vocabulary of `layout="parallel"`. Its ids are written into `config`. The configuration of a saved model
-            already holds them.
+            A vocabulary of `layout="parallel"`. Its ids are written into `config`. The
+            configuration of a saved model already holds them.
 
     Returns:
-        `type[PreTrainedModel]`: A subclass of transformers' class for `config`, to construct with `config` or to load
-        with `from_pretrained`.
+        `type[PreTrainedModel]`: A subclass of transformers' class for `config`, to construct with
+        `config` or to load with `from_pretrained`.
 
     Raises:
-        ValueError: The layout has no durations beside the ids, or `config` belongs to no causal language model.
+        ValueError: The layout has no durations beside the ids, or `config` belongs to no causal
+            language model.
 
     Example:
 
@@ -177,8 +182,8 @@ def duration_lm_class(
     if vocabulary is not None:
         if not vocabulary.is_parallel:
             raise ValueError(
-                f"`layout` must be 'parallel', got {vocabulary.layout!r}: in the other layouts durations are ids, so a "
-                "plain language model is enough."
+                f"`layout` must be 'parallel', got {vocabulary.layout!r}: in the other layouts durations are ids, so "
+                "a plain language model is enough."
             )
         config.flexicodec_speech = {
             "first_code_id": vocabulary.first_code_id,

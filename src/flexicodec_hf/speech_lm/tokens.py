@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from .vocabulary import FlexiCodecSpeechVocabulary
 
-# Where tokenizer_config.json keeps the vocabulary's settings: they are saved, pushed and loaded with the tokenizer.
+# Where tokenizer_config.json keeps the vocabulary's settings: they are saved, pushed and loaded
+# with the tokenizer.
 SETTINGS_KEY = "flexicodec_speech"
 
-# Names of blocks, as error messages use them. The blocks of the markers have the names of their tokens.
+# Names of blocks, as error messages use them. The blocks of the markers have the names of their
+# tokens.
 CODE = "a code"
 DURATION = "a duration"
 
@@ -44,7 +46,8 @@ class MalformedSpeechError(ValueError):
 
 class SpeechTokens:
     """
-    Blocks of consecutive ids in a tokenizer: the markers, the codes, the durations and the acoustic codes.
+    Blocks of consecutive ids in a tokenizer: the markers, the codes, the durations and the acoustic
+    codes.
 
     Args:
         tokenizer: The tokens are added to it, unless it already has them with the same settings.
@@ -112,7 +115,8 @@ class SpeechStream:
         vocabulary: The vocabulary.
         input_ids: Ids `(length,)`.
         token_lengths: The channel of token lengths `(length,)`, if the layout has it.
-        acoustic_codes: The channel of acoustic codes `(num_quantizers - 1, length)`, if the layout has it.
+        acoustic_codes: The channel of acoustic codes `(num_quantizers - 1, length)`, if the layout
+            has it.
 
     Raises:
         ValueError: A channel is missing, or a shape or dtype is wrong.
@@ -147,7 +151,9 @@ class SpeechStream:
         return values
 
     def decode(self) -> tuple[Tensor, Tensor]:
-        """`audio_codes` and `token_lengths` of a stream that is one clip, or `MalformedSpeechError`."""
+        """
+        `audio_codes` and `token_lengths` of a stream that is one clip, or `MalformedSpeechError`.
+        """
         vocabulary, tokens = self.vocabulary, self.tokens
         opened = len(self.ids) > 0 and bool(self.kinds[0] == tokens.kind(vocabulary.start_token))
         first, last, closed = int(opened), len(self.ids), False

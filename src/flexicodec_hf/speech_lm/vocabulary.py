@@ -21,13 +21,14 @@ _ACOUSTIC_LAYOUTS = ("flattened", "delay")
 
 class FlexiCodecSpeechVocabulary:
     r"""
-    Speech tokens of [`FlexiCodecModel`] in the vocabulary of a text tokenizer, so that a language model reads and
-    writes both. Nothing is lost: `decode` returns the codes and token lengths that were passed to `encode`.
+    Speech tokens of [`FlexiCodecModel`] in the vocabulary of a text tokenizer, so that a language
+    model reads and writes both. Nothing is lost: `decode` returns the codes and token lengths that
+    were passed to `encode`.
 
-    A *stream* is a `dict` of tensors: `input_ids`, and the channels beside them that the layout has. `encode` and `join`
-    make streams, `pad` makes batches of them, and `decode`, `repair` and `render` read them. Speech lies between
-    `<|speech|>` and `<|/speech|>`. Each speech token has a semantic code and a length of 1 to `max_frames_per_token`
-    codec frames, laid out as follows.
+    A *stream* is a `dict` of tensors: `input_ids`, and the channels beside them that the layout
+    has. `encode` and `join` make streams, `pad` makes batches of them, and `decode`, `repair` and
+    `render` read them. Speech lies between `<|speech|>` and `<|/speech|>`. Each speech token has a
+    semantic code and a length of 1 to `max_frames_per_token` codec frames, laid out as follows.
 
     | `layout` | ids of a token | new ids | channel |
     | --- | --- | --- | --- |
@@ -37,14 +38,16 @@ class FlexiCodecSpeechVocabulary:
 
     With `num_quantizers` above 1, acoustic codes are added in one of two ways.
 
-    - `acoustic_layout="flattened"`: in the stream, after the other ids of their token. Each codebook has ids of its own:
-      `<|a1_CODE|>`, `<|a2_CODE|>`, ...
-    - `acoustic_layout="delay"`: in the channel `acoustic_codes` `(num_quantizers - 1, length)`. Codebook `r`, from 1, is
-      `r` positions behind its token, as in MusicGen (arXiv 2306.05284), with `acoustic_codebook_size` where there is no
-      code. `num_quantizers - 1` ids `<|speech_fill|>` at the end leave room for the last codes. Not for
-      `layout="separate"`, where a token has two positions.
+    - `acoustic_layout="flattened"`: in the stream, after the other ids of their token. Each
+      codebook has ids of its own: `<|a1_CODE|>`, `<|a2_CODE|>`, ...
+    - `acoustic_layout="delay"`: in the channel `acoustic_codes` `(num_quantizers - 1, length)`.
+      Codebook `r`, from 1, is `r` positions behind its token, as in MusicGen (arXiv 2306.05284),
+      with `acoustic_codebook_size` where there is no code. `num_quantizers - 1` ids
+      `<|speech_fill|>` at the end leave room for the last codes. Not for `layout="separate"`, where
+      a token has two positions.
 
-    All these tokens are special tokens, so `tokenizer.decode(ids, skip_special_tokens=True)` leaves only the text.
+    All these tokens are special tokens, so `tokenizer.decode(ids, skip_special_tokens=True)` leaves
+    only the text.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -63,7 +66,8 @@ class FlexiCodecSpeechVocabulary:
             `"flattened"` or `"delay"`.
 
     Raises:
-        ValueError: An argument is out of range, the tokenizer is not a fast one, or it has other tokens of these names.
+        ValueError: An argument is out of range, the tokenizer is not a fast one, or it has other
+            tokens of these names.
 
     Example:
 
@@ -112,8 +116,8 @@ class FlexiCodecSpeechVocabulary:
             )
         if not tokenizer.is_fast:
             raise ValueError(
-                f"The tokenizer must be a fast one, got {type(tokenizer).__name__}: with a slow one, adding thousands of "
-                "tokens takes minutes."
+                f"The tokenizer must be a fast one, got {type(tokenizer).__name__}: with a slow one, adding thousands "
+                "of tokens takes minutes."
             )
         self.tokenizer = tokenizer
         self.layout = layout
@@ -180,11 +184,17 @@ class FlexiCodecSpeechVocabulary:
 
     @classmethod
     def from_pretrained(cls, model_id: str, **kwargs: Any) -> FlexiCodecSpeechVocabulary:
-        """Load a tokenizer by `AutoTokenizer.from_pretrained(model_id, **kwargs)`, with the vocabulary saved in it."""
+        """
+        Load a tokenizer by `AutoTokenizer.from_pretrained(model_id, **kwargs)`, with the vocabulary
+        saved in it.
+        """
         return cls.from_tokenizer(AutoTokenizer.from_pretrained(model_id, **kwargs))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> tuple[str, ...]:
-        """The same as `tokenizer.save_pretrained`, which saves this vocabulary in `tokenizer_config.json`."""
+        """
+        The same as `tokenizer.save_pretrained`, which saves this vocabulary in
+        `tokenizer_config.json`.
+        """
         return self.tokenizer.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -219,12 +229,18 @@ class FlexiCodecSpeechVocabulary:
 
     @property
     def first_code_id(self) -> int:
-        """Id of semantic code 0. The others follow; with `"joint"` each code has an id for every length."""
+        """
+        Id of semantic code 0. The others follow; with `"joint"` each code has an id for every
+        length.
+        """
         return self.tokens.first_ids[CODE]
 
     @property
     def duration_ids(self) -> tuple[int, int]:
-        """First id that holds a length, and how many there are. With `"joint"` these are the ids of the codes."""
+        """
+        First id that holds a length, and how many there are. With `"joint"` these are the ids of
+        the codes.
+        """
         name = DURATION if self.layout == "separate" else CODE
         return self.tokens.first_ids[name], self.tokens.sizes[name]
 
@@ -233,11 +249,16 @@ class FlexiCodecSpeechVocabulary:
         return self.tokens.contains(input_ids)
 
     def is_code(self, input_ids: Tensor) -> Tensor:
-        """Mask of the ids with which a speech token begins: its semantic code (with its length if `"joint"`)."""
+        """
+        Mask of the ids with which a speech token begins: its semantic code (with its length if
+        `"joint"`).
+        """
         return (input_ids >= self.first_code_id) & (input_ids < self.first_code_id + self.tokens.sizes[CODE])
 
     def delayed_positions(self, starts: Tensor) -> Tensor:
-        """Positions `(num_quantizers - 1, num_tokens)` of the acoustic codes of tokens at `starts`."""
+        """
+        Positions `(num_quantizers - 1, num_tokens)` of the acoustic codes of tokens at `starts`.
+        """
         return starts + torch.arange(1, self.num_quantizers, device=starts.device)[:, None]
 
     def encode(self, audio_codes: Any, token_lengths: Any = None, markers: bool = True) -> dict[str, Tensor]:
@@ -246,7 +267,8 @@ class FlexiCodecSpeechVocabulary:
 
         Args:
             audio_codes (`torch.LongTensor` of shape `(num_quantizers, num_tokens)`, or an array or lists):
-                Codes of the clip, without padding. Codebooks beyond the vocabulary's `num_quantizers` are not used.
+                Codes of the clip, without padding. Codebooks beyond the vocabulary's
+                `num_quantizers` are not used.
             token_lengths (`torch.LongTensor` of shape `(num_tokens,)`, or an array or a list, *optional*):
                 Codec frames of each token. One each by default.
             markers (`bool`, *optional*, defaults to `True`):
@@ -257,7 +279,8 @@ class FlexiCodecSpeechVocabulary:
 
             - **input_ids** (`torch.LongTensor` of shape `(length,)`),
             - **token_lengths** (`torch.LongTensor` of shape `(length,)`) with `layout="parallel"`,
-            - **acoustic_codes** (`torch.LongTensor` of shape `(num_quantizers - 1, length)`) with delayed acoustic codes.
+            - **acoustic_codes** (`torch.LongTensor` of shape `(num_quantizers - 1, length)`) with
+              delayed acoustic codes.
 
         Raises:
             ValueError: A shape or dtype is wrong, or a code or duration is out of its range.
@@ -314,8 +337,8 @@ class FlexiCodecSpeechVocabulary:
 
     def encode_prompt(self, audio_codes: Any, token_lengths: Any = None) -> dict[str, Tensor]:
         """
-        The stream of a clip that a language model is to continue: `<|speech|>` and the tokens, but no end. Delayed
-        acoustic codes that would come after the last token are left out.
+        The stream of a clip that a language model is to continue: `<|speech|>` and the tokens, but
+        no end. Delayed acoustic codes that would come after the last token are left out.
 
         Args:
             audio_codes, token_lengths: The same as for [`~FlexiCodecSpeechVocabulary.encode`].
@@ -334,18 +357,21 @@ class FlexiCodecSpeechVocabulary:
 
         Args:
             input_ids (`torch.LongTensor` of shape `(length,)`):
-                Ids. [`~FlexiCodecSpeechVocabulary.speech_spans`] finds the clips in a stream of text and speech.
+                Ids. [`~FlexiCodecSpeechVocabulary.speech_spans`] finds the clips in a stream of
+                text and speech.
             token_lengths (`torch.LongTensor` of shape `(length,)`, *optional*):
                 The channel of token lengths, required with `layout="parallel"`.
             acoustic_codes (`torch.LongTensor` of shape `(num_quantizers - 1, length)`, *optional*):
                 The channel of acoustic codes, required with delayed acoustic codes.
 
         Returns:
-            `audio_codes` (`torch.LongTensor` of shape `(num_quantizers, num_tokens)`) and `token_lengths`
-            (`torch.LongTensor` of shape `(num_tokens,)`). `codec.decode` takes them with a batch dimension in front.
+            `audio_codes` (`torch.LongTensor` of shape `(num_quantizers, num_tokens)`) and
+            `token_lengths` (`torch.LongTensor` of shape `(num_tokens,)`). `codec.decode` takes them
+            with a batch dimension in front.
 
         Raises:
-            MalformedSpeechError: The stream is not one that `encode` makes. `position` is where it first differs.
+            MalformedSpeechError: The stream is not one that `encode` makes. `position` is where it
+                first differs.
             ValueError: A channel is missing or has the wrong shape.
         """
         return SpeechStream(self, input_ids, token_lengths, acoustic_codes).decode()
@@ -354,12 +380,14 @@ class FlexiCodecSpeechVocabulary:
         self, input_ids: Tensor, token_lengths: Tensor | None = None, acoustic_codes: Tensor | None = None
     ) -> dict[str, Tensor]:
         """
-        Turn a stream that a language model cut off or got wrong into one that `decode` takes. All whole tokens before
-        the end of speech are kept, in order. The rest is dropped: a code without its length, a delayed token without
-        its last acoustic codes, text in between, a length out of range. Nothing is invented.
+        Turn a stream that a language model cut off or got wrong into one that `decode` takes. All
+        whole tokens before the end of speech are kept, in order. The rest is dropped: a code
+        without its length, a delayed token without its last acoustic codes, text in between, a
+        length out of range. Nothing is invented.
 
         Args:
-            input_ids, token_lengths, acoustic_codes: The same as for [`~FlexiCodecSpeechVocabulary.decode`].
+            input_ids, token_lengths, acoustic_codes: The same as for
+                [`~FlexiCodecSpeechVocabulary.decode`].
 
         Returns:
             `dict[str, torch.Tensor]`: A stream with both markers, without tokens if none was whole.
@@ -370,18 +398,20 @@ class FlexiCodecSpeechVocabulary:
         self, input_ids: Tensor, token_lengths: Tensor | None = None, acoustic_codes: Tensor | None = None
     ) -> str:
         """
-        A stream as a string for people, even if it is malformed: text as text, and each speech token as `CODE×LENGTH`,
-        with its acoustic codes after slashes. `tokenizer.decode` gives the full names of the tokens instead.
+        A stream as a string for people, even if it is malformed: text as text, and each speech
+        token as `CODE×LENGTH`, with its acoustic codes after slashes. `tokenizer.decode` gives the
+        full names of the tokens instead.
 
         Args:
-            input_ids, token_lengths, acoustic_codes: The same as for [`~FlexiCodecSpeechVocabulary.decode`].
+            input_ids, token_lengths, acoustic_codes: The same as for
+                [`~FlexiCodecSpeechVocabulary.decode`].
         """
         return SpeechStream(self, input_ids, token_lengths, acoustic_codes).render()
 
     def speech_spans(self, input_ids: Tensor) -> list[slice]:
         """
-        Find the speech in ids `(length,)` of text and speech, as slices that include the markers. Speech without an end
-        marker ends where the next speech begins, or with the ids.
+        Find the speech in ids `(length,)` of text and speech, as slices that include the markers.
+        Speech without an end marker ends where the next speech begins, or with the ids.
         """
         kinds = self.tokens.kinds(as_integers("input_ids", input_ids))
         starts = (kinds == self.tokens.kind(self.start_token)).nonzero()[:, 0].tolist()
@@ -398,10 +428,12 @@ class FlexiCodecSpeechVocabulary:
         One stream of several parts.
 
         Args:
-            parts: Texts, as `str` (tokenized without special tokens) or as a list of ids, and streams.
+            parts: Texts, as `str` (tokenized without special tokens) or as a list of ids, and
+                streams.
 
         Returns:
-            `dict[str, torch.Tensor]`: A stream. In the channels, text has no length and no acoustic codes.
+            `dict[str, torch.Tensor]`: A stream. In the channels, text has no length and no acoustic
+            codes.
         """
         streams = [part if isinstance(part, dict) else self._text(part) for part in parts]
         return {name: torch.cat([stream[name] for stream in streams], dim=-1) for name in self.channels}
@@ -416,13 +448,14 @@ class FlexiCodecSpeechVocabulary:
         A batch of streams.
 
         Args:
-            streams: Streams; their `labels`, `duration_labels` and `acoustic_labels`, if any, are padded with -100.
+            streams: Streams; their `labels`, `duration_labels` and `acoustic_labels`, if any, are
+                padded with -100.
             padding_side: `"right"`, or `"left"` as for prompts of `generate`.
             pad_to_multiple_of: If set, the length is a multiple of it.
 
         Returns:
-            `dict[str, torch.Tensor]`: The tensors of the streams with a batch dimension in front, and `attention_mask`
-            `(batch_size, length)`: 1 for ids, 0 for padding.
+            `dict[str, torch.Tensor]`: The tensors of the streams with a batch dimension in front,
+            and `attention_mask` `(batch_size, length)`: 1 for ids, 0 for padding.
 
         Raises:
             ValueError: The tokenizer has no padding token.
