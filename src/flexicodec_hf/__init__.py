@@ -47,7 +47,6 @@ from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
 from .pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
-from .scheduling_flexicodec import FlexiCodecMidpointScheduler
 from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
 from .voice_flexicodec import FlexiCodecVoice
 
@@ -98,7 +97,6 @@ __all__ = [
     "FlexiCodecFeatureExtractor",
     "FlexiCodecForTextToSpeech",
     "FlexiCodecMelFeatureExtractor",
-    "FlexiCodecMidpointScheduler",
     "FlexiCodecModel",
     "FlexiCodecPreTrainedModel",
     "FlexiCodecRepositoryForTextToSpeech",
