@@ -18,9 +18,7 @@ from flexicodec_hf import (
     save_repository,
 )
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.ar import convert_ar
-from flexicodec_hf.conversion.codec import convert_codec
-from flexicodec_hf.conversion.nar import convert_vocoder, convert_voicebox
+from flexicodec_hf.conversion import convert_ar, convert_codec, convert_vocoder, convert_voicebox
 from whisper_files import write_vocabulary_and_merges
 
 
@@ -123,7 +121,7 @@ def tts_parts(golden, tmp_path_factory):
         sources[name] = folder / f"{name}.safetensors"
         save_file(tensors, sources[name])
     (folder / "codec.yaml").write_text(yaml.safe_dump(fixture.spec["codec_config"]))
-    convert_codec(sources["artts"], folder / "codec", codec_config=folder / "codec.yaml")
+    convert_codec(sources["artts"], folder / "codec", folder / "codec.yaml")
     convert_ar(sources["artts"], folder / "ar", fixture.spec["ar_config"])
     convert_voicebox(sources["nartts"], folder / "voicebox", fixture.spec["voicebox_config"])
     convert_vocoder(sources["vocos"], folder / "vocoder", fixture.spec["vocos_config"])

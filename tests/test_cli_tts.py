@@ -185,20 +185,18 @@ def test_an_interrupted_conversion_goes_on(released, tmp_path, capsys, monkeypat
 
     def interrupt(part: str, exception: type[BaseException]) -> None:
         """Count the conversions, and interrupt that of one part when half of its files are there."""
-        for module, name in (("codec", "codec"), ("ar", "ar"), ("nar", "voicebox"), ("nar", "vocoder")):
-            path = f"flexicodec_hf.conversion.{module}.convert_{name}"
-            function = originals.setdefault(
-                path, getattr(sys.modules[f"flexicodec_hf.conversion.{module}"], f"convert_{name}")
-            )
+        for name in ("codec", "ar", "voicebox", "vocoder"):
+            path = f"flexicodec_hf.conversion.convert.convert_{name}"
+            function = originals.setdefault(name, getattr(flexicodec_hf.conversion, f"convert_{name}"))
 
-            def counted(source, directory, *args, name=name, function=function, **kwargs):
+            def counted(source, folder, *args, name=name, function=function, **kwargs):
+                directory = folder.parent  # `folder` is for files that are not complete yet
                 if name == part:
-                    directory.mkdir(parents=True, exist_ok=True)
-                    (directory / ".incomplete-x").mkdir()
+                    (directory / ".incomplete-x").mkdir()  # as a killed process leaves it
                     (directory / ".incomplete-x" / "model.safetensors").write_bytes(b"half")
                     raise exception
                 done.append(str(directory.relative_to(out)))
-                return function(source, directory, *args, **kwargs)
+                return function(source, folder, *args, **kwargs)
 
             monkeypatch.setattr(path, counted)
 

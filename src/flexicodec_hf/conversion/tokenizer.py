@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.utils import cached_file
 
+from .checkpoint import CheckpointError
+
 
 DEFAULT_SOURCE = "openai/whisper-tiny"
 """Every multilingual `openai/whisper-*` has the same vocabulary; this is the smallest repository."""
@@ -46,7 +48,7 @@ def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerF
 
     Raises:
         OSError: The repository or the files cannot be found.
-        ValueError: The files do not hold Whisper's multilingual BPE.
+        CheckpointError: The files do not hold Whisper's multilingual BPE.
     """
     vocabulary, merges = _read_bpe(source)
     # The empty token, which no text contains, is the last id of the BPE.
@@ -55,7 +57,7 @@ def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerF
     # other ids than from OpenAI's own tokenizer, with which FlexiCodec-TTS was trained.
     if ("Ġ", "t") not in merges:
         merges.insert(0, ("Ġ", "t"))
-    mismatch = ValueError(
+    mismatch = CheckpointError(
         f"{source} does not hold the multilingual vocabulary of Whisper. Use the tokenizer of a multilingual model, "
         f"such as {DEFAULT_SOURCE}; English-only models (`openai/whisper-*.en`) have another."
     )
@@ -94,7 +96,9 @@ def _read_bpe(source: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]
     tokenizer_file = path if path.is_file() else Path(cached_file(str(source), "tokenizer.json"))
     model = _read_json(tokenizer_file).get("model", {})
     if model.get("type") != "BPE":
-        raise ValueError(f"{tokenizer_file} must be a tokenizer.json that holds a BPE, got {model.get('type')!r}.")
+        raise CheckpointError(
+            f"{tokenizer_file} must be a tokenizer.json that holds a BPE, got {model.get('type')!r}."
+        )
     # Older files write a merge as "a b", newer ones as ["a", "b"].
     return model["vocab"], [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
 
@@ -103,7 +107,7 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
+        raise CheckpointError(f"{path} is not a JSON file: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content
