@@ -98,10 +98,16 @@ def test_unknown_and_missing_tensors_are_named(golden, source, tmp_path, caplog)
     ("ar_config", "message"),
     [
         ({"llm_num_blocks": 5}, "`llm_num_blocks: 5`; the tensors show 3"),
-        ({"text_encoder_macaron_style": True}, "`text_encoder_macaron_style: True`; only `text_encoder_macaron_style: False`"),
+        (
+            {"text_encoder_macaron_style": True},
+            "`text_encoder_macaron_style: True`; only `text_encoder_macaron_style: False`",
+        ),
         ({"llm_blocks": 3}, "unknown settings llm_blocks; known are"),
         ({"flex_framerate_options": [0.9]}, r"has 2 merging thresholds, `flex_framerate_options` is \[0.9\]"),
-        ({"llm_positional_dropout_rate": 0.3}, "`llm_positional_dropout_rate`; only the value of `llm_dropout_rate`, 0.1, is supported"),
+        (
+            {"llm_positional_dropout_rate": 0.3},
+            "`llm_positional_dropout_rate`; only the value of `llm_dropout_rate`, 0.1, is supported",
+        ),
     ],
 )
 def test_a_config_that_contradicts_is_refused(source, tmp_path, ar_config, message):
@@ -118,7 +124,9 @@ def test_the_config_fills_what_tensors_do_not_tell(source, tmp_path):
 
 def test_wrong_shapes_and_files(source, tmp_path):
     path = source({f"{PREFIX}llm_decoder.bias": torch.zeros(7)})
-    with pytest.raises(CheckpointError, match=r"llm_decoder.bias' \(7,\), which does not make a `lm_head.bias` of shape \(61,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"llm_decoder.bias' \(7,\), which does not make a `lm_head.bias` of shape \(61,\)"
+    ):
         convert_ar(path, tmp_path / "model")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="has no tensor 'transformer_lm"):

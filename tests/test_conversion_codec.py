@@ -16,8 +16,8 @@ from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
 from flexicodec_hf.conversion import CheckpointError, convert_codec
 from flexicodec_hf.conversion.checkpoint import SourceCheckpoint
 from flexicodec_hf.conversion.convert import infer_config
-from flexicodec_hf.conversion.progress import atomic_repository
 from flexicodec_hf.conversion.tables import CODEC
+from flexicodec_hf.data.files import atomic_directory
 
 
 RUN = "b1_thr_mid_nq5"
@@ -529,7 +529,7 @@ def test_a_killed_conversion_leaves_no_weights_of_another_model(tmp_path, monkey
 
     monkeypatch.setattr(Path, "replace", replace)
     if (child := os.fork()) == 0:
-        with atomic_repository(tmp_path) as folder:
+        with atomic_directory(tmp_path) as folder:
             for name in ("model.safetensors", "config.json"):
                 (folder / name).write_text("new")
             if moment == "writing":
@@ -543,5 +543,5 @@ def test_output_directory_is_a_file(weights, convert, tmp_path):
     (tmp_path / "converted").write_text("a file")
     with pytest.raises(FileExistsError):
         convert(weights)
-    with pytest.raises(FileExistsError), atomic_repository(tmp_path / "converted"):
+    with pytest.raises(FileExistsError), atomic_directory(tmp_path / "converted"):
         pass

@@ -79,7 +79,9 @@ def test_default_sizes_are_the_released_ones():
 
 def test_what_shapes_do_not_tell_is_as_released(nar, vocos, tmp_path):
     vocoder = convert_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]))
-    assert vocoder.config.to_dict() == convert_vocoder(tmp_path / "vocos.safetensors", config=vocos[1]).config.to_dict()
+    assert (
+        vocoder.config.to_dict() == convert_vocoder(tmp_path / "vocos.safetensors", config=vocos[1]).config.to_dict()
+    )
     wide = FlexiCodecVoiceboxModel(tiny_config()).state_dict()
     assert wide["norm.to_weight.weight"].shape == (128, 128)
     source = write(tmp_path / "wide.safetensors", {released_name(k): v.contiguous() for k, v in wide.items()})
@@ -188,7 +190,9 @@ def test_missing_and_unknown_tensors_are_named(nar, tmp_path, caplog):
 
 def test_wrong_shapes_and_wrong_files_are_refused(nar, vocos, tmp_path):
     vocos[0]["head.out.bias"] = torch.zeros(65)
-    with pytest.raises(CheckpointError, match=r"'head.out.bias' \(65,\), which does not make a `head.linear.bias` of shape \(66,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'head.out.bias' \(65,\), which does not make a `head.linear.bias` of shape \(66,\)"
+    ):
         convert_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]), config=vocos[1])
     with pytest.raises(CheckpointError, match=r"has no tensor 'voicebox_model\.cond_emb\.weight'"):
         convert_voicebox(tmp_path / "vocos.safetensors")
@@ -198,7 +202,9 @@ def test_wrong_shapes_and_wrong_files_are_refused(nar, vocos, tmp_path):
         convert_vocoder(tmp_path / "nothing.safetensors")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not a JSON file"), ("[1]", "must hold a mapping of names of settings to values")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not a JSON file"), ("[1]", "must hold a mapping of names of settings to values")]
+)
 def test_bad_settings_files_are_refused(nar, tmp_path, text, message):
     settings = tmp_path / "settings.json"
     settings.write_text(text)

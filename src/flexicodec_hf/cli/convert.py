@@ -124,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.download import ReleasedFiles
     from ..conversion.progress import Progress
     from ..conversion.repository import convert_release, list_parts, push, write_card
+    from ..data.files import DataError
 
     files = ReleasedFiles(**{field.name: getattr(args, field.name) for field in fields(ReleasedFiles)})
     try:
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
                 raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
             print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
         progress.finish()
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:
         raise CommandError(_with_options(str(error))) from error
     return 0
 

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from transformers import FeatureExtractionMixin
 from transformers.utils import logging
 
+from ..data.files import atomic_directory, require
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 from .checkpoint import CheckpointError, SourceCheckpoint
-from .progress import atomic_repository
 from .tables import AR, CODEC, TTS_CODEC_PREFIXES, VOCODER, VOICEBOX, Table
 
 
@@ -244,7 +244,7 @@ def convert(
         logger.warning(report)
     model = table.model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
     if output_dir is not None:
-        with atomic_repository(output_dir) as folder:
+        with atomic_directory(output_dir) as folder:
             model.save_pretrained(folder, state_dict=tensors)
             if feature_extractor is not None:
                 feature_extractor.save_pretrained(folder)
@@ -313,12 +313,13 @@ def _read_settings(config: Settings, section: str | None = None) -> dict[str, An
     content: Any = config
     if not isinstance(config, Mapping):
         path = Path(config)
+        is_json = path.suffix == ".json"
+        yaml = None if is_json else require("yaml", f"The configuration {path}", "convert")
         try:
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else _parse_yaml(text, path)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            kind = "JSON" if path.suffix == ".json" else "YAML"
-            raise CheckpointError(f"{path} is not a {kind} file: {error}") from error
+            content = json.loads(text) if yaml is None else yaml.safe_load(text)
+        except (json.JSONDecodeError, UnicodeDecodeError, getattr(yaml, "YAMLError", json.JSONDecodeError)) as error:
+            raise CheckpointError(f"{path} is not a {'JSON' if is_json else 'YAML'} file: {error}") from error
     if isinstance(content, Mapping) and section in content:
         content = content[section]
     if not isinstance(content, Mapping):
@@ -326,20 +327,6 @@ def _read_settings(config: Settings, section: str | None = None) -> dict[str, An
             f"{config} must hold a mapping of names of settings to values, but holds {type(content).__name__}."
         )
     return dict(content)
-
-
-def _parse_yaml(text: str, path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise CheckpointError(
-            f"Reading {path} needs PyYAML. Install it with `pip install flexicodec-hf[convert]`, or write the settings "
-            "as a `.json` file."
-        ) from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{path} is not a YAML file: {error}") from error
 
 
 def _report(path: Path, table: Table, missing: list[str], unknown: list[str]) -> str:

@@ -1,58 +1,23 @@
-"""Crash safety: a repository appears whole, and an interrupted conversion continues where it stopped."""
+"""What a conversion has done so far, so that an interrupted one continues where it stopped."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..data.files import atomic_directory
 from .checkpoint import CheckpointError
 
 
 RECORD = ".conversion.json"
 """Beside the weights while a conversion is unfinished: the files and options that they were made of."""
 
-_INCOMPLETE = ".incomplete-"
-# Where a converted repository has weights, and so records and incomplete files.
+# Where a converted repository has weights, and so records and what a killed process left.
 _WEIGHT_FOLDERS = ("", "tts/", "tts/*/")
-
-
-@contextmanager
-def atomic_repository(output_dir: str | Path) -> Iterator[Path]:
-    """
-    A folder to write the files of a repository into. They move to `output_dir` once all are complete, the weights last.
-
-    Unlike a directory that is renamed, `output_dir` may exist: what else it holds stays, such as a card or the source
-    of the conversion. Whatever interrupts the writing, it never holds weights that are cut short or that belong to
-    another configuration.
-    """
-    output_dir = Path(output_dir)
-    created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=_INCOMPLETE, dir=output_dir) as folder:
-            yield Path(folder)
-            _move(Path(folder), output_dir)
-    except BaseException:
-        with suppress(OSError):  # one of them holds something
-            for path in created:
-                path.rmdir()
-        raise
-
-
-def _move(folder: Path, output_dir: Path) -> None:
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    for directory in {output_dir / file.parent for file in files}:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("model*.safetensors*"):
-            old.unlink()
-    # The index names all shards: with it, a directory of several looks complete.
-    for file in sorted(files, key=lambda file: (file.match("model*.safetensors*"), file.suffix == ".json", file)):
-        (folder / file).replace(output_dir / file)
 
 
 class Progress:
@@ -70,7 +35,7 @@ class Progress:
         self.output_dir = output_dir
         self.overwrite = overwrite
         for where in _WEIGHT_FOLDERS:
-            for leftover in output_dir.glob(f"{where}{_INCOMPLETE}*"):
+            for leftover in output_dir.glob(f"{where}.incomplete-*"):
                 shutil.rmtree(leftover)
 
     def convert(
@@ -105,9 +70,17 @@ class Progress:
                 )
             if not self.overwrite:
                 raise CheckpointError(f"{result} exists: pass `overwrite` to replace it.")
-        with atomic_repository(directory) as folder:
-            convert(folder)
-            (folder / weights / RECORD).write_text(made_of)
+        directory.mkdir(
+            parents=True, exist_ok=True
+        )  # what a killed process leaves is inside, where the next run looks
+        try:
+            with atomic_directory(directory) as folder:
+                convert(folder)
+                (folder / weights / RECORD).write_text(made_of)
+        except BaseException:
+            with suppress(OSError):  # it holds something
+                directory.rmdir()
+            raise
         return True
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
 
+from ..data.files import atomic_directory
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech, _checked_name, save_repository
@@ -21,7 +22,7 @@ from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
 from . import convert
 from .checkpoint import CheckpointError
 from .download import ReleasedFiles
-from .progress import Progress, atomic_repository
+from .progress import Progress
 from .tokenizer import build_tokenizer
 
 
@@ -176,7 +177,7 @@ def assemble(
         except (ValueError, ImportError) as error:
             raise CheckpointError(f"{voice.audio} makes no voice: {error}") from error
     root = model.codec if Path(codec) == Path(parts["codec"]) else FlexiCodecModel.from_pretrained(codec).to(dtype)
-    with atomic_repository(output_dir) as folder:
+    with atomic_directory(output_dir) as folder:
         # One file of weights, whatever its size: where it is, the system is complete.
         save_repository(folder, root, model.to(dtype), processor, storage_dtype=storage_dtype, max_shard_size="1TB")
         package = Path(__file__).parents[1]
