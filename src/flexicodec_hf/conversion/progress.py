@@ -70,9 +70,8 @@ class Progress:
                 )
             if not self.overwrite:
                 raise CheckpointError(f"{result} exists: pass `overwrite` to replace it.")
-        directory.mkdir(
-            parents=True, exist_ok=True
-        )  # what a killed process leaves is inside, where the next run looks
+        # What a killed process leaves is then inside, where the next run looks.
+        directory.mkdir(parents=True, exist_ok=True)
         try:
             with atomic_directory(directory) as folder:
                 convert(folder)

@@ -127,7 +127,7 @@ def convert_release(
         )
 
     def build(folder: Path) -> None:
-        tokenizer = build_tokenizer(files.tokenizer)  # the quickest thing that can fail
+        tokenizer = build_tokenizer(str(files.tokenizer))  # the quickest thing that can fail
         for part in parts:
             run(*part)
         directories = {directory.name: directory for _, directory, *_ in parts}
