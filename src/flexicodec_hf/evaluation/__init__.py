@@ -1,9 +1,8 @@
-"""Measuring speech: error rates, quality, speakers, rates and speed of the codec and of text-to-speech."""
+"""Measure a codec or text-to-speech on a dataset: error rates, quality, speakers, token rates and speed."""
 
-from .asr import load_normalizer, load_recognizer
-from .common import SAMPLING_RATE, EvaluationError
-from .data import Clip, load_clips
+from .methods import Clip, CodecReconstruction, Method, Original, Speech, TextToSpeech
 from .metrics import (
+    SAMPLING_RATE,
     ErrorCount,
     character_errors,
     cosine_similarity,
@@ -14,10 +13,9 @@ from .metrics import (
     stoi,
     word_errors,
 )
+from .recognizers import load_normalizer, load_recognizer, load_speaker_encoder
 from .report import Report
-from .run import MEASURES, Judge, evaluate
-from .speaker import load_speaker_encoder
-from .systems import CodecReconstruction, Original, Speech, System, TextToSpeech
+from .run import MEASURES, Evaluator, evaluate
 
 
 __all__ = [
@@ -26,18 +24,16 @@ __all__ = [
     "Clip",
     "CodecReconstruction",
     "ErrorCount",
-    "EvaluationError",
-    "Judge",
+    "Evaluator",
+    "Method",
     "Original",
     "Report",
     "Speech",
-    "System",
     "TextToSpeech",
     "character_errors",
     "cosine_similarity",
     "dnsmos",
     "evaluate",
-    "load_clips",
     "load_normalizer",
     "load_recognizer",
     "load_speaker_encoder",
