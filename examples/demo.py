@@ -16,7 +16,7 @@ from transformers import AutoFeatureExtractor, AutoModel, pipeline
 
 from flexicodec_hf import FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.audio_flexicodec import read_audio, write_audio
-from flexicodec_hf.evaluation import pesq, stoi
+from flexicodec_hf.evaluation.metrics import pesq, stoi
 from flexicodec_hf.training.samples import draw_spectrogram
 
 

@@ -11,7 +11,7 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, pipelin
 from conftest import AUDIO, TESTS, WITHOUT_PACKAGE
 from flexicodec_hf import FlexiCodecForTextToSpeech
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.evaluation import stoi
+from flexicodec_hf.evaluation.metrics import stoi
 
 
 CHECKPOINT = TESTS.parent / "checkpoints" / "flexicodec-tiny"

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
@@ -32,20 +34,17 @@ from flexicodec_hf.audio_flexicodec import AudioError, read_audio
 from flexicodec_hf.cli import main
 from flexicodec_hf.data.files import DataError
 from flexicodec_hf.data.sources import decode_audio, load_speech
-from flexicodec_hf.evaluation import (
+from flexicodec_hf.evaluation.methods import (
     Clip,
     CodecReconstruction,
-    Evaluator,
     Original,
-    Report,
     Speech,
     TextToSpeech,
-    evaluate,
-    load_normalizer,
-    load_recognizer,
-    load_speaker_encoder,
+    even_token_lengths,
 )
-from flexicodec_hf.evaluation.methods import even_token_lengths
+from flexicodec_hf.evaluation.recognizers import load_normalizer, load_recognizer, load_speaker_encoder
+from flexicodec_hf.evaluation.report import Report
+from flexicodec_hf.evaluation.run import Evaluator, evaluate
 
 
 SENTENCE = "he was not an ill disposed young man"
@@ -70,7 +69,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def asr(tmp_path, monkeypatch) -> Path:
-    """A directory that looks like CTranslate2's, and a fake faster-whisper that gives the same sentence for any audio."""
+    """A directory that looks like CTranslate2's, and a fake faster-whisper with one sentence for any audio."""
     pytest.importorskip("jiwer")
     directory = tmp_path / "asr"
     directory.mkdir()
@@ -210,7 +209,7 @@ def test_errors_of_data(tmp_path):
         ("empty.jsonl", {}, "no rows"),
         ("bad.jsonl", {}, "bad.jsonl: not"),
         ("other.csv", {}, "no column of audio or text among .*speaker.*words"),
-        ("one.csv", {"text_column": "words"}, "words.*file_name.*text"),
+        ("one.csv", {"text_column": "words"}, "no column .?words.? among .*text"),
         ("nothing/here", {}, "nothing/here"),
     ):
         with pytest.raises(DataError, match=message):
@@ -229,9 +228,7 @@ def test_english_normalizer_needs_its_table(asr, monkeypatch, tmp_path):
     assert load_normalizer("en", (str(asr / "normalizer.json"),))("Colour") == "color"
     assert load_normalizer("fr")("Où est-il ?").split() == ["où", "est", "il"]
     monkeypatch.setattr("flexicodec_hf.evaluation.recognizers.find_spec", lambda name: None)
-    with pytest.raises(
-        DataError, match=r"table of spellings.*openai/whisper-base.*pip install whisper-normalizer"
-    ):
+    with pytest.raises(DataError, match=r"table of spellings.*openai/whisper-base.*pip install whisper-normalizer"):
         load_normalizer("en", (str(tmp_path),))
 
     package = tmp_path / "packages" / "whisper_normalizer" / "normalizers"
@@ -350,7 +347,9 @@ def second_of_speech() -> np.ndarray:
 def test_reconstruction_is_that_of_the_codec(codec, device):
     model, extractor = codec
     waveform = second_of_speech()
-    speech = CodecReconstruction(model, extractor, target_frame_rate=6.25, num_quantizers=3)(Clip("clip", waveform=waveform))
+    speech = CodecReconstruction(model, extractor, target_frame_rate=6.25, num_quantizers=3)(
+        Clip("clip", waveform=waveform)
+    )
     inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt", device=device)
     encoded = model.encode(**inputs, target_frame_rate=6.25, num_quantizers=3)
     expected = model.decode(**encoded).audio_values[0, 0].detach().cpu().numpy()
@@ -503,6 +502,31 @@ def test_an_interrupted_run_continues(folder, tmp_path):
     assert louder.clips == [*list(CLIPS)[1:], "stereo_48k.wav"]
 
 
+def test_a_row_cut_inside_a_character_is_measured_again(folder, tmp_path):
+    clips = [row | {"text": "été"} for row in load_rows(folder)[:2]]
+    expected = evaluate(clips, [Original()], Evaluator([]), tmp_path / "results")
+    part = tmp_path / "results" / "parts" / "000.jsonl"
+    part.write_bytes(part.read_bytes()[: part.read_bytes().rfind("é".encode()) + 1])
+    assert evaluate(clips, [Original()], Evaluator([]), tmp_path / "results").rows == expected.rows
+    assert [json.loads(line) for line in part.read_text().splitlines()] == expected.rows
+
+
+def test_clips_of_one_name_are_measured_each(folder, tmp_path):
+    clips = [row | {"id": "same.wav", "text": None} for row in load_rows(folder)[:2]]
+    louder = Louder()
+    report = evaluate(clips, [louder], Evaluator(["mel"]), tmp_path / "results")
+    assert louder.clips == [row["clip"] for row in report.rows] == ["same.wav", "same.wav (000001)"]
+    assert report.rows[0]["seconds"] != report.rows[1]["seconds"]
+
+
+def test_silence_of_text_to_speech_counts_as_errors_and_takes_no_time(asr):
+    evaluator = Evaluator(["wer"], load_recognizer(str(asr)), load_normalizer("en", (str(asr),)))
+    silent = TextToSpeech(lambda text: {"audio": np.zeros((1, 0), dtype=np.float32), "sampling_rate": 24_000})
+    report = evaluate([{"text": "he was not"}], [silent], evaluator)
+    assert report.totals()["text-to-speech"]["wer"] == 1
+    assert "RTF" not in report.table()
+
+
 def test_results_of_other_settings_are_refused(folder, tmp_path):
     clips = load_rows(folder)[:1]
     evaluate(clips, [Original()], Evaluator(["mel"]), tmp_path / "results", {"model": "a"})
@@ -522,7 +546,11 @@ def test_a_clip_that_a_method_rejects_counts_for_none(folder, tmp_path):
     errors: list[str] = []
     for _ in range(2):  # nor when it continues
         report = evaluate(
-            load_speech(folder), [Original(), Rejecting()], Evaluator(["mel"]), tmp_path / "out", on_error=errors.append
+            load_speech(folder),
+            [Original(), Rejecting()],
+            Evaluator(["mel"]),
+            tmp_path / "out",
+            on_error=errors.append,
         )
         assert report.failed == ["silence_2s.wav: there is nothing to hear."] == errors[-1:]
         assert [total["clips"] for total in report.totals().values()] == [3, 3]
@@ -598,7 +626,13 @@ def test_plot_shows_every_setting(tmp_path):
     ]
     Report(rows, methods).plot(tmp_path / "plot.svg")
     picture = (tmp_path / "plot.svg").read_text()
-    for label in ("merged by similarity, 8 codebooks", "fixed, 1 codebook", "original", "narrow band", "word error rate"):
+    for label in (
+        "merged by similarity, 8 codebooks",
+        "fixed, 1 codebook",
+        "original",
+        "narrow band",
+        "word error rate",
+    ):
         assert label in picture
     with pytest.raises(DataError, match="nothing to draw"):
         Report(rows[:1], methods).plot(tmp_path / "plot.svg")
@@ -668,6 +702,9 @@ def test_the_command_streams_part_of_a_dataset(run, tmp_path):
     assert status == 0 and "| 000001 | threshold 0.91, 5 codebooks |" in output and "000002" not in output
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="a bug of transformers 5.17: pipelines of VITS fail"
+)
 def test_the_command_speaks(run, asr, tmp_path, device):
     """With a small model of another kind: any text-to-speech pipeline serves."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "flow_size": 16}

@@ -9,7 +9,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from conftest import AUDIO
 from flexicodec_hf.data.files import DataError
-from flexicodec_hf.evaluation import (
+from flexicodec_hf.evaluation.metrics import (
     character_errors,
     cosine_similarity,
     dnsmos,

@@ -427,7 +427,9 @@ def test_what_is_not_supported_is_refused(device):
     inputs = prompts(model, device)
     with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*(BEAM_SEARCH|beam_search)'"):
         generate(model, inputs, num_beams=2)
-    with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*ASSISTED_GENERATION'"):
+    with pytest.raises(
+        ValueError, match=r"only supports .*but got generation mode '.*(ASSISTED_GENERATION|assisted_generation)'"
+    ):
         generate(model, inputs, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="holds speech tokens but token_lengths is missing"):
         model.generate(inputs["input_ids"])

@@ -419,6 +419,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

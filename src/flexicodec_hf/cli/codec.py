@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,24 +12,26 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from .common import (
-    CommandError,
+    add_chunk_argument,
     add_model_arguments,
     check_output,
     choose_device,
     cosine,
     load_codec_config,
-    not_negative,
     positive_int,
     report_error,
+    target_rates,
     usage_error,
-    whole_file,
 )
 
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from ..audio_flexicodec import AudioClip
     from ..configuration_flexicodec import FlexiCodecConfig
-    from .runner import CodecRunner
-    from .tokens import Tokens, TokensRow
+    from ..data.runner import CodecRunner
+    from ..data.tokens import Tokens, TokenSource
 
 
 def add_commands(commands: Any) -> None:
@@ -84,7 +86,7 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
         "--num-quantizers",
         type=positive_int,
         metavar="N",
-        help="rows of codes to use: 1 is the semantic row alone, 8 a good compromise (default: all)",
+        help="codebooks to use: 1 is the semantic one alone, 8 a good compromise (default: all)",
     )
     if encodes:
         rate = parser.add_mutually_exclusive_group()
@@ -108,27 +110,34 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
             metavar="N",
             help="files to process at once, of similar length: faster on a GPU, with the same results (default: 1)",
         )
-    parser.add_argument(
-        "--chunk-length-s",
-        type=not_negative,
-        default=30.0,
-        metavar="S",
-        help="process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does "
-        "(default: 30)",
-    )
+    add_chunk_argument(parser)
     add_model_arguments(parser)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A file, or a row of one, to read and the file to make of it."""
+    """What to read, and the file to make of it."""
 
-    source: Path | TokensRow
+    source: Path | TokenSource
     target: Path
 
 
-# What a batch gives: the tokens of each item, to be reported, and how to write its file.
-Result = tuple["Tokens", Callable[[Path], None]]
+@dataclass(frozen=True)
+class Result:
+    """What a job gives: tokens, or the waveform decoded from them."""
+
+    tokens: Tokens
+    waveform: np.ndarray | None = None
+
+    def write(self, path: Path) -> None:
+        from ..audio_flexicodec import write_audio
+        from ..data.files import atomic_file
+
+        with atomic_file(path) as temporary:
+            if self.waveform is None:
+                self.tokens.save(temporary)
+            else:
+                write_audio(temporary, self.waveform, self.tokens.sampling_rate)
 
 
 @dataclass
@@ -151,16 +160,24 @@ class Totals:
         self.skipped += 1
         tqdm.write(f"{job.source}: skipped, {job.target} exists (--overwrite replaces it)")
 
+    def add(self, tokens: Tokens, config: FlexiCodecConfig) -> None:
+        num_quantizers, num_tokens = tokens.audio_codes.shape
+        self.done += 1
+        self.seconds += tokens.seconds
+        self.tokens += num_tokens
+        self.bits += num_tokens * config.bits_per_token(num_quantizers)
+        self.num_quantizers.add(num_quantizers)
+
     def summary(self, runner: CodecRunner | None) -> str:
         """One line."""
         parts = []
         if runner is not None and self.done:
-            rows = " or ".join(str(rows) for rows in sorted(self.num_quantizers))
+            quantizers = " or ".join(str(number) for number in sorted(self.num_quantizers))
             parts += [
                 f"{_count(self.done, 'file')}, {self.seconds:.2f} s of audio",
                 f"{_count(self.tokens, 'token')}, {self.tokens / self.seconds:.2f} per second",
-                f"{self.bits / self.seconds:.0f} bits per second ({_count(rows, 'quantizer')})",
-                f"real-time factor {runner.processing_seconds / self.seconds:.3f} on {runner.device}",
+                f"{self.bits / self.seconds:.0f} bits per second ({_count(quantizers, 'quantizer')})",
+                f"real-time factor {runner.processing_seconds / self.seconds:.3f} on {runner.codec.device}",
             ]
         parts += [f"{count} {name}" for name, count in (("skipped", self.skipped), ("failed", self.failed)) if count]
         return "; ".join(parts)
@@ -168,32 +185,29 @@ class Totals:
 
 def run_reconstruct(args: argparse.Namespace) -> int:
     """`reconstruct IN OUT`; returns the exit status."""
-    from ..audio_flexicodec import read_audio, write_audio
+    from ..audio_flexicodec import read_audio
 
     check_output(args)
-    config = _codec_config(args)
+    config = load_codec_config(args.model)
+    encode = _encoder(args, config)
 
-    def compute(runner: CodecRunner, clips: Sequence[Any]) -> list[Result]:
-        tokens = _encode(runner, args, clips)
-        waveforms = runner.decode(tokens)
-        return [
-            (item, partial(write_audio, waveform=waveform, sampling_rate=config.sampling_rate))
-            for item, waveform in zip(tokens, waveforms, strict=True)
-        ]
+    def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip]) -> list[Result | Exception]:
+        (encoded,) = encode(runner, clips)
+        return [encoded] if isinstance(encoded, Exception) else _decode(runner, [encoded.tokens])
 
     jobs = [Job(args.input, args.output)]
-    return _run(args, config, jobs, Totals(), partial(read_audio, sampling_rate=config.sampling_rate), compute)
+    return _run(args, jobs, Totals(), partial(read_audio, sampling_rate=config.sampling_rate), reconstruct)
 
 
 def run_encode(args: argparse.Namespace) -> int:
     """`encode IN... -o DIR`; returns the exit status."""
     from ..audio_flexicodec import audio_seconds, read_audio
-    from .runner import encode_settings
-    from .tokens import read_settings
+    from ..data.files import DataError, check_same_settings
+    from ..data.tokens import TokenSource
 
     jobs = _plan(args, args.inputs, ".safetensors")
-    config = _codec_config(args)
-    settings = encode_settings(config, args.model, args.num_quantizers, args.merging_threshold, args.target_frame_rate)
+    config = load_codec_config(args.model)
+    encode = _encoder(args, config)
     totals = Totals()
     todo = []
     for job in jobs:
@@ -201,114 +215,112 @@ def run_encode(args: argparse.Namespace) -> int:
             todo.append(job)
             continue
         try:
-            differences = _differences(read_settings(job.target), settings)
-        except CommandError as error:
+            found = TokenSource(job.target, job.target.stem).read().settings
+            check_same_settings(job.target, found, _settings(args, config), "pass --overwrite or another --output-dir")
+        except DataError as error:
             totals.fail(error)
-            continue
-        if differences:
-            totals.fail(
-                f"{job.source}: {job.target} exists and was made with other settings ({', '.join(differences)}): pass "
-                "--overwrite or another --output-dir."
-            )
         else:
             totals.skip(job)
-
-    def compute(runner: CodecRunner, clips: Sequence[Any]) -> list[Result]:
-        return [(item, item.save) for item in _encode(runner, args, clips)]
-
     read = partial(read_audio, sampling_rate=config.sampling_rate)
-    return _run(args, config, todo, totals, read, compute, seconds_of=audio_seconds)
+    return _run(args, todo, totals, read, encode, audio_seconds)
 
 
 def run_decode(args: argparse.Namespace) -> int:
     """`decode FILE... -o DIR`; returns the exit status."""
-    from ..audio_flexicodec import write_audio
-    from .tokens import parquet_rows, read_tokens
+    from ..data.files import DataError
+    from ..data.tokens import token_sources
 
     totals = Totals()
-    sources: list[Path | TokensRow] = []
+    sources: list[TokenSource] = []
     for path in args.inputs:
         try:
-            sources += parquet_rows(path) if path.suffix == ".parquet" else [path]
-        except CommandError as error:
+            sources += token_sources(path)
+        except DataError as error:
             totals.fail(error)
     jobs = _plan(args, sources, ".wav")
-    config = _codec_config(args)
-    todo = []
-    for job in jobs:
-        if args.overwrite or not job.target.exists():
-            todo.append(job)
-        else:
+    load_codec_config(args.model)
+    for job in jobs if not args.overwrite else ():
+        if job.target.exists():
             totals.skip(job)
+    todo = [job for job in jobs if args.overwrite or not job.target.exists()]
 
-    def read(source: Path | TokensRow) -> Tokens:
-        tokens = read_tokens(source)
+    def read(source: TokenSource) -> Tokens:
+        tokens = source.read()
         return replace(tokens, audio_codes=tokens.audio_codes[: args.num_quantizers])
 
-    def compute(runner: CodecRunner, tokens: Sequence[Any]) -> list[Result]:
-        return [
-            (item, partial(write_audio, waveform=waveform, sampling_rate=config.sampling_rate))
-            for item, waveform in zip(tokens, runner.decode(tokens), strict=True)
-        ]
-
-    return _run(args, config, todo, totals, read, compute, seconds_of=lambda source: read_tokens(source).seconds)
+    return _run(args, todo, totals, read, _decode, lambda source: source.read().seconds)
 
 
-def _differences(there: Mapping[str, str], asked: Mapping[str, str]) -> list[str]:
-    """The settings of a file of tokens that are not those asked for."""
-    names = ["model", "num_quantizers"]
-    # With a target, the threshold is found for each clip.
-    names.append("target_frame_rate" if "target_frame_rate" in {*there, *asked} else "merging_threshold")
-    return [f"{name} {there.get(name, 'not given')}" for name in names if there.get(name) != asked.get(name)]
-
-
-def _codec_config(args: argparse.Namespace) -> FlexiCodecConfig:
-    config = load_codec_config(args.model)
-    rate = getattr(args, "target_frame_rate", None)
-    lowest = config.frame_rate / config.max_frames_per_token
-    if rate is not None and not lowest <= rate <= config.frame_rate:
-        usage_error(
-            args,
-            f"argument --target-frame-rate: must be between {lowest} and {config.frame_rate} tokens per second, got {rate}",
-        )
-    return config
-
-
-def _plan(args: argparse.Namespace, inputs: Sequence[Path | TokensRow], suffix: str) -> list[Job]:
+def _plan(args: argparse.Namespace, inputs: Iterable[Path | TokenSource], suffix: str) -> list[Job]:
     """A target in the output directory for each input."""
-    sources: dict[Path, Path | TokensRow] = {}
+    jobs: dict[Path, Job] = {}
     for source in dict.fromkeys(inputs):
         target = args.output_dir / f"{source.stem}{suffix}"
-        if target in sources:
-            usage_error(args, f"{sources[target]} and {source} would both become {target}: use two output directories")
-        sources[target] = source
-    return [Job(source, target) for target, source in sources.items()]
+        if target in jobs:
+            usage_error(
+                args, f"{jobs[target].source} and {source} would both become {target}: use two output directories"
+            )
+        jobs[target] = Job(source, target)
+    return list(jobs.values())
 
 
-def _encode(runner: CodecRunner, args: argparse.Namespace, clips: Sequence[Any]) -> list[Tokens]:
-    return runner.encode(clips, args.num_quantizers, args.merging_threshold, args.target_frame_rate)
+def _rate(args: argparse.Namespace, config: FlexiCodecConfig) -> dict[str, float]:
+    if args.target_frame_rate is not None:
+        return {"target_frame_rate": target_rates(args, config, [args.target_frame_rate])[0]}
+    return {
+        "merging_threshold": config.merging_threshold if args.merging_threshold is None else args.merging_threshold
+    }
+
+
+def _settings(args: argparse.Namespace, config: FlexiCodecConfig) -> dict[str, Any]:
+    """What decides the codes of a clip: the `settings` of the tokens."""
+    num_quantizers = min(args.num_quantizers or config.num_quantizers, config.num_quantizers)
+    return {"model": args.model, "num_quantizers": num_quantizers, **_rate(args, config)}
+
+
+def _encoder(
+    args: argparse.Namespace, config: FlexiCodecConfig
+) -> Callable[[CodecRunner, Sequence[AudioClip]], list[Result | Exception]]:
+    from .. import __version__
+    from ..data.runner import RateSetting
+
+    rate = RateSetting(**_rate(args, config))
+
+    def encode(runner: CodecRunner, clips: Sequence[AudioClip]) -> list[Result | Exception]:
+        results: list[Result | Exception] = []
+        for clip, encoded in zip(clips, runner.encode(clips, [rate], args.num_quantizers), strict=True):
+            if isinstance(encoded, Exception):
+                results.append(encoded)
+            else:
+                metadata = {"model": args.model, "source": clip.path.name, "flexicodec_hf_version": __version__}
+                results.append(Result(replace(encoded[0], metadata=metadata)))
+        return results
+
+    return encode
+
+
+def _decode(runner: CodecRunner, tokens: Sequence[Tokens]) -> list[Result | Exception]:
+    return [
+        waveform if isinstance(waveform, Exception) else Result(item, waveform)
+        for item, waveform in zip(tokens, runner.decode(tokens), strict=True)
+    ]
 
 
 def _run(
     args: argparse.Namespace,
-    config: FlexiCodecConfig,
     jobs: list[Job],
     totals: Totals,
     read: Callable[[Any], Any],
-    compute: Callable[[CodecRunner, Sequence[Any]], list[Result]],
+    process: Callable[[CodecRunner, Sequence[Any]], list[Result | Exception]],
     seconds_of: Callable[[Any], float] | None = None,
 ) -> int:
-    """Run the jobs in batches, report each and print the summary; returns the exit status.
-
-    A file that cannot be read is reported and left out. A batch that fails is run again file by file, so that only the
-    files at fault do.
-    """
+    """Run the jobs in batches, report each, and print the summary; returns the exit status."""
     runner = None
     if jobs:
-        from .runner import CodecRunner
+        from ..data.runner import CodecRunner
 
-        jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # of all of them
-        runner = CodecRunner(config, args.model, choose_device(args), args.dtype, args.chunk_length_s)
+        jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # the directory of all targets
+        runner = CodecRunner.from_pretrained(args.model, choose_device(args), args.dtype, args.chunk_length_s)
         if args.batch_size > 1 and seconds_of is not None:
             jobs = sorted(jobs, key=partial(_seconds, seconds_of=seconds_of))
         with tqdm(total=len(jobs), unit="file", disable=None if len(jobs) > 1 else True) as progress:
@@ -319,65 +331,42 @@ def _run(
                         batch.append((job, read(job.source)))
                     except (ValueError, OSError) as error:
                         totals.fail(error)
-                for group in _groups(batch, partial(_batch_key, runner)):
-                    _run_batch(runner, group, totals, compute)
+                results = process(runner, [item for _, item in batch])
+                for (job, item), result in zip(batch, results, strict=True):
+                    _finish(args, runner, job, item, result, totals)
                 progress.update(len(jobs[start : start + args.batch_size]))
     tqdm.write(totals.summary(runner))
     return 1 if totals.failed else 0
 
 
-def _run_batch(
+def _finish(
+    args: argparse.Namespace,
     runner: CodecRunner,
-    batch: list[tuple[Job, Any]],
+    job: Job,
+    item: AudioClip | Tokens,
+    result: Result | Exception,
     totals: Totals,
-    compute: Callable[[CodecRunner, Sequence[Any]], list[Result]],
 ) -> None:
-    import torch
-
+    """Write the result of a job, and report it."""
     try:
-        results = compute(runner, [item for _, item in batch])
-    except torch.OutOfMemoryError:
-        failure = f"out of memory on {runner.device}: pass a smaller --chunk-length-s"
-    except ValueError as error:
-        failure = str(error)
-    else:
-        for (job, item), (tokens, write) in zip(batch, results, strict=True):
-            try:
-                with whole_file(job.target) as path:
-                    write(path)
-            except (ValueError, OSError) as error:
-                totals.fail(f"{job.source}: {error}")
-                continue
-            num_quantizers, num_tokens = tokens.audio_codes.shape
-            totals.done += 1
-            totals.seconds += tokens.seconds
-            totals.tokens += num_tokens
-            totals.bits += num_tokens * runner.config.bits_per_token(num_quantizers)
-            totals.num_quantizers.add(num_quantizers)
-            tqdm.write(
-                f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *_notes(runner, item)])} -> {job.target} "
-                f"({_count(num_tokens, 'token')}, {num_tokens / tokens.seconds:.2f} per second)"
-            )
+        if isinstance(result, Exception):
+            raise result
+        result.write(job.target)
+    except (ValueError, OSError) as error:
+        totals.fail(f"{job.source}: {error}")
         return
-    # Outside of the handlers: they keep the failed batch's memory.
-    if len(batch) > 1:
-        for one in batch:
-            _run_batch(runner, [one], totals, compute)
-    else:
-        totals.fail(f"{batch[0][0].source}: {failure}")
-
-
-def _notes(runner: CodecRunner, item: Any) -> list[str]:
-    """What was done to an item that its user did not ask for."""
-    from ..audio_flexicodec import AudioClip
-
-    if isinstance(item, AudioClip):
-        notes = item.changes
-    else:
-        model = item.settings.get("model")
-        notes = [] if model in (None, runner.name) else [f"encoded with the model {model}"]
-    chunk = runner.chunk_of(item)
-    return notes if chunk is None else [*notes, f"in chunks of {chunk:g} s"]
+    tokens = result.tokens
+    totals.add(tokens, runner.config)
+    # What was done to the item that its user did not ask for.
+    model = tokens.metadata.get("model", args.model)
+    notes = list(getattr(item, "changes", [] if model == args.model else [f"encoded with the model {model}"]))
+    if (chunk := runner.chunk_of(item)) is not None:
+        notes.append(f"in chunks of {chunk:g} s")
+    num_tokens = tokens.audio_codes.shape[1]
+    tqdm.write(
+        f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *notes])} -> {job.target} "
+        f"({_count(num_tokens, 'token')}, {num_tokens / tokens.seconds:.2f} per second)"
+    )
 
 
 def _seconds(job: Job, seconds_of: Callable[[Any], float]) -> float:
@@ -385,21 +374,6 @@ def _seconds(job: Job, seconds_of: Callable[[Any], float]) -> float:
         return seconds_of(job.source)
     except (ValueError, OSError):
         return 0.0  # reading it will say why
-
-
-def _batch_key(runner: CodecRunner, entry: tuple[Job, Any]) -> Hashable:
-    """Items run together if this is the same: in chunks or not, and the rows of their codes."""
-    _, item = entry
-    return runner.chunk_of(item), len(getattr(item, "audio_codes", ()))
-
-
-def _groups(
-    batch: Iterable[tuple[Job, Any]], key: Callable[[tuple[Job, Any]], Hashable]
-) -> list[list[tuple[Job, Any]]]:
-    groups: dict[Hashable, list[tuple[Job, Any]]] = {}
-    for entry in batch:
-        groups.setdefault(key(entry), []).append(entry)
-    return list(groups.values())
 
 
 def _count(number: int | str, name: str) -> str:

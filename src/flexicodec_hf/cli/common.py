@@ -1,9 +1,8 @@
-"""What the commands share: errors, whole files, the choice of device and model."""
+"""What the commands share: errors, arguments, the choice of device and model."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,14 +36,17 @@ def usage_error(args: argparse.Namespace, message: str) -> NoReturn:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to. It becomes `path` at the end: whoever sees `path` sees a complete file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def user_errors() -> Iterator[None]:
+    """Turn what a user can mend, errors of files and the `ValueError` classes of this package, into [`CommandError`]."""
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except CommandError:
+        raise
+    except (OSError, ValueError) as error:
+        package = __name__.split(".")[0]
+        if isinstance(error, ValueError) and type(error).__module__.split(".")[0] != package:
+            raise  # a fault of the program
+        raise CommandError(error) from error
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +94,37 @@ def cosine(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be between -1 and 1, got {text}")
     return value
+
+
+def positive_seconds(text: str) -> float:
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
+    return value
+
+
+def add_chunk_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--chunk-length-s",
+        type=not_negative,
+        default=30.0,
+        metavar="S",
+        help="process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does "
+        "(default: %(default)g)",
+    )
+
+
+def target_rates(args: argparse.Namespace, config: FlexiCodecConfig, rates: list[float]) -> list[float]:
+    """The value of `--target-frame-rate(s)`, in the range of the model."""
+    lowest = config.frame_rate / config.max_frames_per_token
+    for rate in rates:
+        if not lowest <= rate <= config.frame_rate:
+            option = "--target-frame-rates" if hasattr(args, "target_frame_rates") else "--target-frame-rate"
+            usage_error(
+                args,
+                f"argument {option}: must be between {lowest} and {config.frame_rate} tokens per second, got {rate}",
+            )
+    return rates
 
 
 def choose_device(args: argparse.Namespace) -> str:

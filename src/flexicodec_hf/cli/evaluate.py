@@ -23,11 +23,13 @@ from .speak import load_speaker
 
 
 if TYPE_CHECKING:
-    from ..evaluation import Evaluator, Method
+    from ..evaluation.methods import Method
+    from ..evaluation.run import Evaluator
 
 # What decides the results: all results in a directory have the same.
-_SETTINGS = ("task", "model", "data", "config_name", "split", "audio_column", "text_column", "asr", "language")
-_SETTINGS += ("normalizer", "speaker_model", "chunk_length_s", "seed", "dtype")
+_DATA_SETTINGS = ("config_name", "split", "audio_column", "text_column")
+_MEASURE_SETTINGS = ("asr", "language", "normalizer", "speaker_model")
+_SETTINGS = ("task", "model", "data", *_DATA_SETTINGS, *_MEASURE_SETTINGS, "chunk_length_s", "seed", "dtype")
 
 
 def add_commands(commands: Any) -> None:
@@ -35,90 +37,49 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure the codec or text-to-speech on a dataset",
-        description="Measure how well the codec reconstructs recordings, or how well text-to-speech speaks their texts: "
-        "error rates, quality, token rates, speed. Use `accelerate launch -m flexicodec_hf.cli evaluate ...` for several "
-        "processes.",
+        description="Measure how well the codec reconstructs recordings, or how well text-to-speech speaks texts: "
+        "error rates, quality, speed. `accelerate launch -m flexicodec_hf.cli evaluate ...` uses more processes.",
     )
-    parser.add_argument("model", metavar="MODEL", help="model to measure, a Hub id or a directory")
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="folder of audio with metadata.jsonl, metadata.csv or a .txt beside each file; a .jsonl or .csv; an audio "
-        "file; or a dataset of `datasets`, a Hub id or local",
-    )
-    parser.add_argument(
-        "--task", default="codec", choices=("codec", "tts"), help="reconstruct the audio, or speak the texts"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model to measure, a Hub id or a directory")
+    add("data", metavar="DATA", help="folder or file of audio, table (.jsonl, .csv), or dataset (Hub id or directory)")
+    add("--task", default="codec", choices=("codec", "tts"), help="reconstruct the audio, or speak the texts")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
-    group.add_argument("--split", metavar="NAME", help="split of a dataset (default: test, or the only one)")
-    group.add_argument("--streaming", action="store_true", help="do not download the dataset first")
-    group.add_argument("--audio-column", metavar="NAME", help="default: audio, file_name, path, file, ...")
-    group.add_argument("--text-column", metavar="NAME", help="default: text, transcription, transcript, sentence, ...")
-    group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N clips")
+    add = parser.add_argument_group("data").add_argument
+    add("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
+    add("--split", metavar="NAME", help="split of a dataset (default: test, or the only one)")
+    add("--streaming", action="store_true", help="do not download the dataset first")
+    add("--audio-column", metavar="NAME", help="default: audio, file_name, path, file or audio_filepath")
+    add("--text-column", metavar="NAME", help="default: text, transcription, transcript, sentence, ...")
+    add("--limit", type=positive_int, metavar="N", help="only the first N clips")
 
-    group = parser.add_argument_group("settings of the codec, each of which is measured")
-    group.add_argument(
-        "--merging-thresholds", type=cosine, nargs="+", default=[], metavar="X", help="default: the model's"
-    )
-    group.add_argument(
-        "--target-frame-rates", type=float, nargs="+", default=[], metavar="HZ", help="tokens per second"
-    )
-    group.add_argument(
-        "--fixed-frame-rates",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="HZ",
-        help="for comparison, tokens of even length at this rate, instead of merging by similarity",
-    )
-    group.add_argument(
-        "--num-quantizers", type=positive_int, nargs="+", default=[None], metavar="N", help="codebooks (default: all)"
-    )
-    group.add_argument(
-        "--chunk-length-s",
-        type=not_negative,
-        default=30.0,
-        metavar="S",
-        help="process clips longer than twice this in chunks of this many seconds; 0 never does (default: 30)",
-    )
+    add = parser.add_argument_group("settings of the codec, each of which is measured").add_argument
+    for name, kind, metavar, help in (
+        ("--merging-thresholds", cosine, "X", "default: the model's"),
+        ("--target-frame-rates", float, "HZ", "tokens per second"),
+        ("--fixed-frame-rates", float, "HZ", "for comparison, tokens of even length instead of merging by similarity"),
+    ):
+        add(name, type=kind, nargs="+", default=[], metavar=metavar, help=help)
+    add("--num-quantizers", type=positive_int, nargs="+", default=[None], metavar="N", help="codebooks (default: all)")
+    text = "process clips longer than twice this in chunks of this many seconds; 0 never does (default: 30)"
+    add("--chunk-length-s", type=not_negative, default=30.0, metavar="S", help=text)
 
-    group = parser.add_argument_group("measures")
-    group.add_argument(
-        "--measures",
-        nargs="+",
-        choices=("wer", "pesq", "stoi", "mcd", "mel", "speaker", "dnsmos"),
-        help="default: pesq, stoi, mcd and mel (of the codec), wer with --asr, speaker with --speaker-model",
-    )
-    group.add_argument(
-        "--asr",
-        metavar="ID_OR_DIR",
-        help="speech recognizer for word and character error rates: a model of the `automatic-speech-recognition` "
-        "pipeline, or a directory in CTranslate2's format (faster-whisper)",
-    )
-    group.add_argument("--language", default="en", metavar="CODE", help="spoken language (default: en)")
-    group.add_argument(
-        "--normalizer",
-        metavar="FILE_OR_ID",
-        help="source of Whisper's table of English spellings: a normalizer.json, or a model that has one (default: the "
-        "recognizer, then the package whisper-normalizer)",
-    )
-    group.add_argument(
-        "--speaker-model", metavar="ID_OR_DIR", help="speaker encoder: resemblyzer, or a model with an x-vector head"
-    )
+    add = parser.add_argument_group("measures").add_argument
+    text = "default: pesq, stoi, mcd and mel (of the codec), wer with --asr, speaker with --speaker-model"
+    add("--measures", nargs="+", choices=("wer", "pesq", "stoi", "mcd", "mel", "speaker", "dnsmos"), help=text)
+    text = "recognizer for error rates: an `automatic-speech-recognition` model, or one in CTranslate2's format"
+    add("--asr", metavar="ID_OR_DIR", help=text)
+    add("--language", default="en", metavar="CODE", help="spoken language (default: en)")
+    text = "normalizer.json with English spellings, or a model that has it (default: --asr, or whisper-normalizer)"
+    add("--normalizer", metavar="FILE_OR_ID", help=text)
+    add("--speaker-model", metavar="ID_OR_DIR", help="speaker encoder: resemblyzer, or a model with an x-vector head")
 
-    group = parser.add_argument_group("results")
-    group.add_argument(
-        "-o",
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        help="directory for results.json and for the result of each clip; an interrupted run continues where it stopped",
-    )
-    group.add_argument("--plot", type=Path, metavar="FILE", help="plot of error rate and quality against token rate")
-    group.add_argument("--per-clip", action="store_true", help="print the results of every clip too")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of text-to-speech (default: 0)")
+    add = parser.add_argument_group("results").add_argument
+    text = "directory for results.json and the results of each clip; an interrupted run continues where it stopped"
+    add("-o", "--output-dir", type=Path, metavar="DIR", help=text)
+    add("--plot", type=Path, metavar="FILE", help="plot of error rate and quality against token rate")
+    add("--per-clip", action="store_true", help="print the results of every clip too")
+    add("--seed", type=int, default=0, metavar="N", help="seed of text-to-speech (default: 0)")
 
     add_running_arguments(parser.add_argument_group("running"))
     parser.set_defaults(run=run_evaluate, parser=parser)
@@ -134,7 +95,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     from ..data.files import require
     from ..data.sources import load_speech
-    from ..evaluation import Original, evaluate
+    from ..evaluation.methods import Original
+    from ..evaluation.run import evaluate
 
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1:
@@ -142,15 +104,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     try:
         if args.plot is not None:
             require("matplotlib", "the plot", "eval")
-        dataset = load_speech(
-            args.data,
-            config_name=args.config_name,
-            split=args.split,
-            default_split="test",
-            streaming=args.streaming,
-            audio_column=args.audio_column,
-            text_column=args.text_column,
-        )
+        options = {name: getattr(args, name) for name in _DATA_SETTINGS}
+        dataset = load_speech(args.data, **options, default_split="test", streaming=args.streaming)
         if args.limit is not None:
             size = min(args.limit, len(dataset)) if isinstance(dataset, Dataset) else args.limit
             dataset = dataset.take(size)
@@ -190,7 +145,8 @@ def _measures(args: argparse.Namespace) -> list[str]:
 
 
 def _evaluator(args: argparse.Namespace, measures: list[str], device: str) -> Evaluator:
-    from ..evaluation import Evaluator, load_normalizer, load_recognizer, load_speaker_encoder
+    from ..evaluation.recognizers import load_normalizer, load_recognizer, load_speaker_encoder
+    from ..evaluation.run import Evaluator
 
     recognizer = normalizer = speaker_encoder = None
     if "wer" in measures:
@@ -205,13 +161,13 @@ def _codec_methods(args: argparse.Namespace, device: str) -> list[Method]:
     import torch
 
     from ..cpu_flexicodec import optimize_for_cpu
-    from ..evaluation import CodecReconstruction
+    from ..evaluation.methods import CodecReconstruction
     from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
     from ..modeling_flexicodec import FlexiCodecModel
 
     load_codec_config(args.model)  # its errors say what is wrong with another kind of model
     codec = FlexiCodecModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
-    if codec.device.type == "cpu":
+    if device == "cpu":
         codec = optimize_for_cpu(codec)
     feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(args.model)
     rates: list[dict[str, Any]] = [{"merging_threshold": value} for value in args.merging_thresholds]
@@ -228,17 +184,16 @@ def _speaking_methods(args: argparse.Namespace, device: str) -> list[Method]:
     import torch
     from transformers import pipeline
 
-    from ..evaluation import TextToSpeech
+    from ..evaluation.methods import TextToSpeech
 
     if str(load_model_config(args.model).get("model_type")).startswith("flexicodec"):
         synthesizer = load_speaker(args)
     else:
         synthesizer = pipeline("text-to-speech", model=args.model, device=device, dtype=getattr(torch, args.dtype))
-    if not args.merging_thresholds:
-        return [TextToSpeech(synthesizer, seed=args.seed)]
+    name = "text-to-speech"
     return [
         TextToSpeech(
-            synthesizer, f"text-to-speech, threshold {value:g}", args.seed, forward_params={"merging_threshold": value}
+            synthesizer, f"{name}, threshold {value:g}", args.seed, forward_params={"merging_threshold": value}
         )
         for value in args.merging_thresholds
-    ]
+    ] or [TextToSpeech(synthesizer, name, args.seed)]

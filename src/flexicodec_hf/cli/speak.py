@@ -16,6 +16,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
+from ..data.files import atomic_file
 from .common import (
     CommandError,
     add_model_arguments,
@@ -25,7 +26,6 @@ from .common import (
     positive_int,
     text_beside,
     usage_error,
-    whole_file,
 )
 
 
@@ -242,7 +242,7 @@ class AudioWriter:
 @contextmanager
 def audio_output(path: Path) -> Iterator[AudioWriter]:
     """A file to write stretch by stretch, which becomes `path` at the end."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         writer = AudioWriter(temporary)
         try:
             yield writer

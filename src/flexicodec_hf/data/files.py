@@ -85,9 +85,20 @@ def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_same_settings(place: str | Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def check_same_settings(
+    place: str | Path,
+    found: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    remedy: str = "use these settings again, or choose another output",
+) -> None:
     """
-    Check settings that were `found` in `place` against those of this run.
+    Check settings that were found on disk against those of this run.
+
+    Args:
+        place: What was made with the settings that were found.
+        found: The settings that were found.
+        settings: The settings of this run, in types that JSON has.
+        remedy: What the error advises.
 
     Raises:
         DataError: Some settings differ; the message names them.
@@ -99,20 +110,17 @@ def check_same_settings(place: str | Path, found: Mapping[str, Any], settings: M
         if found.get(name) != expected.get(name)
     ]
     if differences:
-        raise DataError(
-            f"{place} was made with other settings ({'; '.join(differences)}): use these settings again, or choose "
-            "another output."
-        )
+        raise DataError(f"{place} was made with other settings ({'; '.join(differences)}): {remedy}.")
 
 
-def require(module: str, purpose: str, extra: str) -> ModuleType:
+def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
     """
     Import an optional package.
 
     Args:
         module: Name of the module.
         purpose: What needs it, for the error.
-        extra: The extra of this package that installs it, for the error.
+        extra: The extra of this package that installs it, for the error. By default the package is installed itself.
 
     Raises:
         DataError: The module cannot be imported.
@@ -120,9 +128,8 @@ def require(module: str, purpose: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(
-            f"{purpose} needs the package `{module}` ({error}): pip install 'flexicodec-hf[{extra}]'"
-        ) from error
+        install = f"'flexicodec-hf[{extra}]'" if extra else module.split(".")[0].replace("_", "-")
+        raise DataError(f"{purpose} needs the package `{module}` ({error}): pip install {install}") from error
 
 
 def _process() -> str:

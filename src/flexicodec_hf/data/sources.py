@@ -7,10 +7,9 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO
 
 import fsspec
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import soundfile
 from datasets import (
     Audio,
     Dataset,
@@ -37,43 +37,14 @@ from ..audio_flexicodec import AudioError, audio_seconds, read_audio
 from .files import DataError
 
 
-# Suffixes of audio files in a folder. Some that libsndfile cannot read are among them, so that they are reported as
-# broken instead of being overlooked.
-AUDIO_SUFFIXES = frozenset(
-    [
-        ".aac",
-        ".aif",
-        ".aifc",
-        ".aiff",
-        ".au",
-        ".caf",
-        ".flac",
-        ".m4a",
-        ".mka",
-        ".mp3",
-        ".mp4",
-        ".oga",
-        ".ogg",
-        ".opus",
-        ".w64",
-        ".wav",
-        ".webm",
-        ".wma",
-    ]
-)
+# Audio files in a folder: what libsndfile reads, and what it does not read, to be reported as broken.
+AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"}
+AUDIO_SUFFIXES |= {".aac", ".aif", ".aifc", ".m4a", ".mka", ".mp4", ".oga", ".opus", ".webm", ".wma"}
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
 # Usual names of columns, best first.
 AUDIO_NAMES = ("audio", "file_name", "path", "file", "audio_filepath", "audio_path", "wav")
-TEXT_NAMES = (
-    "text",
-    "transcription",
-    "transcript",
-    "sentence",
-    "normalized_text",
-    "txt",
-    "json.text",
-)
+TEXT_NAMES = ("text", "transcription", "transcript", "sentence", "normalized_text", "txt", "json.text")
 ID_NAMES = ("id", "__key__")
 
 # An undecoded clip, as the type of a column. Not `Audio(decode=False)`: when `datasets` encodes or streams that type, it
@@ -235,9 +206,7 @@ def standard_columns(
     text = text_column or next((name for name in TEXT_NAMES if _has(features, name)), None)
     id = id_column or next((name for name in ID_NAMES if name in features), None)
     if audio is None and text is None:
-        raise DataError(
-            f"there is no column of audio or text among {list(features)}: pass `audio_column` or `text_column`."
-        )
+        raise DataError(_nothing_in(features))
     # A field of a column is copied, a column renamed. What has the name already makes room.
     field = text if text is not None and text not in features else None
     for role, name in (("audio", audio), ("text", text), ("id", id)):
@@ -247,6 +216,10 @@ def standard_columns(
             if name != field:
                 dataset = dataset.rename_column(name, role)
     return _with_computed_columns(dataset, field)
+
+
+def _nothing_in(columns: Iterable[str]) -> str:
+    return f"there is no column of audio or text among {list(columns)}: pass `audio_column` or `text_column`."
 
 
 def _with_features(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -276,16 +249,16 @@ def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def _find_audio(features: Features) -> str | None:
-    structs = [name for name in features if _is_audio(features, name) and name != "reference_audio"]
+    structs = [name for name in features if is_audio(features[name]) and name != "reference_audio"]
     if len(structs) > 1 and "audio" not in structs:
         raise DataError(f"which column holds the audio? Pass one of {structs} as `audio_column`.")
     names = structs if len(structs) == 1 else [name for name in AUDIO_NAMES if name in features]
     return names[0] if names else None
 
 
-def _is_audio(features: Features, name: str) -> bool:
-    kind = features[name]
-    return isinstance(kind, dict) and kind.keys() == UNDECODED.keys()
+def is_audio(feature: Any) -> bool:
+    """Whether a column of this type holds undecoded audio."""
+    return isinstance(feature, dict) and feature.keys() == UNDECODED.keys()
 
 
 def _has(features: Features, name: str) -> bool:
@@ -299,43 +272,38 @@ def _with_computed_columns(dataset: Dataset | IterableDataset, field: str | None
     """Paths become entries of audio, texts and ids strings, and ids that are missing are made of the paths."""
     features = dataset.features
     types: dict[str, Any] = {}
-    for name in ("audio", "reference_audio"):
-        if not (name in features and _is_audio(features, name)) and (name == "audio" or name in features):
-            types[name] = UNDECODED
-    for name in ("text", "id"):
-        if features.get(name) != Value("string") and (name == "id" or name in features or field):
-            types[name] = Value("string")
+    for name, kind, needed in (
+        ("audio", UNDECODED, True),
+        ("reference_audio", UNDECODED, False),
+        ("text", Value("string"), field is not None),
+        ("id", Value("string"), True),
+    ):
+        if features[name] != kind if name in features else needed:
+            types[name] = kind
     if not types:
         return dataset
-    computed = partial(_computed, names=tuple(types), field=field)
     if isinstance(dataset, IterableDataset):
-        return (
-            dataset.with_format("arrow")
-            .map(
-                partial(_append, features=features, computed=computed),
-                batched=True,
-                batch_size=1,
-                features=Features({**features, **types}),
-            )
-            .with_format(None)
-        )
-    columns = computed(dataset.with_format("arrow")[:])
+        append = partial(_append, features=features, names=tuple(types), field=field)
+        dataset = dataset.with_format("arrow")
+        dataset = dataset.map(append, batched=True, batch_size=1, features=Features({**features, **types}))
+        return dataset.with_format(None)
+    columns = _computed(dataset.with_format("arrow")[:], tuple(types), field)
     dataset = dataset.remove_columns([name for name in types if name in features])
     for name, column in columns.items():
         dataset = dataset.add_column(name, column, feature=types[name])
     return dataset
 
 
-def _append(table: pa.Table, features: Features, computed: Callable[[pa.Table], dict[str, pa.Array]]) -> pa.Table:
+def _append(table: pa.Table, features: Features, names: tuple[str, ...], field: str | None) -> pa.Table:
     # The columns of WebDatasets change their places.
     table = cast_table_to_features(table, features)
-    for name, column in computed(table).items():
+    for name, column in _computed(table, names, field).items():
         table = table.drop_columns([name]) if name in table.column_names else table
         table = table.append_column(name, column)
     return table
 
 
-def _computed(table: pa.Table, names: Iterable[str], field: str | None) -> dict[str, pa.Array]:
+def _computed(table: pa.Table, names: tuple[str, ...], field: str | None) -> dict[str, pa.Array]:
     columns: dict[str, Any] = {}
     for name in names:
         if name.endswith("audio"):
@@ -343,16 +311,13 @@ def _computed(table: pa.Table, names: Iterable[str], field: str | None) -> dict[
             columns[name] = _audio_entries(paths)
         elif name == "text" and field is not None:
             column, _, entry = field.partition(".")
-            columns[name] = pc.struct_field(table[column], [entry]).cast(pa.string())
+            columns[name] = pc.struct_field(table[column].combine_chunks(), [entry]).cast(pa.string())
         elif name in table.column_names:
-            columns[name] = table[name].cast(pa.string())
+            columns[name] = table[name].cast(pa.string()).combine_chunks()
         else:
-            audio = columns.get("audio", table["audio"] if "audio" in table.column_names else None)
+            audio = columns["audio"] if "audio" in columns else table["audio"]
             columns[name] = pa.array(map(_name_of, _paths(audio)), pa.string())
-    return {
-        name: column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        for name, column in columns.items()
-    }
+    return columns
 
 
 def _audio_entries(paths: Iterable[str | None]) -> pa.StructArray:
@@ -370,44 +335,6 @@ def _name_of(path: str | None) -> str | None:
 # Files and tables
 
 
-@dataclass(frozen=True)
-class _Files:
-    """
-    What a folder holds, with its subfolders, in order; hidden files and folders left out.
-
-    Args:
-        folder: The folder.
-        audio: Paths of audio files, relative to the folder.
-        texts: Paths of the text files.
-        metadata: Paths of tables that describe files, one of each folder.
-        has_shards: Whether there are Parquet, Arrow or tar files.
-    """
-
-    folder: Path
-    audio: list[str] = field(default_factory=list)
-    texts: set[str] = field(default_factory=set)
-    metadata: list[Path] = field(default_factory=list)
-    has_shards: bool = False
-
-    @classmethod
-    def of(cls, folder: Path) -> _Files:
-        audio, texts, metadata, has_shards = [], set(), [], False
-        for parent, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            inside = Path(parent).relative_to(folder)
-            for name in sorted(names):
-                suffix = Path(name).suffix.lower()
-                if name.startswith("."):
-                    continue
-                if suffix in AUDIO_SUFFIXES:
-                    audio.append((inside / name).as_posix())
-                elif suffix == ".txt":
-                    texts.add(os.path.join(folder, inside, name))
-                has_shards |= suffix in (".parquet", ".arrow", ".tar") and name not in METADATA_NAMES
-            metadata += [Path(parent) / name for name in METADATA_NAMES if name in names][:1]
-        return cls(folder, sorted(audio), texts, metadata, has_shards)
-
-
 def _load_files(
     path: Path, split: str, audio_column: str | None, text_column: str | None, id_column: str | None
 ) -> dict[str, Dataset] | None:
@@ -417,83 +344,101 @@ def _load_files(
     Returns:
         The files, or `None` if the path leads to something else.
     """
-    suffix = path.suffix.lower()
-    name = "train"
+    name, folder = "train", path.parent
+    # Names in the folder: of tables, of audio files, and of text files.
+    metadata, files, texts = [], [], {path.with_suffix(".txt").name}
     if path.is_dir():
         if split and (path / split).is_dir():
-            path, name = path / split, split
-        files = _Files.of(path)
-        if not files.audio and not files.metadata:
-            if files.has_shards:
+            name, path = split, path / split
+        folder, found = path, _names(path)
+        files = [file for file in found if PurePath(file).suffix.lower() in AUDIO_SUFFIXES]
+        texts = {file for file in found if file.endswith(".txt")}
+        by_folder: dict[str, str] = {}
+        for kind in METADATA_NAMES:
+            for file in found:
+                if PurePath(file).name == kind:
+                    by_folder.setdefault(posixpath.dirname(file), file)
+        metadata = [by_folder[inside] for inside in sorted(by_folder)]
+        if not files and not metadata:
+            if any(file.endswith((".parquet", ".arrow", ".tar")) for file in found):
                 return None
             raise DataError(
                 f"{path}: there are no audio files in this folder, no metadata, and no .parquet or .tar files."
             )
-    elif suffix in AUDIO_SUFFIXES or suffix in TABLE_SUFFIXES:
+    elif path.suffix.lower() in {*AUDIO_SUFFIXES, *TABLE_SUFFIXES}:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file.")
-        files = _Files(path.parent)
-        if suffix in TABLE_SUFFIXES:
-            files.metadata.append(path)
-        else:
-            files.audio.append(path.name)
-            files.texts.update(str(file) for file in [path.with_suffix(".txt")] if file.is_file())
+        (metadata if path.suffix.lower() in TABLE_SUFFIXES else files).append(path.name)
     else:
         return None
 
-    tables = [_described(table, files, audio_column, id_column) for table in files.metadata]
+    tables = [_described(folder, file, audio_column, text_column, id_column) for file in metadata]
     audio = audio_column or "audio"
-    named = {path for table in tables if audio in table.column_names for path in _paths(table[audio])}
-    others = [name for name in files.audio if os.path.join(files.folder, name) not in named]
+    pairs = [(table, column) for table in tables for column in (audio, "reference_audio")]
+    named = {path for table, column in pairs if column in table.column_names for path in _paths(table[column])}
+    others = {file: path for file in files if (path := os.path.join(folder, file)) not in named}
     if others:
         id = id_column or next((name for name in ID_NAMES for table in tables if name in table.column_names), "id")
-        paths = [os.path.join(files.folder, name) for name in others]
-        tables.append(pa.table({id: others, audio: _audio_entries(paths)}))
+        tables.append(pa.table({id: list(others), audio: _audio_entries(others.values())}))
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(f"{path}: the metadata of its subfolders do not fit together: {error}") from error
-    if files.texts:
+    if texts and audio in table.column_names:
         text = text_column or next((name for name in TEXT_NAMES if name in table.column_names), "text")
-        table = _with_texts_beside(table, files.texts, audio, text)
+        table = _with_texts_beside(table, {os.path.join(folder, file) for file in texts}, audio, text)
     return {name: Dataset(table, info=DatasetInfo(features=Features.from_arrow_schema(table.schema)))}
 
 
-def _with_texts_beside(table: pa.Table, files: set[str], audio: str, text: str) -> pa.Table:
-    """Rows without a text get that of the text file beside their audio file."""
-    texts = table[text].to_pylist() if text in table.column_names else [None] * len(table)
-    for row, path in enumerate(_paths(table[audio])):
-        beside = os.path.splitext(path or "")[0] + ".txt"
-        if texts[row] is None and beside in files:
-            texts[row] = Path(beside).read_text(encoding="utf-8").strip()
-    table = table.drop_columns([text]) if text in table.column_names else table
-    return table.append_column(text, pa.array(texts))
+def _names(folder: Path) -> list[str]:
+    """All files in a folder and its subfolders, relative to it, in order; without hidden ones."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(parent).relative_to(folder)
+        found += [(inside / name).as_posix() for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
-def _described(path: Path, files: _Files, audio_column: str | None, id_column: str | None) -> pa.Table:
+def _described(
+    folder: Path, file: str, audio_column: str | None, text_column: str | None, id_column: str | None
+) -> pa.Table:
     """A table with entries of audio instead of paths, and with ids."""
-    table = read_table(path)
-    inside = path.parent.relative_to(files.folder).as_posix()
-    audio = audio_column or next((name for name in AUDIO_NAMES if name in table.column_names), None)
-    if audio is not None and audio not in table.column_names:
-        raise DataError(f"{path}: there is no column {audio!r} among {table.column_names}.")
-    for column in (audio, "reference_audio"):
-        if column not in table.column_names:
-            continue
+    table = read_table(folder / file)
+    columns = table.column_names
+    audio = audio_column or next((name for name in AUDIO_NAMES if name in columns), None)
+    if audio is not None and audio not in columns:
+        raise DataError(f"{folder / file}: there is no column {audio!r} among {columns}.")
+    if audio is None and len(table) and not {text_column, *TEXT_NAMES} & {*columns}:
+        raise DataError(f"{folder / file}: {_nothing_in(columns)}")
+
+    def inside(name: str | None) -> str | None:
+        is_url = name is None or "://" in name
+        return name if is_url else posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
+
+    for column in {audio, "reference_audio"} & {*columns}:
         try:
-            names = [name and _inside(inside, name) for name in table[column].cast(pa.string()).to_pylist()]
+            names = [inside(name or None) for name in table[column].cast(pa.string()).to_pylist()]
         except pa.ArrowException as error:
-            raise DataError(f"{path}: the column {column!r} does not hold paths: {error}") from error
-        paths = [name and (name if "://" in name else os.path.join(files.folder, name)) for name in names]
+            raise DataError(f"{folder / file}: the column {column!r} does not hold paths: {error}") from error
+        paths = [name if name is None or "://" in name else os.path.join(folder, name) for name in names]
         new = column if column in (audio_column, "reference_audio") else "audio"
-        table = table.set_column(table.column_names.index(column), new, _audio_entries(paths))
-        if column == audio and id_column is None and not {*ID_NAMES} & {*table.column_names}:
+        table = table.set_column(columns.index(column), new, _audio_entries(paths))
+        if column == audio and id_column is None and not {*ID_NAMES} & {*columns}:
             table = table.append_column("id", pa.array(map(_name_of, names), pa.string()))
     return table
 
 
-def _inside(folder: str, name: str) -> str:
-    return name if "://" in name else posixpath.normpath(posixpath.join(folder, name))
+def _with_texts_beside(table: pa.Table, files: set[str], audio: str, text: str) -> pa.Table:
+    """Rows without a text get the text in the file beside their audio file, if there is one."""
+    texts = table[text].to_pylist() if text in table.column_names else [None] * len(table)
+    for row, path in enumerate(_paths(table[audio])):
+        beside = os.path.splitext(path or "")[0] + ".txt"
+        if texts[row] is None and beside in files and os.path.isfile(beside):
+            texts[row] = Path(beside).read_text(encoding="utf-8").strip()
+    if text in table.column_names:
+        return table.set_column(table.column_names.index(text), text, pa.array(texts))
+    return table.append_column(text, pa.array(texts)) if any(texts) else table
 
 
 def read_table(path: Path) -> pa.Table:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from ..audio_flexicodec import resample
+from ..data.runner import chunk_length
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from .metrics import SAMPLING_RATE
@@ -21,6 +22,8 @@ from .metrics import SAMPLING_RATE
 
 # How labels name each way to choose the token rate.
 _RATE_NAMES = {"merging_threshold": "threshold", "target_frame_rate": "rate", "fixed_frame_rate": "fixed rate"}
+
+Synthesizer = Callable[..., Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class CodecReconstruction:
     Args:
         codec: The model, on its device.
         feature_extractor: Its feature extractor.
-        merging_threshold: Cosine similarity above which frames are merged. By default the model's, if no rate is given.
+        merging_threshold: Cosine similarity above which frames are merged. By default the model's, without a rate.
         target_frame_rate: Average number of tokens per second; a threshold is chosen for each clip.
         fixed_frame_rate: For comparison, downsample at a fixed rate: this many tokens per second, whatever the
             similarities, with lengths as even as whole frames allow. These tokens need no bits for their length.
@@ -141,8 +144,7 @@ class CodecReconstruction:
         waveform, codec = clip.waveform, self._codec
         if waveform is None:
             return None
-        long = self._chunk_length_s is not None and len(waveform) > 2 * self._chunk_length_s * SAMPLING_RATE
-        chunk_length_s = self._chunk_length_s if long else None
+        chunk_length_s = chunk_length(len(waveform) / SAMPLING_RATE, self._chunk_length_s)
         start = time.perf_counter()
         inputs = self._feature_extractor(
             waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=codec.device
@@ -173,13 +175,7 @@ class TextToSpeech:
         options: Passed on to each call, such as `forward_params={"merging_threshold": 0.91}`.
     """
 
-    def __init__(
-        self,
-        synthesizer: Callable[..., Mapping[str, Any]],
-        label: str = "text-to-speech",
-        seed: int = 0,
-        **options: Any,
-    ):
+    def __init__(self, synthesizer: Synthesizer, label: str = "text-to-speech", seed: int = 0, **options: Any):
         self.label = label
         self.settings: Mapping[str, Any] = {"seed": seed, **options}
         self._synthesizer, self._seed, self._options = synthesizer, seed, options

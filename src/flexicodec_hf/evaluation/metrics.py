@@ -1,16 +1,15 @@
 """
 Measures of speech, as functions on arrays.
 
-Waveforms are `(num_samples,)`, floats in [-1, 1] at 16 kHz. Measures that compare two waveforms need them aligned and of
-the same length, as a codec gives them. A measure that is not defined for a clip (too short, or silent) is `None`.
-Functions that need an optional package raise `DataError` if it is missing.
+Waveforms are `(num_samples,)`, floats in [-1, 1] at 16 kHz. Measures that compare two waveforms need them aligned and
+of the same length, as a codec gives them, and raise `ValueError` otherwise. A measure that is not defined for a clip
+(too short, or silent) is `None`. Functions that need an optional package raise `DataError` if it is missing.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -44,13 +43,13 @@ class ErrorCount(NamedTuple):
 
 
 def word_errors(reference: str, hypothesis: str) -> ErrorCount:
-    """Edits between the words of two normalized texts. A corpus's WER is the sum of errors over the sum of lengths."""
-    return _error_count(require("jiwer", "the word error rate", "eval").process_words(reference, hypothesis))
+    """Edits between the words of two normalized texts. The WER of a corpus is total errors over total length."""
+    return _error_count(require("jiwer", "the error rate", "eval").process_words(reference, hypothesis))
 
 
 def character_errors(reference: str, hypothesis: str) -> ErrorCount:
     """Edits between the characters of two normalized texts, including spaces."""
-    return _error_count(require("jiwer", "the character error rate", "eval").process_characters(reference, hypothesis))
+    return _error_count(require("jiwer", "the error rate", "eval").process_characters(reference, hypothesis))
 
 
 def pesq(reference: np.ndarray, degraded: np.ndarray, band: Literal["nb", "wb"] = "wb") -> float | None:
@@ -102,10 +101,10 @@ def mel_cepstral_distortion(reference: np.ndarray, degraded: np.ndarray) -> floa
 
         10 / ln 10 * sqrt(2 * sum over d = 1..13 of (c_d - c'_d)^2)
 
-    where ln |H(k)| = c_0 + sum over d of c_d cos(pi d (k + 1/2) / K) expands the magnitudes of K = 40 mel bands (Slaney's
-    scale, 0 to 8 kHz; Hann windows of 25 ms every 10 ms). It is the root mean square difference of the two smoothed
-    log-mel spectra, without the loudness c_0. Frames are compared one by one, without time warping, because a codec
-    keeps the timing. Implementations differ in their cepstra: compare only figures of the same implementation.
+    where ln |H(k)| = c_0 + sum over d of c_d cos(pi d (k + 1/2) / K) expands the magnitudes of K = 40 mel bands
+    (Slaney's scale, 0 to 8 kHz; Hann windows of 25 ms every 10 ms). It is the root mean square difference of the two
+    smoothed log-mel spectra, without the loudness c_0. Frames are compared one by one, without time warping, because
+    a codec keeps the timing. Implementations differ in their cepstra: compare only figures of the same one.
 
     Args:
         reference, degraded: `(num_samples,)` at 16 kHz.
@@ -140,7 +139,7 @@ def cosine_similarity(first: np.ndarray, second: np.ndarray) -> float:
 
 def dnsmos(waveform: np.ndarray) -> dict[str, float]:
     """
-    Predicted opinion scores from 1 to 5 without a reference (DNSMOS P.835, arXiv:2110.01763), by the package `speechmos`.
+    Predicted opinion scores from 1 to 5 without a reference (DNSMOS P.835, arXiv:2110.01763), from `speechmos`.
 
     Args:
         waveform: `(num_samples,)` at 16 kHz. Clips shorter than 9 s are repeated, because the models need 9 s.
@@ -179,11 +178,6 @@ def _log_mel(waveform: np.ndarray, window: int, hop: int, num_bands: int) -> Ten
         pad_mode="constant",
         return_complex=True,
     )
-    return (spectrum.abs().T @ _mel_filters(fft_length, num_bands)).clamp(min=_FLOOR).log()
-
-
-@lru_cache
-def _mel_filters(fft_length: int, num_bands: int) -> Tensor:
     filters = mel_filter_bank(
         num_frequency_bins=fft_length // 2 + 1,
         num_mel_filters=num_bands,
@@ -193,4 +187,4 @@ def _mel_filters(fft_length: int, num_bands: int) -> Tensor:
         norm="slaney",
         mel_scale="slaney",
     )
-    return torch.from_numpy(filters)
+    return (spectrum.abs().T @ torch.from_numpy(filters)).clamp(min=_FLOOR).log()

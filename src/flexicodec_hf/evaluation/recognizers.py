@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .metrics import SAMPLING_RATE
 # Names of the table of British spellings: in Whisper's repositories on the Hub, and in the package openai-whisper.
 _SPELLING_FILES = ("normalizer.json", "english.json")
 # Whisper sees 30 s at once.
-_WHISPER_SECONDS = 30
+_WHISPER_SAMPLES = 30 * SAMPLING_RATE
 
 Recognizer = Callable[[np.ndarray], str]
 Normalizer = Callable[[str], str]
@@ -46,13 +47,9 @@ def load_recognizer(model: str, language: str = "en", device: str = "cpu") -> Re
     """
     if (Path(model) / "model.bin").is_file():
         return _faster_whisper(model, language, device)
-    try:
+    advice = "Pass a model of the `automatic-speech-recognition` pipeline, or a directory in CTranslate2's format."
+    with _loading(f"the speech recognizer {model}", advice):
         recognizer = pipeline("automatic-speech-recognition", model=model, device=device)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot load the speech recognizer {model}: {str(error).splitlines()[0]} Pass a model of the "
-            "`automatic-speech-recognition` pipeline, or a directory in CTranslate2's format."
-        ) from error
     is_whisper = recognizer.model.config.model_type == "whisper"
     options: dict[str, Any] = {}
     if is_whisper and getattr(recognizer.model.generation_config, "is_multilingual", False):
@@ -61,7 +58,7 @@ def load_recognizer(model: str, language: str = "en", device: str = "cpu") -> Re
 
     def recognize(waveform: np.ndarray) -> str:
         # Whisper needs timestamps to go on after its 30 s.
-        long = {"return_timestamps": True} if is_whisper and _seconds(waveform) > _WHISPER_SECONDS else {}
+        long = {"return_timestamps": True} if is_whisper and len(waveform) > _WHISPER_SAMPLES else {}
         raw = resample(waveform, SAMPLING_RATE, model_rate)
         return recognizer({"raw": raw, "sampling_rate": model_rate}, **options, **long)["text"].strip()
 
@@ -108,18 +105,14 @@ def load_speaker_encoder(model: str, device: str = "cpu") -> SpeakerEncoder:
         DataError: The package is missing, or the model cannot be loaded.
     """
     if model == "resemblyzer":
-        # TODO: drop the note on setuptools once webrtcvad no longer imports pkg_resources, which setuptools 81 removed.
+        # TODO: drop the note once webrtcvad does without pkg_resources, which setuptools 81 removed.
         package = require("resemblyzer", "the speaker encoder resemblyzer (with `setuptools<81`)")
         encoder = package.VoiceEncoder(device, verbose=False)
         return lambda waveform: encoder.embed_utterance(package.preprocess_wav(waveform, source_sr=SAMPLING_RATE))
-    try:
+    advice = "Pass `resemblyzer` or a model with an x-vector head, such as `microsoft/wavlm-base-plus-sv`."
+    with _loading(f"the speaker encoder {model}", advice):
         extractor = AutoFeatureExtractor.from_pretrained(model)
         network = AutoModelForAudioXVector.from_pretrained(model).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot load the speaker encoder {model}: {str(error).splitlines()[0]} Pass `resemblyzer` or a model with "
-            "an x-vector head, such as `microsoft/wavlm-base-plus-sv`."
-        ) from error
 
     @torch.inference_mode()
     def encode(waveform: np.ndarray) -> np.ndarray:
@@ -128,6 +121,14 @@ def load_speaker_encoder(model: str, device: str = "cpu") -> SpeakerEncoder:
         return network(**inputs).embeddings[0].cpu().numpy()
 
     return encode
+
+
+@contextmanager
+def _loading(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot load {what}: {str(error).splitlines()[0]} {advice}") from error
 
 
 def _faster_whisper(model: str, language: str, device: str) -> Recognizer:
@@ -151,7 +152,7 @@ def _faster_whisper(model: str, language: str, device: str) -> Recognizer:
             temperature=0.0,
             condition_on_previous_text=False,
             # Whisper needs timestamps to go on after its 30 s. Without them it makes fewer errors.
-            without_timestamps=_seconds(waveform) < _WHISPER_SECONDS - 2,
+            without_timestamps=len(waveform) < _WHISPER_SAMPLES - 2 * SAMPLING_RATE,
             # Everything is scored: no segment is dropped because it sounds like noise.
             no_speech_threshold=None,
             log_prob_threshold=None,
@@ -160,10 +161,6 @@ def _faster_whisper(model: str, language: str, device: str) -> Recognizer:
         return " ".join(segment.text.strip() for segment in segments)
 
     return recognize
-
-
-def _seconds(waveform: np.ndarray) -> float:
-    return len(waveform) / SAMPLING_RATE
 
 
 def _spelling_file(source: str) -> Path | None:

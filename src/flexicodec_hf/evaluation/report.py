@@ -24,8 +24,8 @@ _RATIOS = (
     ("real_time_factor", "processing_seconds", "seconds"),
 )
 # Means over the clips that have a value.
-_MEANS = ("pesq_nb", "pesq_wb", "stoi", "mcd", "mel_distance", "speaker_similarity")
-_MEANS += ("dnsmos_signal", "dnsmos_background", "dnsmos_overall", "dnsmos_p808")
+_DNSMOS = ("dnsmos_signal", "dnsmos_background", "dnsmos_overall", "dnsmos_p808")
+_MEANS = ("pesq_nb", "pesq_wb", "stoi", "mcd", "mel_distance", "speaker_similarity", *_DNSMOS)
 # Header, value and format of the columns of the tables; empty columns are left out.
 _COLUMNS = (
     ("WER %", "wer", "{:.1%}"),
@@ -89,13 +89,8 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write everything to a JSON file: `settings`, `methods`, `totals`, `failed`, and the rows as `clips`."""
-        contents = {
-            "settings": self.settings,
-            "methods": self.methods,
-            "totals": self.totals(),
-            "failed": self.failed,
-            "clips": self.rows,
-        }
+        contents: dict[str, Any] = {"settings": self.settings, "methods": self.methods, "totals": self.totals()}
+        contents |= {"failed": self.failed, "clips": self.rows}
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,8 @@ from .report import Report, Row
 
 
 MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "dnsmos")
-# The optional package of a measure, and the extra that installs it.
-_PACKAGES = {
-    "wer": ("jiwer", "eval"),
-    "pesq": ("pesq", "eval"),
-    "stoi": ("pystoi", "eval"),
-    "dnsmos": ("speechmos.dnsmos", None),
-}
+# Optional packages. The extra `eval` installs them all, except that of DNSMOS.
+_PACKAGES = {"wer": "jiwer", "pesq": "pesq", "stoi": "pystoi", "dnsmos": "speechmos.dnsmos"}
 # The values of each measure that compares two aligned waveforms.
 _COMPARISONS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], float | None]]] = {
     "pesq": {"pesq_nb": partial(metrics.pesq, band="nb"), "pesq_wb": partial(metrics.pesq, band="wb")},
@@ -68,8 +62,7 @@ class Evaluator:
             if measure not in MEASURES:
                 raise ValueError(f"unknown measure {measure!r}: choose from {', '.join(MEASURES)}.")
             if measure in _PACKAGES:
-                package, extra = _PACKAGES[measure]
-                require(package, f"the measure {measure}", extra)
+                require(_PACKAGES[measure], f"the measure {measure}", None if measure == "dnsmos" else "eval")
         if "wer" in measures and (recognizer is None or normalizer is None):
             raise ValueError("the measure wer needs a `recognizer` and a `normalizer`.")
         if "speaker" in measures and speaker_encoder is None:
@@ -85,7 +78,7 @@ class Evaluator:
         speakers needs a recording of the voice.
 
         Returns:
-            The values by name. What cannot be measured (no text, no recording, too short, silent) is missing or `None`.
+            Values by name. What cannot be measured (no text, no recording, too short, silent) is missing or `None`.
         """
         values: dict[str, Any] = {}
         if "wer" in self.measures and clip.text:
@@ -153,16 +146,24 @@ def evaluate(
 
     rows: list[tuple[int, int, Row]] = []
     failed: list[str] = []
-    mine = itertools.islice(enumerate(dataset), state.process_index, None, state.num_processes)
-    total = -(-len(dataset) // state.num_processes) if isinstance(dataset, Sized) else None
-    for index, item in tqdm(mine, total=total, unit="clip", disable=None if state.is_main_process else True):
+    names: set[str] = set()
+    for index, item in enumerate(tqdm(dataset, unit="clip", disable=None if state.is_main_process else True)):
         name, text = str(item.get("id") or f"{index:06d}"), item.get("text") or None
+        if name in names:  # ids may be file names, without their folders
+            name = f"{name} ({index:06d})"
+        names.add(name)
+        if index % state.num_processes != state.process_index:
+            continue
         done = results.of(name, text)
         missing = [method for method in methods if method.label not in done]
         try:
             if missing:
                 clip = Clip(
-                    name, text, _waveform(item, "audio"), _waveform(item, "reference_audio"), item.get("reference_text")
+                    name,
+                    text,
+                    _waveform(item, "audio"),
+                    _waveform(item, "reference_audio"),
+                    item.get("reference_text"),
                 )
                 for row in filter(None, (_measure(clip, method, evaluator) for method in missing)):
                     results.append(row)
@@ -175,9 +176,13 @@ def evaluate(
     rows, failed = gather_object(rows), gather_object(failed)
     rows.sort(key=lambda item: item[:2])
     if not rows:
-        reason = f"the first of {len(failed)} failures is: {failed[0]}" if failed else "no clip has what the methods need."
+        reason = (
+            f"the first of {len(failed)} failures is: {failed[0]}" if failed else "no clip has what the methods need."
+        )
         raise DataError(f"there is nothing to measure: {reason}")
-    return Report([row for *_, row in rows], {method.label: dict(method.settings) for method in methods}, settings, failed)
+    return Report(
+        [row for *_, row in rows], {method.label: dict(method.settings) for method in methods}, settings, failed
+    )
 
 
 def _waveform(item: Mapping[str, Any], column: str) -> np.ndarray | None:

@@ -1,24 +1,21 @@
-"""What a run leaves on disk: shards that are whole or not there, and what is told of them when all are.
+"""A corpus of tokens on disk.
 
-    DIR/data/SPLIT-STREAM-BLOCK.parquet    tokens; the settings and the broken files in its metadata
-    DIR/manifest.json                      settings, versions, checksums; there once every shard is
-    DIR/broken.jsonl                       files that were skipped, and why
+    DIR/data/SPLIT-STREAM-BLOCK.parquet    tokens; the settings and the broken clips in its metadata
+    DIR/manifest.json                      settings, versions, checksums; written when all shards exist
+    DIR/broken.jsonl                       clips that were skipped, and why
     DIR/README.md                          a dataset card, through which `datasets` finds the shards
 
-A shard is written under another name and then renamed. So the shards alone say what is done, whenever a run ends, and
-everything else follows from them.
+Shards are complete or absent. So the shards alone say what is done, whenever a run ends, and everything else follows from
+them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +26,11 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 
+from .files import DataError, atomic_file, check_same_settings
+from .tokens import METADATA_KEY
 
-METADATA_KEY = b"flexicodec_hf"
+
 _SHARD_NAME = re.compile(r"(.+)-(\d{5})-(\d{5})\.parquet")
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be tokenized as asked: the message says why."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class Shard:
         path: The file.
         stream, block: Which part of the dataset it holds: streams are read by one process or by all in turns, and cut
             into blocks.
-        settings: How it was made.
+        settings: What decides its rows.
         summary: `num_clips` that were read, `seconds` of audio and `tokens` for each setting, `resampled` and `downmixed`
             clips, `last` of its stream or not, and the `broken` clips.
     """
@@ -66,44 +61,34 @@ def shard_path(directory: Path, split: str, stream: int, block: int) -> Path:
 def write_shard(
     path: Path, table: pa.Table, settings: Mapping[str, Any], summary: Mapping[str, Any], versions: Mapping[str, str]
 ) -> None:
-    """Write a shard, so that it is whole whenever it is there."""
-    told = {"settings": settings, "summary": summary, "versions": versions}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: json.dumps(told)})
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
-            # `datasets` reads files without row groups, but not files with empty ones.
-            if len(table):
-                writer.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a shard, complete or not at all."""
+    metadata = json.dumps({"settings": settings, "summary": summary, "versions": versions})
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: metadata})
+    with (
+        atomic_file(path) as temporary,
+        pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer,
+    ):
+        # `datasets` reads files without row groups, but not files with empty ones.
+        if len(table):
+            writer.write_table(table)
 
 
-def find_shards(directory: Path, split: str, settings: Mapping[str, Any]) -> dict[tuple[int, int], Shard]:
+def find_shards(directory: Path, settings: Mapping[str, Any]) -> dict[tuple[int, int], Shard]:
     """
     The finished shards by stream and block.
 
     Raises:
-        CorpusError: One was made with other settings, or is no shard.
+        DataError: One was made with other settings, or is no shard.
     """
     shards = {}
     for path in sorted((directory / "data").glob("[!.]*.parquet")):
         match = _SHARD_NAME.fullmatch(path.name)
         try:
-            told = json.loads((pq.read_metadata(path).metadata or {})[METADATA_KEY])
-            shard = Shard(path, int(match[2]), int(match[3]), told["settings"], told["summary"])  # type: ignore[index]
+            metadata = json.loads((pq.read_metadata(path).metadata or {})[METADATA_KEY])
+            shard = Shard(path, int(match[2]), int(match[3]), metadata["settings"], metadata["summary"])  # type: ignore[index]
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise CorpusError(f"{path}: not a shard of tokens: {error!r}. Move it away.") from error
-        differences = [
-            f"{name} {shard.settings.get(name)!r}, not {settings.get(name)!r}"
-            for name in dict.fromkeys([*shard.settings, *settings])
-            if shard.settings.get(name) != settings.get(name)
-        ]
-        if differences:
-            raise CorpusError(
-                f"{directory} holds tokens made otherwise ({'; '.join(differences)}): choose another directory."
-            )
+            raise DataError(f"{path}: not a shard of tokens: {error!r}. Move it away.") from error
+        check_same_settings(directory, shard.settings, settings)
         shards[shard.stream, shard.block] = shard
     return shards
 
@@ -149,11 +134,15 @@ def close_corpus(
             for shard, checksum in zip(ordered, checksums, strict=True)
         ],
     }
-    _write_text(directory / "broken.jsonl", (json.dumps(entry, ensure_ascii=False) + "\n" for entry in broken))
-    _write_text(directory / "README.md", [_card(manifest)])
-    _write_text(directory / "manifest.json", [json.dumps(manifest, indent=2, ensure_ascii=False), "\n"])
+    for name, text in (
+        ("broken.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in broken)),
+        ("README.md", _card(manifest)),
+        ("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"),
+    ):
+        with atomic_file(directory / name) as path:
+            path.write_text(text, encoding="utf-8")
     # What killed processes had begun to write; nobody writes now.
-    for leftover in (directory / "data").glob(".*.parquet.*"):
+    for leftover in (directory / "data").glob(".*.parquet"):
         leftover.unlink(missing_ok=True)
     return manifest
 
@@ -177,16 +166,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_text(path: Path, parts: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        temporary.write_text("".join(parts), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-
-
 def _card(manifest: Mapping[str, Any]) -> str:
     settings = manifest["settings"]
     rates = "\n".join(
@@ -207,7 +186,7 @@ configs:
 # Tokens of {settings["source"].get("dataset", "a dataset")}
 
 {manifest["hours"]:.3f} hours of speech in {manifest["num_clips"]} clips, encoded with the codec `{settings["model"]}` in
-{settings["num_quantizers"]} rows of codes. One row for each clip and setting; `flexicodec-hf decode` makes audio of them.
+{settings["num_quantizers"]} codebooks. One row for each clip and rate setting; `flexicodec-hf decode` makes audio of them.
 
 | setting | tokens | per second |
 | --- | --- | --- |

@@ -19,8 +19,11 @@ import flexicodec_hf
 from conftest import AUDIO, assert_close
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.cli import main
-from flexicodec_hf.corpus import CorpusError, load_corpus, sources, tokenization, tokenize_corpus
-from flexicodec_hf.corpus.sources import Columns, prepare, read_stream, read_table
+from flexicodec_hf.data import streams
+from flexicodec_hf.data.files import DataError
+from flexicodec_hf.data.sources import load_speech, read_table, standard_columns
+from flexicodec_hf.data.streams import as_stream, read_stream
+from flexicodec_hf.data.tokenization import prefetch, tokenize_corpus
 
 
 RATES = {"merging_thresholds": [1.0, 0.91], "target_frame_rates": [6.25]}
@@ -41,7 +44,7 @@ def tokenize(codec, feature_extractor):
     """`tokenize(dataset, directory, ...)` with the small codec."""
 
     def tokenize(dataset, directory, **options):
-        dataset = load_corpus(str(dataset)) if isinstance(dataset, (str, Path)) else dataset
+        dataset = load_speech(dataset) if isinstance(dataset, (str, Path)) else dataset
         return tokenize_corpus(dataset, directory, codec, feature_extractor, **options)
 
     return tokenize
@@ -246,16 +249,17 @@ def test_tokens_made_otherwise_are_not_mixed(tokenize, clips, tmp_path):
     tokenize(clips, tmp_path / "out", merging_thresholds=[1.0], clips_per_shard=6)
     before = rows_of(tmp_path / "out")
     with pytest.raises(
-        CorpusError, match=r"made otherwise \(rates \['merging_threshold=1.0'\], not \['merging_threshold=0.9'\]\)"
+        DataError,
+        match=r"made with other settings \(rates \['merging_threshold=1.0'\], not \['merging_threshold=0.9'\]\)",
     ):
         tokenize(clips, tmp_path / "out", merging_thresholds=[0.9], clips_per_shard=6)
     shutil.copytree(clips, tmp_path / "more")
     shutil.copy(AUDIO / "short_0p08s.wav", tmp_path / "more")
-    with pytest.raises(CorpusError, match=r"source .*'num_clips': 11.*, not .*'num_clips': 12"):
+    with pytest.raises(DataError, match=r"source .*'num_clips': 11.*, not .*'num_clips': 12"):
         tokenize(tmp_path / "more", tmp_path / "out", merging_thresholds=[1.0], clips_per_shard=6)
     assert rows_of(tmp_path / "out") == before
     pq.write_table(pa.table({"a": [1]}), tmp_path / "out" / "data" / "train-00009-00000.parquet")
-    with pytest.raises(CorpusError, match=r"train-00009-00000.parquet: not a shard of tokens: .* Move it away."):
+    with pytest.raises(DataError, match=r"train-00009-00000.parquet: not a shard of tokens: .* Move it away."):
         tokenize(clips, tmp_path / "out", merging_thresholds=[1.0], clips_per_shard=6)
 
 
@@ -352,7 +356,7 @@ def tar_files(clips: Path, folder: Path, count: int):
                     entry = tarfile.TarInfo(path.stem + suffix)
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
-    return load_corpus(str(folder))
+    return load_speech(folder, streaming=None)
 
 
 def as_flac(path: Path) -> bytes:
@@ -384,13 +388,13 @@ def test_every_source_gives_the_same_tokens(tokenize, clips, tmp_path, monkeypat
     (clips / "list.tsv").write_text("path\tsentence\n" + "".join(f'{path}\tsaid "so\n' for path in paths))
     found = {
         "tars": tar_files(clips, tmp_path / "tars", 3),
-        "one tar": load_corpus(str(tmp_path / "tars" / "*.tar")),
-        "parquet": load_corpus(str(tmp_path / "clips.parquet")),
-        "saved": load_corpus(str(tmp_path / "saved")),
+        "one tar": load_speech(tmp_path / "tars" / "*.tar", streaming=True),
+        "parquet": load_speech(tmp_path / "clips.parquet", streaming=None),
+        "saved": load_speech(tmp_path / "saved"),
         "dataset": dataset,
         "stream": dataset.to_iterable_dataset(num_shards=2),
-        "jsonl": load_corpus(str(clips.parent / "clips.jsonl")),
-        "tsv": load_corpus(str(clips / "list.tsv")),
+        "jsonl": load_speech(clips.parent / "clips.jsonl"),
+        "tsv": load_speech(clips / "list.tsv"),
     }
     (clips / "list.tsv").unlink()
     for name, source in found.items():
@@ -408,74 +412,29 @@ def test_every_source_gives_the_same_tokens(tokenize, clips, tmp_path, monkeypat
         assert all("audio" not in row for row in rows)
 
 
-def test_metadata_of_subfolders_are_joined(clips, tmp_path):
-    shutil.copytree(clips, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "metadata.csv").write_text("file_name,text\nspeaker0/clip0.flac,zero\n")
-    (tmp_path / "speaker1" / "metadata.jsonl").write_text('{"file_name": "./clip1.wav", "age": 30}\n')
-    table = load_corpus(str(tmp_path)).with_format("arrow")[:]
-    rows = {row["id"]: row for row in table.to_pylist()}
-    assert len(rows) == len(table) == 11
-    assert rows["speaker0/clip0.flac"]["text"] == "zero" and rows["speaker1/clip1.wav"]["age"] == 30
-    assert all(Path(row["audio"]["path"]).is_file() for row in rows.values())
-    (tmp_path / "speaker0" / "metadata.jsonl").write_text('{"file_name": "clip0.flac", "age": "old"}\n')
-    with pytest.raises(CorpusError, match="the metadata of its subfolders do not fit together"):
-        load_corpus(str(tmp_path))
-
-
-def test_columns_are_found_or_asked_for(clips):
-    features = embedded(clips).rename_column("sentence", "words").features
-    columns = Columns.of(features, None, "words", "speaker")
-    assert (columns.audio, columns.text, columns.id, list(columns.metadata)) == ("audio", "words", "speaker", ["id"])
-    nested = Columns.of(features | {"json": {"who": features["id"]}}, None, "json.who", None)
-    assert (nested.text, nested.id, list(nested.metadata)) == ("json.who", "id", ["words", "speaker", "json"])
-    with pytest.raises(CorpusError, match=r"no column 'nothing' among \['id', 'audio', 'words', 'speaker'\]"):
-        Columns.of(features, None, "nothing", None)
-    with pytest.raises(CorpusError, match=r"which column holds the audio\? .*\['audio', 'other'\]"):
-        Columns.of(features | {"other": Audio()}, None, None, None)
-    with pytest.raises(CorpusError, match=r"which column holds the audio\? .*\['words'\]"):
-        Columns.of({"words": features["words"]}, None, None, None)
+def test_a_dataset_without_audio_is_refused(tokenize, tmp_path):
+    for rows in ({"audio": []}, {"text": ["one", "two"]}):
+        with pytest.raises(DataError, match="there is no audio in the dataset"):
+            tokenize(Dataset.from_dict(rows), tmp_path)
 
 
 def test_blocks_of_a_stream(clips, monkeypatch):
-    stream = prepare(embedded(clips), 100)
-    sizes = [len(rows) for rows, _ in read_stream(stream, 0, "audio", [], 4)]
+    stream = as_stream(standard_columns(embedded(clips)), 100)
+    sizes = [len(rows) for rows, _ in read_stream(stream, 0, [], 4)]
     assert sizes == [4, 4, 3]
-    blocks = list(read_stream(stream, 0, "audio", [2, 1], 4))
+    blocks = list(read_stream(stream, 0, [2, 1], 4))
     assert [len(rows) for rows, _ in blocks] == [2, 1, 4, 4]
     assert [last for _, last in blocks] == [False, False, False, True]
     assert [name for rows, _ in blocks for name in rows["id"].to_pylist()] == embedded(clips)["id"][:]
     # Large files make small blocks.
-    monkeypatch.setattr(sources, "_MAX_BLOCK_BYTES", 40_000)
-    for dataset in (embedded(clips), load_corpus(str(clips))):
-        files = {path.name if "audio" in dataset.features else path: path for path in clips.rglob("clip*")}
-        blocks = [rows for rows, _ in read_stream(prepare(dataset, 100), 0, "audio", [], 100)]
-        assert sum(map(len, blocks)) == 11 == len(files) and 2 < len(blocks) < 11
+    monkeypatch.setattr(streams, "_MAX_BLOCK_BYTES", 40_000)
+    for dataset in (standard_columns(embedded(clips)), load_speech(clips)):
+        blocks = [rows for rows, _ in read_stream(as_stream(dataset, 100), 0, [], 100)]
+        assert sum(map(len, blocks)) == 11 and 2 < len(blocks) < 11
     # Many shards of a few rows are read as fewer streams.
-    monkeypatch.setattr(sources, "_MAX_STREAMS", 2)
-    stream = prepare(embedded(clips).to_iterable_dataset(num_shards=11), 100)
-    assert [sum(len(rows) for rows, _ in read_stream(stream, i, "audio", [], 4)) for i in range(2)] == [6, 5]
-
-
-def test_sources_that_are_none(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
-    (tmp_path / "b.csv").write_text("audio,text\na.wav\n")
-    (tmp_path / "c.jsonl").write_text("{")
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "a.wav").write_text("")
-    (tmp_path / "d" / "metadata.csv").write_text("name\na.wav\n")
-    for name, message in (
-        ("empty", "there are no audio files in this folder, no .tar and no .parquet files"),
-        ("a.jsonl", r"there is no column 'audio' of paths among \['text'\]"),
-        ("c.jsonl", "not a table of rows"),
-        ("gone.csv", "there is no such file"),
-        ("d", r"metadata.csv: there is no column 'file_name' among \['name'\]"),
-    ):
-        with pytest.raises(CorpusError, match=message):
-            load_corpus(str(tmp_path / name))
-    with pytest.raises(CorpusError, match="the dataset has no rows"):
-        prepare(Dataset.from_dict({"audio": []}), 10)
-    assert load_corpus(str(tmp_path / "b.csv")).with_format("arrow")[:]["text"].to_pylist() == [None]
+    monkeypatch.setattr(streams, "_MAX_STREAMS", 2)
+    stream = as_stream(standard_columns(embedded(clips)).to_iterable_dataset(num_shards=11), 100)
+    assert [sum(len(rows) for rows, _ in read_stream(stream, i, [], 4)) for i in range(2)] == [6, 5]
 
 
 @pytest.mark.parametrize(
@@ -490,7 +449,6 @@ def test_sources_that_are_none(tmp_path):
             r"`merging_thresholds` must be different numbers between -1 and 1, got \[1, 2\]",
         ),
         ({"target_frame_rates": [5, 5.0]}, "`target_frame_rates` must be different numbers between 1.5625 and 12.5"),
-        ({"text_column": "words"}, "no column 'words'"),
     ],
 )
 def test_wrong_arguments(tokenize, clips, tmp_path, options, message):
@@ -507,7 +465,7 @@ def test_reading_ahead_keeps_order_and_passes_errors_on():
             yield i
         raise ValueError("at the end")
 
-    ahead = tokenization._ahead(items(), 2)
+    ahead = prefetch(items(), 2)
     assert next(ahead) == 0
     with pytest.raises(ValueError, match="at the end"):
         assert list(ahead) == made
@@ -547,7 +505,7 @@ def test_command_and_back_to_audio(codec_dir, device, clips, tmp_path, capsys, m
         np.testing.assert_allclose(actual, expected, atol=1e-3)
 
     assert main(["tokenize", str(clips / "speaker1"), "-o", str(tmp_path / "tokens"), *options]) == 1
-    assert "holds tokens made otherwise (num_quantizers 4, not 5; " in capsys.readouterr().err
+    assert "was made with other settings (num_quantizers 4, not 5; " in capsys.readouterr().err
 
 
 def test_decode_takes_rows_that_were_saved_again(codec_dir, device, clips, tmp_path, capsys, tokenize):
