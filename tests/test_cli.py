@@ -13,13 +13,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 import flexicodec_hf
 from conftest import AUDIO, assert_close
 from flexicodec_hf.cli import main
-<<<<<<< HEAD
-from flexicodec_hf.cli.common import load_codec_config
-from flexicodec_hf.cli.runner import CodecRunner
 from flexicodec_hf.conversion import convert_codec
-=======
-from flexicodec_hf.conversion.codec import convert_codec
->>>>>>> evaluation
 
 
 CLIPS = [
