@@ -113,7 +113,7 @@ def codec_dir(golden, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tts_parts(golden, tmp_path_factory):
-    """The reference's text-to-speech files of the fixture `tts`, converted: a directory with codec, ar, voicebox, vocoder."""
+    """The text-to-speech files of the fixture `tts`, converted: a directory with codec, ar, voicebox, vocoder."""
     fixture, folder = golden("tts"), tmp_path_factory.mktemp("tts")
     sources = {}
     for name in ("artts", "nartts", "vocos"):
@@ -142,7 +142,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tts_repository(tts_parts, codec_dir, tmp_path_factory):
     """A whole repository: another codec at the root, the fixture `tts` in `tts/`, and two voices.
 
-    The text vocabulary of the autoregressive model is enlarged for `byte_tokenizer`; the first 120 ids are the fixture's.
+    The text vocabulary of the autoregressive model is enlarged for `byte_tokenizer`; the first 120
+    ids are those of the fixture.
     """
     ar = FlexiCodecARForConditionalGeneration.from_pretrained(tts_parts / "ar")
     encoder, vocabulary = ar.model.text_encoder, 300

@@ -36,7 +36,7 @@ def options(golden) -> dict:
 
 @pytest.fixture
 def convert(tmp_path, options):
-    """`convert(tensors)` saves and converts them with the small codec's YAML, and returns the repository's directory."""
+    """`convert(tensors)` saves and converts them with the small codec's YAML, and returns the directory."""
 
     def run(tensors: dict | Path, yaml_options: dict | None = options, **kwargs) -> Path:
         source = tensors
@@ -288,7 +288,7 @@ def test_unusable_yaml(weights, convert, options, tmp_path):
 
 
 def test_released_sizes_give_the_default_configuration():
-    """Names and shapes of the released file, from the default model on no device; the way back to the reference's names."""
+    """Names and shapes of the released file, from the default model on no device."""
     config, shapes = FlexiCodecConfig(), {}
     with torch.device("meta"):
         model = FlexiCodecModel(config)

@@ -39,8 +39,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="released files to a directory for from_pretrained",
-        description="Convert the released files to a repository that `from_pretrained` loads, and that can go to the Hub: "
-        "the codec at its root, and the text-to-speech system. An interrupted conversion goes on where it stopped.",
+        description="Convert the released files to a repository that `from_pretrained` loads, and that can go to the "
+        "Hub: the codec at its root, and the text-to-speech system. An interrupted conversion continues where it "
+        "stopped.",
     )
     parser.add_argument(
         "--repo",
@@ -64,8 +65,9 @@ def add_commands(commands: Any) -> None:
     )
     tts = parser.add_argument_group(
         "text-to-speech",
-        "With the codec, --ar, --nar, --vocoder and --tokenizer, or with --repo: the whole system, to tts. With some of "
-        "them, models of their own, to tts/ar, tts/voicebox and tts/vocoder; the codec in --ar or --nar to tts/codec.",
+        "With the codec, --ar, --nar, --vocoder and --tokenizer, or with --repo: the whole system, to tts. With some "
+        "of them, models of their own, to tts/ar, tts/voicebox and tts/vocoder; the codec in --ar or --nar to "
+        "tts/codec.",
     )
     for option, name in (("ar", "autoregressive"), ("nar", "Voicebox"), ("vocoder", "vocoder")):
         tts.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"the {name} model, .safetensors or .pt")
@@ -97,8 +99,8 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE[:TEXT]",
-        help="a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: what is in the .txt "
-        "file beside it). May be repeated; the first one, or the one named default, speaks when a call names none",
+        help="a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: what is in the "
+        ".txt file beside it). May be repeated; the first one, or the one named default, speaks when a call names none",
     )
     parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
@@ -124,7 +126,6 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.download import ReleasedFiles
     from ..conversion.progress import Progress
     from ..conversion.repository import convert_release, list_parts, push, write_card
-    from ..data.files import DataError
 
     files = ReleasedFiles(**{field.name: getattr(args, field.name) for field in fields(ReleasedFiles)})
     try:
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
                 raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
             print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
         progress.finish()
-    except (CheckpointError, DataError) as error:
+    except CheckpointError as error:
         raise CommandError(_with_options(str(error))) from error
     return 0
 

@@ -13,21 +13,23 @@ from torch import Tensor
 
 
 class CheckpointError(ValueError):
-    """A released file that cannot be converted: unreadable, incomplete, contradictory, or of another model."""
+    """A released file that cannot be converted. The message says why and what to do."""
 
 
 class SourceCheckpoint:
     """
     The tensors of a released file, by the reference's names.
 
-    Weight-normalized convolutions are read by their plain name, in both namings (`weight_g`/`weight_v` and
-    `parametrizations.weight.original0/1`), and fused in float64. Fused weights are float32, because the
-    reference casts a half-precision file to float32 before it fuses.
+    Weight-normalized convolutions are read by their plain name, in both namings
+    (`weight_g`/`weight_v` and `parametrizations.weight.original0/1`), and fused in float64. Fused
+    weights are float32, because the reference casts a half-precision file to float32 before it
+    fuses.
 
     Args:
         path: The file, for error messages.
         tensors: Its tensors.
-        prefix: Only tensors whose name starts with `prefix` are seen; their names are given without it.
+        prefix: Only tensors whose name starts with `prefix` are seen; their names are given without
+            it.
     """
 
     def __init__(self, path: str | Path, tensors: Mapping[str, Tensor], prefix: str = ""):
@@ -43,7 +45,8 @@ class SourceCheckpoint:
         """
         Read a `.safetensors` file, or a `.pt`/`.pth`/`.bin` file with `weights_only=True`.
 
-        The tensors of the second kind may be under a top-level `model` or `state_dict`. The data is mapped into
+        The tensors of the second kind may be under a top-level `model` or `state_dict`. The data is
+        mapped into
         memory: it is read from the disk when a tensor is used.
 
         Raises:

@@ -43,25 +43,27 @@ def convert_codec(
     Convert a released codec, alone or inside a text-to-speech file.
 
     Args:
-        source: `.safetensors` or `.pt` file with the codec at its root, or under `flexicodec_model.` or
-            `dualcodec_model.`.
-        output_dir: Where to save the model and its feature extractor, for `AutoModel.from_pretrained` and
-            `AutoFeatureExtractor.from_pretrained`; nothing is saved without it.
-        config: The codec's YAML, with or without the top-level `model:`. What the tensors do not show (attention
-            heads, quantization levels, thresholds) is as in the released codec unless the YAML says otherwise.
+        source: `.safetensors` or `.pt` file with the codec at its root, or under
+            `flexicodec_model.` or `dualcodec_model.`.
+        output_dir: Where to save the model and its feature extractor, for
+            `AutoModel.from_pretrained` and `AutoFeatureExtractor.from_pretrained`; nothing is saved
+            without it.
+        config: The codec's YAML, with or without the top-level `model:`. What the tensors do not
+            show (attention heads, quantization levels, thresholds) is as in the released codec
+            unless the YAML says otherwise.
         semantic: SenseVoice-small's `model.pt`, for codec files without the semantic encoder.
         dtype: Type of the weights.
-        allow_partial: Accept unknown and missing tensors, as `convert` does. The transformers of the dynamic frame
-            rate may be missing too: a codec of a fixed rate is a start for training one of a dynamic rate. Their
-            sizes are then the YAML's or the released ones.
+        allow_partial: Accept unknown and missing tensors, as `convert` does. The transformers of
+            the dynamic frame rate may be missing too: a codec of a fixed rate is a start for
+            training one of a dynamic rate. Their sizes are then the YAML's or the released ones.
 
     Returns:
         The model, in eval mode.
 
     Raises:
         FileNotFoundError: A file is missing.
-        CheckpointError: A file is corrupt, is of another variant of the codec, contradicts the YAML, or has unknown
-            or missing tensors.
+        CheckpointError: A file is corrupt, is of another variant of the codec, contradicts the
+            YAML, or has unknown or missing tensors.
     """
     settings = _read_settings(config, section="model")
     whole = SourceCheckpoint.open(source)
@@ -83,8 +85,8 @@ def convert_codec(
     if "semantic_aggregator.query_embedding" not in codec and not (fixed_rate and allow_partial):
         raise CheckpointError(
             f"{source} has no query token aggregator ('{codec.prefix}semantic_aggregator.query_embedding'): it is not "
-            "a FlexiCodec with a dynamic frame rate. A codec of a fixed rate, without any of its transformers, becomes "
-            "the start for training one with `allow_partial=True`."
+            "a FlexiCodec with a dynamic frame rate. A codec of a fixed rate, without any of the transformers, can be "
+            "converted as a start for training with `allow_partial=True`."
         )
     return convert(codec, CODEC, settings, output_dir, dtype, allow_partial, released_feature_extractor())
 
@@ -100,11 +102,12 @@ def convert_ar(
     Convert a released autoregressive text-to-speech model.
 
     Args:
-        source: `.safetensors` or `.pt` file with tensors under `transformer_lm.`. The codec beside them and the
-            untrained speaker projection are left out.
-        output_dir: Where to save the model, for `AutoModelForCausalLM.from_pretrained`; nothing is saved without it.
-        config: The reference's keyword arguments (`llm_dropout_rate`, `flex_framerate_options`, ...), where they are
-            not the released ones.
+        source: `.safetensors` or `.pt` file with tensors under `transformer_lm.`. The codec beside
+            them and the untrained speaker projection are left out.
+        output_dir: Where to save the model, for `AutoModelForCausalLM.from_pretrained`; nothing is
+            saved without it.
+        config: The reference's keyword arguments (`llm_dropout_rate`, `flex_framerate_options`,
+            ...), where they are not the released ones.
         dtype: Type of the weights.
         allow_partial: Accept unknown and missing tensors, as `convert` does.
 
@@ -113,7 +116,8 @@ def convert_ar(
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing tensors.
+        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
+            tensors.
     """
     return convert(SourceCheckpoint.open(source), AR, _read_settings(config), output_dir, dtype, allow_partial)
 
@@ -131,9 +135,10 @@ def convert_voicebox(
     Args:
         source: `.safetensors` or `.pt` file with tensors under `voicebox_model.` and, for training,
             `repa_projection.`. The codec beside them is left out.
-        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved without it.
-        config: The reference's keyword arguments (`num_heads`, `sigma`, `repa_layer_idx`, ...), flat or below
-            `voicebox_config`, where they are not the released ones.
+        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved
+            without it.
+        config: The reference's keyword arguments (`num_heads`, `sigma`, `repa_layer_idx`, ...),
+            flat or below `voicebox_config`, where they are not the released ones.
         dtype: Type of the weights.
         allow_partial: Accept unknown and missing tensors, as `convert` does.
 
@@ -142,7 +147,8 @@ def convert_voicebox(
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing tensors.
+        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
+            tensors.
     """
     settings = _read_settings(config)
     if "voicebox_config" in settings:
@@ -163,9 +169,10 @@ def convert_vocoder(
 
     Args:
         source: `.safetensors` or `.pt` file with tensors under `backbone.` and `head.`.
-        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved without it.
-        config: The reference's keyword arguments (`dim`, `hop_size`, ...), where they are not the released ones.
-            Without them the hop is a quarter of the FFT size.
+        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved
+            without it.
+        config: The reference's keyword arguments (`dim`, `hop_size`, ...), where they are not the
+            released ones. Without them the hop is a quarter of the FFT size.
         dtype: Type of the weights.
         allow_partial: Accept unknown and missing tensors, as `convert` does.
 
@@ -174,7 +181,8 @@ def convert_vocoder(
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing tensors.
+        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
+            tensors.
     """
     return convert(SourceCheckpoint.open(source), VOCODER, _read_settings(config), output_dir, dtype, allow_partial)
 
@@ -191,8 +199,9 @@ def convert(
     """
     Convert a model by its table.
 
-    Tensors are read, converted and cast one by one: the peak of memory is one copy of the converted model. Files are
-    put in their place when all are written: an interrupted conversion leaves no weights there.
+    Tensors are read, converted and cast one by one: the peak of memory is one copy of the converted
+    model. Files are put in their place when all are written: an interrupted conversion leaves no
+    weights there.
 
     Args:
         source: The released tensors.
@@ -200,9 +209,10 @@ def convert(
         settings: By the reference's names. They are checked against what the tensors show.
         output_dir: Where to save the model; nothing is saved without it.
         dtype: Type of the weights.
-        allow_partial: Warn about unknown and missing tensors instead of refusing the file. Unknown ones are left out.
-            Missing ones are freshly initialized: here, and again by `from_pretrained`, since they are not saved.
-            Tensors that show the sizes of the model must be there.
+        allow_partial: Warn about unknown and missing tensors instead of refusing the file. Unknown
+            ones are left out. Missing ones are freshly initialized: here, and again by
+            `from_pretrained`, since they are not saved. Tensors that show the sizes of the model
+            must be there.
         feature_extractor: To save beside the model.
 
     Returns:
@@ -261,8 +271,8 @@ def infer_config(source: SourceCheckpoint, table: Table, settings: Mapping[str, 
         settings: By the reference's names; None as a value says nothing.
 
     Raises:
-        CheckpointError: A setting is unknown, not supported, or contradicts the tensors; or a tensor that shows a size
-            is missing.
+        CheckpointError: A setting is unknown, not supported, or contradicts the tensors; or a
+            tensor that shows a size is missing.
     """
     given = dict(settings or {})
     for name, only in table.fixed.items():
@@ -298,7 +308,7 @@ def infer_config(source: SourceCheckpoint, table: Table, settings: Mapping[str, 
 
 
 def released_feature_extractor() -> FlexiCodecFeatureExtractor:
-    """The feature extractor of the released codec, with SenseVoice's mean and variance normalization."""
+    """The feature extractor of the released codec, with the mean and scale of SenseVoice."""
     cmvn = json.loads(Path(__file__).with_name("cmvn.json").read_text())
     extractor = FlexiCodecFeatureExtractor()
     # Kaldi's `am.mvn` repeats the 80 numbers for each of the stacked frames.

@@ -34,8 +34,8 @@ class ReleasedFiles:
         ar: The autoregressive model.
         nar: The Voicebox model.
         vocoder: The vocoder.
-        tts_codec: The codec of `ar` and `nar`, where neither file carries it. It is an older one, with other weights
-            than `codec`.
+        tts_codec: The codec of `ar` and `nar`, where neither file carries it. It is an older one,
+            with other weights than `codec`.
         tokenizer: A Whisper repository, directory or `tokenizer.json`.
     """
 

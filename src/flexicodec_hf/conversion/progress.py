@@ -14,7 +14,7 @@ from .checkpoint import CheckpointError
 
 
 RECORD = ".conversion.json"
-"""Beside the weights while a conversion is unfinished: the files and options that they were made of."""
+"""Beside the weights while a conversion is unfinished: the files and options of its making."""
 
 # Where a converted repository has weights, and so records and what a killed process left.
 _WEIGHT_FOLDERS = ("", "tts/", "tts/*/")
@@ -55,8 +55,8 @@ class Progress:
             Whether it was converted now.
 
         Raises:
-            CheckpointError: There is a model already, of another conversion or of other sources, and `overwrite` is
-                not set.
+            CheckpointError: There is a model already, of another conversion or of other sources,
+                and `overwrite` is not set.
         """
         result, record = (directory / weights / file for file in ("model.safetensors", RECORD))
         made_of = json.dumps([_fingerprint(source) for source in sources])

@@ -1,4 +1,4 @@
-"""One repository of codec and text-to-speech: converted, put together, described, and pushed to the Hub."""
+"""One repository of codec and text-to-speech: converted, assembled, described, and uploaded."""
 
 from __future__ import annotations
 
@@ -69,24 +69,26 @@ def convert_release(
     report: Callable[[str], Any] = print,
 ) -> None:
     """
-    Convert released files to one repository: the codec at its root, the text-to-speech system in `tts/`.
+    Convert released files to one repository: the codec at its root, the text-to-speech system in
+    `tts/`.
 
-    If files of the system are missing, the others become models of their own in `tts/ar`, `tts/voicebox`,
-    `tts/vocoder` and `tts/codec`.
+    If files of the system are missing, the others become models of their own in `tts/ar`,
+    `tts/voicebox`, `tts/vocoder` and `tts/codec`.
 
     Args:
         files: The files.
         output_dir: Directory of the repository.
         progress: What an interrupted conversion has done.
-        voices: Voices of the whole system. The first one, or the one named `default`, speaks when a call names none.
+        voices: Voices of the whole system. The first one, or the one named `default`, speaks when a
+            call names none.
         dtype: Type of the weights.
         allow_partial: Convert in spite of unknown or missing tensors.
         report: Called with a line about each model.
 
     Raises:
         FileNotFoundError: A file is missing.
-        CheckpointError: A file cannot be converted, a model of another conversion is there, or a voice cannot be made
-            of its recording.
+        CheckpointError: A file cannot be converted, a model of another conversion is there, or a
+            voice cannot be made of its recording.
         OSError: The tokenizer's files could not be found.
     """
     options = {"dtype": dtype, "allow_partial": allow_partial}
@@ -157,8 +159,8 @@ def assemble(
     Args:
         output_dir: Directory of the repository.
         codec: Directory of the codec at its root, with its feature extractor.
-        parts: Directories of the models of the text-to-speech system: `codec` (which may be the same), `ar` and, if there
-            is a second stage, `voicebox` and its `vocoder`.
+        parts: Directories of the models of the text-to-speech system: `codec` (which may be the
+            same), `ar` and, if there is a second stage, `voicebox` and its `vocoder`.
         tokenizer: Text tokenizer: what `build_tokenizer` made, or the one used in training.
         voices: The first one, or the one named `default`, speaks when a call names none.
         dtype: Type of the weights, in which they load again.
@@ -215,7 +217,7 @@ def write_card(directory: Path, card: str, repo_id: str | None = None, overwrite
 
 @dataclass(frozen=True)
 class Part:
-    """What a repository holds of a model: its name, how many numbers, in which types, in how many bytes."""
+    """What a repository holds of a model."""
 
     name: str
     num_parameters: int
@@ -225,7 +227,8 @@ class Part:
 
 def list_parts(directory: Path) -> list[Part]:
     """
-    The models in a repository, from the headers of its weights; those of the whole text-to-speech system one by one.
+    The models in a repository, from the headers of its weights; those of the whole text-to-speech
+    system one by one.
     """
     tensors: dict[str, list[tuple[int, str]]] = {}
     for file in sorted(directory.glob("model*.safetensors")) + sorted(directory.glob("tts/**/model*.safetensors")):

@@ -1,16 +1,19 @@
 """
-One table for each released model: our names of its tensors to the reference's, what is done to them, its settings.
+A table for each released model: names of tensors, what is done to the tensors, and settings.
 
-A table maps our names to the reference's, because a conversion asks for each of our tensors where it comes from.
+The names go from ours to the reference's, because a conversion asks for each of our tensors where
+it comes from.
 
-transformers has classes for the same purpose (`WeightRenaming`, `WeightConverter`, `Chunk`, `Concatenate`,
-`PermuteForRope` in `transformers.core_model_loading`). They are not used here, for four reasons:
+transformers has classes for the same purpose (`WeightRenaming`, `WeightConverter`, `Chunk`,
+`Concatenate`, `PermuteForRope` in `transformers.core_model_loading`). They are not used here, for
+four reasons:
 
-- They still change: between 5.17 and 5.24, the versions supported here, patterns began to end at a name boundary, so
-  that the same pattern renames different tensors. Only some of the classes are exported by the package.
-- `Concatenate` leaves out an input that is missing; a conversion must refuse the file and name the tensor.
-- `PermuteForRope` knows one number of heads for each configuration; the codec has two. Nothing fuses weight norm or
-  shifts the numbers of layers.
+- They still change: between 5.17 and 5.24, the versions supported here, patterns began to end at a
+  name boundary, so that the same pattern renames different tensors.
+- `Concatenate` leaves out an input that is missing; a conversion must refuse the file and name the
+  tensor.
+- `PermuteForRope` knows one number of heads for each configuration; the codec has two. Nothing
+  fuses weight norm.
 - They run inside `from_pretrained` and report in our names, where users need the names in their file.
 """
 
@@ -53,13 +56,16 @@ class Table:
 
     Args:
         model_class: Our class.
-        renames: From the configuration to the rules that turn our name of a tensor into the reference's. A tensor
-            that is made of several gets all of their names, separated by spaces.
-        operations: Pattern of our names, and what is done to the tensors; all that match are applied in this order.
-        settings: The reference's names of settings, and our fields of the configuration, with a dot for fields of a
-            configuration inside.
-        infer: From the source and the settings given (which it may complete) to the settings that the tensors show,
-            by the reference's names, and to the fields of our configuration for which the reference has no name.
+        renames: From the configuration to the rules that turn our name of a tensor into the
+            reference's. A tensor that is made of several gets all of their names, separated by
+            spaces.
+        operations: Pattern of our names, and what is done to the tensors; all that match are
+            applied in this order.
+        settings: The reference's names of settings, and our fields of the configuration, with a dot
+            for fields of a configuration inside.
+        infer: From the source and the settings given (which it may complete) to the settings that
+            the tensors show, by the reference's names, and to the fields of our configuration for
+            which the reference has no name.
         fixed: Settings that choose another computation, with the one value that our model has.
         ignored: Further settings, which do not change the model; None ignores all that are unknown.
         unused: Pattern of tensors that are known and not needed.
@@ -97,7 +103,7 @@ class Table:
 
 
 def _count(source: SourceCheckpoint, pattern: str) -> int:
-    """How many layers there are: one more than the highest number in the names that begin with `pattern`."""
+    """Number of layers: one more than the highest number in names that begin with `pattern`."""
     return 1 + max((int(match[1]) for name in source if (match := re.match(pattern, name))), default=-1)
 
 
@@ -169,7 +175,7 @@ def _chunk_qkv(name: str, config: FlexiCodecConfig, packed: Tensor) -> Tensor:
 
 
 def _rotary_pairs_to_halves(name: str, config: FlexiCodecConfig, weight: Tensor) -> Tensor:
-    """Reorder the rows of a query or key projection from rotary pairs (0, 1), (2, 3).. to Llama's two halves."""
+    """Rows of a query or key projection, from rotary pairs (0, 1), (2, 3), ... to Llama's halves."""
     in_bottleneck = name.startswith("bottleneck.")
     num_heads = config.num_bottleneck_attention_heads if in_bottleneck else config.num_aggregator_attention_heads
     return weight.view(num_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
@@ -337,7 +343,7 @@ def _attention_bias(name: str, config: FlexiCodecARConfig, bias: Tensor) -> Tens
 
 
 def _control_embedding(name: str, config: FlexiCodecARConfig, control: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One row for each control id. The reference projects a one-hot of the threshold: that is a row for each."""
+    """One row for each control id; the reference projects a one-hot vector of the threshold."""
     table = control.new_zeros(config.text_token_offset - config.speech_vocab_size, control.shape[1])
     table[config.start_token_id - config.speech_vocab_size] = control[0]
     table[config.task_token_id - config.speech_vocab_size] = control[1]

@@ -1,4 +1,4 @@
-"""The text tokenizer: Whisper's multilingual BPE with the table of 99 languages, as a transformers fast tokenizer."""
+"""The text tokenizer: Whisper's multilingual BPE with 99 languages, as a fast tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checkpoint import CheckpointError
 
 
 DEFAULT_SOURCE = "openai/whisper-tiny"
-"""Every multilingual `openai/whisper-*` has the same vocabulary; this is the smallest repository."""
+"""Every multilingual `openai/whisper-*` has this vocabulary; this is the smallest repository."""
 
 _BPE_SIZE = 50257
 _SPECIAL_TOKENS = (
@@ -37,14 +37,15 @@ _PROBE_IDS = [23436, 7250, 2604, 93, 2283, 11, 10930, 2131, 0]
 def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerFast:
     """Whisper's multilingual tokenizer as FlexiCodec-TTS uses it; `save_pretrained` it for `AutoTokenizer`.
 
-    Ids 0..50256 are the BPE, 50257 `<|endoftext|>`, 50259 + i the i-th of 99 languages, 51864 the last timestamp.
-    Encoding a text gives `<|en|>` and the text; special tokens spelt out in it are read as plain characters. Only the
-    BPE of the source is used, which all multilingual Whisper models share: from a large-v3 one, whose 100th language
-    (`yue`) shifts the ids of all special tokens after it, comes the same table of 99.
+    Ids 0..50256 are the BPE, 50257 `<|endoftext|>`, 50259 + i the i-th of 99 languages, 51864 the
+    last timestamp. Encoding a text gives `<|en|>` and the text; special tokens spelt out in it are
+    read as plain characters. Only the BPE of the source is used, which all multilingual Whisper
+    models share: from a large-v3 one, whose 100th language (`yue`) shifts the ids of all special
+    tokens after it, comes the same table of 99.
 
     Args:
-        source: A Whisper repository on the Hub, a directory with its `tokenizer.json` (or `vocab.json` and
-            `merges.txt`), or a `tokenizer.json`.
+        source: A Whisper repository on the Hub, a directory with its `tokenizer.json` (or
+            `vocab.json` and `merges.txt`), or a `tokenizer.json`.
 
     Raises:
         OSError: The repository or the files cannot be found.
