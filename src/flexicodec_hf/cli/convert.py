@@ -99,8 +99,9 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE[:TEXT]",
-        help="a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: what is in the "
-        ".txt file beside it). May be repeated; the first one, or the one named default, speaks when a call names none",
+        help="a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: the text in the "
+        ".txt file beside it). May be repeated; the first one, or the one named default, speaks when a call names "
+        "none",
     )
     parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
