@@ -1,4 +1,4 @@
-"""Audio files: reading them as one channel at the model's rate, and writing them."""
+"""Reading audio files as one channel at the sampling rate of a model, and writing them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import soundfile
 import soxr
 
 
-# Samples (of each channel) that are read at once: the channels are averaged before the next are read.
+# Samples of each channel that are read at once. Their channels are averaged before the next are read.
 _BLOCK = 1 << 20
 
 
 class AudioError(ValueError):
-    """An audio file that cannot be read or written. The message names the file and says why."""
+    """An audio file cannot be read or written. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class AudioClip:
     """
-    One channel of audio, and what its file held.
+    One channel of audio, and the format of its file.
 
     Args:
         path: The file.
-        waveform: `(num_samples,)`, float32, in [-1, 1] unless the file overshoots.
-        sampling_rate: Of `waveform`, in hertz.
-        file_sampling_rate: Of the file, in hertz.
-        num_channels: Of the file.
+        waveform: Samples of shape `(num_samples,)`, float32, in [-1, 1] unless the file has larger ones.
+        sampling_rate: Sampling rate of `waveform`, in hertz.
+        file_sampling_rate: Sampling rate of the file, in hertz.
+        num_channels: Number of channels of the file.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class AudioClip:
 
     @property
     def changes(self) -> list[str]:
-        """What reading did to the audio, in words; empty if nothing."""
+        """What was done to the audio, in words. Empty if it is as in the file."""
         changes = []
         if self.num_channels > 1:
             changes.append(f"{self.num_channels} channels averaged")
@@ -61,16 +61,19 @@ class AudioClip:
 
 def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = None) -> AudioClip:
     """
-    Read an audio file: average its channels, and resample it to `sampling_rate`.
+    Read an audio file, average its channels, and resample it.
 
     Args:
-        path: Anything libsndfile reads: WAV, FLAC, Ogg, MP3, AIFF, ...
+        path: A file in a format that libsndfile reads: WAV, FLAC, Ogg, MP3, AIFF, ...
         sampling_rate: The rate to resample to, in hertz.
-        file: The open file, where it is none on disk; `path` is then its name in messages.
+        file: The open file, if it is not on disk. `path` is then its name in errors.
+
+    Returns:
+        The clip.
 
     Raises:
-        AudioError: There is no such file, it is no audio file or a damaged one, or it has no samples, or NaN or infinite
-            ones.
+        AudioError: The file does not exist, is not an audio file, is damaged, is empty, or has NaN or
+            infinite samples.
     """
     path = Path(path)
     with _open(path, file) as audio:
@@ -90,37 +93,57 @@ def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = Non
 
 
 def audio_seconds(path: str | Path, file: BinaryIO | None = None) -> float:
-    """How long an audio file lasts, from its header. Arguments and [`AudioError`] as for `read_audio`."""
+    """
+    The duration of an audio file in seconds, from its header.
+
+    Args:
+        path: A file in a format that libsndfile reads.
+        file: The open file, if it is not on disk. `path` is then its name in errors.
+
+    Raises:
+        AudioError: The file does not exist, is not an audio file, or is damaged.
+    """
     with _open(Path(path), file) as audio:
         return audio.frames / audio.samplerate
 
 
 def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """`(num_samples,)` at `source_rate` hertz to `(new_num_samples,)` at `target_rate`, both float32."""
+    """
+    Resample one channel of audio.
+
+    Args:
+        waveform: Samples of shape `(num_samples,)`, float32.
+        source_rate: Sampling rate of `waveform`, in hertz.
+        target_rate: Sampling rate of the result, in hertz.
+
+    Returns:
+        Samples of shape `(num_resampled,)`, float32. The waveform itself if the rates are equal.
+    """
     if source_rate == target_rate or len(waveform) == 0:
         return waveform
     return soxr.resample(waveform, source_rate, target_rate)
 
 
 def check_audio_format(path: str | Path) -> None:
-    """Raise [`AudioError`] if no audio can be written under this name."""
+    """Raise [`AudioError`] if the suffix of a file does not name a format that can be written."""
     path = Path(path)
-    # A headerless file would not be read again.
+    # A file without a header could not be read again.
     if path.suffix[1:].upper() not in soundfile.available_formats().keys() - {"RAW"}:
         raise AudioError(f"{path}: unknown audio format '{path.suffix}': use .wav, .flac, .ogg or .mp3.")
 
 
 def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> None:
     """
-    Write one channel of audio, in the format that the file's suffix names (16 bits for WAV and FLAC).
+    Write one channel of audio, in the format named by the suffix of the file (16 bits for WAV and FLAC).
 
     Args:
-        path: The file; one that exists is replaced.
-        waveform: `(num_samples,)`, floats in [-1, 1]; what lies beyond is clipped.
-        sampling_rate: In hertz.
+        path: The file. An existing one is replaced.
+        waveform: Samples of shape `(num_samples,)`, floats. Values outside of [-1, 1] are clipped.
+        sampling_rate: Sampling rate of `waveform`, in hertz.
 
     Raises:
-        AudioError: The suffix names no format, the samples are NaN or infinite, or the file cannot be written.
+        AudioError: The suffix does not name a format, samples are NaN or infinite, or the file cannot be
+            written.
     """
     path = Path(path)
     check_audio_format(path)

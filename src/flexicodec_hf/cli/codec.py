@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,23 +15,24 @@ from .common import (
     add_chunk_argument,
     add_model_arguments,
     check_output,
+    check_target_rates,
     choose_device,
     cosine,
     load_codec_config,
     positive_int,
     report_error,
-    target_rates,
     usage_error,
 )
 
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..audio_flexicodec import AudioClip
     from ..configuration_flexicodec import FlexiCodecConfig
     from ..data.runner import CodecRunner
     from ..data.tokens import Tokens, TokenSource
+
+    # What a batch gives for each item: the tokens, to be reported, and how to write its file; or what went wrong.
+    Result = tuple[Tokens, Callable[[Path], None]] | Exception
 
 
 def add_commands(commands: Any) -> None:
@@ -122,35 +123,13 @@ class Job:
     target: Path
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a job gives: tokens, or the waveform decoded from them."""
-
-    tokens: Tokens
-    waveform: np.ndarray | None = None
-
-    def write(self, path: Path) -> None:
-        from ..audio_flexicodec import write_audio
-        from ..data.files import atomic_file
-
-        with atomic_file(path) as temporary:
-            if self.waveform is None:
-                self.tokens.save(temporary)
-            else:
-                write_audio(temporary, self.waveform, self.tokens.sampling_rate)
-
-
 @dataclass
 class Totals:
-    """What the summary says."""
+    """What the summary says: `done` has seconds, tokens and quantizers of each file."""
 
-    done: int = 0
+    done: list[tuple[float, int, int]] = field(default_factory=list)
     skipped: int = 0
     failed: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    bits: float = 0.0
-    num_quantizers: set[int] = field(default_factory=set)
 
     def fail(self, error: object) -> None:
         self.failed += 1
@@ -160,24 +139,18 @@ class Totals:
         self.skipped += 1
         tqdm.write(f"{job.source}: skipped, {job.target} exists (--overwrite replaces it)")
 
-    def add(self, tokens: Tokens, config: FlexiCodecConfig) -> None:
-        num_quantizers, num_tokens = tokens.audio_codes.shape
-        self.done += 1
-        self.seconds += tokens.seconds
-        self.tokens += num_tokens
-        self.bits += num_tokens * config.bits_per_token(num_quantizers)
-        self.num_quantizers.add(num_quantizers)
-
     def summary(self, runner: CodecRunner | None) -> str:
         """One line."""
         parts = []
         if runner is not None and self.done:
-            quantizers = " or ".join(str(number) for number in sorted(self.num_quantizers))
+            seconds, tokens = sum(item[0] for item in self.done), sum(item[1] for item in self.done)
+            bits = sum(tokens * runner.config.bits_per_token(quantizers) for _, tokens, quantizers in self.done)
+            quantizers = " or ".join(map(str, sorted({item[2] for item in self.done})))
             parts += [
-                f"{_count(self.done, 'file')}, {self.seconds:.2f} s of audio",
-                f"{_count(self.tokens, 'token')}, {self.tokens / self.seconds:.2f} per second",
-                f"{self.bits / self.seconds:.0f} bits per second ({_count(quantizers, 'quantizer')})",
-                f"real-time factor {runner.processing_seconds / self.seconds:.3f} on {runner.codec.device}",
+                f"{_count(len(self.done), 'file')}, {seconds:.2f} s of audio",
+                f"{_count(tokens, 'token')}, {tokens / seconds:.2f} per second",
+                f"{bits / seconds:.0f} bits per second ({_count(quantizers, 'quantizer')})",
+                f"real-time factor {runner.processing_seconds / seconds:.3f} on {runner.codec.device}",
             ]
         parts += [f"{count} {name}" for name, count in (("skipped", self.skipped), ("failed", self.failed)) if count]
         return "; ".join(parts)
@@ -185,29 +158,30 @@ class Totals:
 
 def run_reconstruct(args: argparse.Namespace) -> int:
     """`reconstruct IN OUT`; returns the exit status."""
-    from ..audio_flexicodec import read_audio
-
     check_output(args)
     config = load_codec_config(args.model)
-    encode = _encoder(args, config)
+    settings = _settings(args, config)
 
-    def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip]) -> list[Result | Exception]:
-        (encoded,) = encode(runner, clips)
-        return [encoded] if isinstance(encoded, Exception) else _decode(runner, [encoded.tokens])
+    def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip]) -> list[Result]:
+        encoded = _encode(runner, clips, settings)
+        return [
+            result
+            for item in encoded
+            for result in ([item] if isinstance(item, Exception) else _decode(runner, [item[0]]))
+        ]
 
-    jobs = [Job(args.input, args.output)]
-    return _run(args, jobs, Totals(), partial(read_audio, sampling_rate=config.sampling_rate), reconstruct)
+    return _run(args, [Job(args.input, args.output)], Totals(), _reader(config), reconstruct)
 
 
 def run_encode(args: argparse.Namespace) -> int:
     """`encode IN... -o DIR`; returns the exit status."""
-    from ..audio_flexicodec import audio_seconds, read_audio
+    from ..audio_flexicodec import audio_seconds
     from ..data.files import DataError, check_same_settings
     from ..data.tokens import TokenSource
 
     jobs = _plan(args, args.inputs, ".safetensors")
     config = load_codec_config(args.model)
-    encode = _encoder(args, config)
+    settings = _settings(args, config)
     totals = Totals()
     todo = []
     for job in jobs:
@@ -216,13 +190,12 @@ def run_encode(args: argparse.Namespace) -> int:
             continue
         try:
             found = TokenSource(job.target, job.target.stem).read().settings
-            check_same_settings(job.target, found, _settings(args, config), "pass --overwrite or another --output-dir")
+            check_same_settings(job.target, found, settings, "pass --overwrite or another --output-dir")
         except DataError as error:
             totals.fail(error)
         else:
             totals.skip(job)
-    read = partial(read_audio, sampling_rate=config.sampling_rate)
-    return _run(args, todo, totals, read, encode, audio_seconds)
+    return _run(args, todo, totals, _reader(config), partial(_encode, settings=settings), audio_seconds)
 
 
 def run_decode(args: argparse.Namespace) -> int:
@@ -237,12 +210,13 @@ def run_decode(args: argparse.Namespace) -> int:
             sources += token_sources(path)
         except DataError as error:
             totals.fail(error)
-    jobs = _plan(args, sources, ".wav")
     load_codec_config(args.model)
-    for job in jobs if not args.overwrite else ():
-        if job.target.exists():
+    todo = []
+    for job in _plan(args, sources, ".wav"):
+        if args.overwrite or not job.target.exists():
+            todo.append(job)
+        else:
             totals.skip(job)
-    todo = [job for job in jobs if args.overwrite or not job.target.exists()]
 
     def read(source: TokenSource) -> Tokens:
         tokens = source.read()
@@ -264,44 +238,48 @@ def _plan(args: argparse.Namespace, inputs: Iterable[Path | TokenSource], suffix
     return list(jobs.values())
 
 
-def _rate(args: argparse.Namespace, config: FlexiCodecConfig) -> dict[str, float]:
-    if args.target_frame_rate is not None:
-        return {"target_frame_rate": target_rates(args, config, [args.target_frame_rate])[0]}
-    return {
-        "merging_threshold": config.merging_threshold if args.merging_threshold is None else args.merging_threshold
-    }
-
-
 def _settings(args: argparse.Namespace, config: FlexiCodecConfig) -> dict[str, Any]:
-    """What decides the codes of a clip: the `settings` of the tokens."""
-    num_quantizers = min(args.num_quantizers or config.num_quantizers, config.num_quantizers)
-    return {"model": args.model, "num_quantizers": num_quantizers, **_rate(args, config)}
+    """What decides the codes of a clip, as the property `settings` of its tokens has it."""
+    settings = {
+        "model": args.model,
+        "num_quantizers": min(args.num_quantizers or config.num_quantizers, config.num_quantizers),
+    }
+    if args.target_frame_rate is not None:
+        check_target_rates(args, config, [args.target_frame_rate])
+        return settings | {"target_frame_rate": args.target_frame_rate}
+    threshold = config.merging_threshold if args.merging_threshold is None else args.merging_threshold
+    return settings | {"merging_threshold": threshold}
 
 
-def _encoder(
-    args: argparse.Namespace, config: FlexiCodecConfig
-) -> Callable[[CodecRunner, Sequence[AudioClip]], list[Result | Exception]]:
+def _reader(config: FlexiCodecConfig) -> Callable[[Path], AudioClip]:
+    from ..audio_flexicodec import read_audio
+
+    return partial(read_audio, sampling_rate=config.sampling_rate)
+
+
+def _encode(runner: CodecRunner, clips: Sequence[AudioClip], settings: Mapping[str, Any]) -> list[Result]:
     from .. import __version__
     from ..data.runner import RateSetting
 
-    rate = RateSetting(**_rate(args, config))
-
-    def encode(runner: CodecRunner, clips: Sequence[AudioClip]) -> list[Result | Exception]:
-        results: list[Result | Exception] = []
-        for clip, encoded in zip(clips, runner.encode(clips, [rate], args.num_quantizers), strict=True):
-            if isinstance(encoded, Exception):
-                results.append(encoded)
-            else:
-                metadata = {"model": args.model, "source": clip.path.name, "flexicodec_hf_version": __version__}
-                results.append(Result(replace(encoded[0], metadata=metadata)))
-        return results
-
-    return encode
+    rate = RateSetting(settings.get("merging_threshold"), settings.get("target_frame_rate"))
+    results: list[Result] = []
+    for clip, encoded in zip(clips, runner.encode(clips, [rate], settings["num_quantizers"]), strict=True):
+        if isinstance(encoded, Exception):
+            results.append(encoded)
+            continue
+        metadata = {"model": settings["model"], "source": clip.path.name, "flexicodec_hf_version": __version__}
+        tokens = replace(encoded[0], metadata=metadata)
+        results.append((tokens, tokens.save))
+    return results
 
 
-def _decode(runner: CodecRunner, tokens: Sequence[Tokens]) -> list[Result | Exception]:
+def _decode(runner: CodecRunner, tokens: Sequence[Tokens]) -> list[Result]:
+    from ..audio_flexicodec import write_audio
+
     return [
-        waveform if isinstance(waveform, Exception) else Result(item, waveform)
+        waveform
+        if isinstance(waveform, Exception)
+        else (item, partial(write_audio, waveform=waveform, sampling_rate=item.sampling_rate))
         for item, waveform in zip(tokens, runner.decode(tokens), strict=True)
     ]
 
@@ -311,7 +289,7 @@ def _run(
     jobs: list[Job],
     totals: Totals,
     read: Callable[[Any], Any],
-    process: Callable[[CodecRunner, Sequence[Any]], list[Result | Exception]],
+    process: Callable[[CodecRunner, Sequence[Any]], list[Result]],
     seconds_of: Callable[[Any], float] | None = None,
 ) -> int:
     """Run the jobs in batches, report each, and print the summary; returns the exit status."""
@@ -331,38 +309,34 @@ def _run(
                         batch.append((job, read(job.source)))
                     except (ValueError, OSError) as error:
                         totals.fail(error)
-                results = process(runner, [item for _, item in batch])
-                for (job, item), result in zip(batch, results, strict=True):
-                    _finish(args, runner, job, item, result, totals)
+                for (job, item), result in zip(batch, process(runner, [item for _, item in batch]), strict=True):
+                    try:
+                        _finish(runner, args.model, job, item, result, totals)
+                    except (ValueError, OSError) as error:
+                        totals.fail(f"{job.source}: {error}")
                 progress.update(len(jobs[start : start + args.batch_size]))
     tqdm.write(totals.summary(runner))
     return 1 if totals.failed else 0
 
 
 def _finish(
-    args: argparse.Namespace,
-    runner: CodecRunner,
-    job: Job,
-    item: AudioClip | Tokens,
-    result: Result | Exception,
-    totals: Totals,
+    runner: CodecRunner, model: str, job: Job, item: AudioClip | Tokens, result: Result, totals: Totals
 ) -> None:
-    """Write the result of a job, and report it."""
-    try:
-        if isinstance(result, Exception):
-            raise result
-        result.write(job.target)
-    except (ValueError, OSError) as error:
-        totals.fail(f"{job.source}: {error}")
-        return
-    tokens = result.tokens
-    totals.add(tokens, runner.config)
+    """Write the result of a job and report it, or raise what went wrong."""
+    from ..data.files import atomic_file
+
+    if isinstance(result, Exception):
+        raise result
+    tokens, write = result
+    with atomic_file(job.target) as path:
+        write(path)
+    num_quantizers, num_tokens = tokens.audio_codes.shape
+    totals.done.append((tokens.seconds, num_tokens, num_quantizers))
     # What was done to the item that its user did not ask for.
-    model = tokens.metadata.get("model", args.model)
-    notes = list(getattr(item, "changes", [] if model == args.model else [f"encoded with the model {model}"]))
+    made_with = tokens.metadata.get("model", model)
+    notes = getattr(item, "changes", [] if made_with == model else [f"encoded with the model {made_with}"])
     if (chunk := runner.chunk_of(item)) is not None:
-        notes.append(f"in chunks of {chunk:g} s")
-    num_tokens = tokens.audio_codes.shape[1]
+        notes = [*notes, f"in chunks of {chunk:g} s"]
     tqdm.write(
         f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *notes])} -> {job.target} "
         f"({_count(num_tokens, 'token')}, {num_tokens / tokens.seconds:.2f} per second)"

@@ -40,13 +40,10 @@ def user_errors() -> Iterator[None]:
     """Turn what a user can mend, errors of files and the `ValueError` classes of this package, into [`CommandError`]."""
     try:
         yield
-    except CommandError:
-        raise
     except (OSError, ValueError) as error:
-        package = __name__.split(".")[0]
-        if isinstance(error, ValueError) and type(error).__module__.split(".")[0] != package:
-            raise  # a fault of the program
-        raise CommandError(error) from error
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] == __name__.split(".")[0]:
+            raise CommandError(error) from error
+        raise  # a fault of the program
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,8 +111,8 @@ def add_chunk_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def target_rates(args: argparse.Namespace, config: FlexiCodecConfig, rates: list[float]) -> list[float]:
-    """The value of `--target-frame-rate(s)`, in the range of the model."""
+def check_target_rates(args: argparse.Namespace, config: FlexiCodecConfig, rates: list[float]) -> None:
+    """Whether the value of `--target-frame-rate(s)` is in the range of the model."""
     lowest = config.frame_rate / config.max_frames_per_token
     for rate in rates:
         if not lowest <= rate <= config.frame_rate:
@@ -124,7 +121,6 @@ def target_rates(args: argparse.Namespace, config: FlexiCodecConfig, rates: list
                 args,
                 f"argument {option}: must be between {lowest} and {config.frame_rate} tokens per second, got {rate}",
             )
-    return rates
 
 
 def choose_device(args: argparse.Namespace) -> str:

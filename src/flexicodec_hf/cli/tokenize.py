@@ -10,12 +10,12 @@ from typing import Any
 from .common import (
     add_chunk_argument,
     add_model_arguments,
+    check_target_rates,
     choose_device,
     cosine,
     load_codec_config,
     positive_int,
     positive_seconds,
-    target_rates,
 )
 
 
@@ -117,7 +117,7 @@ def run_tokenize(args: argparse.Namespace) -> int:
     from ..data.sources import load_speech
     from ..data.tokenization import tokenize_corpus
 
-    target_rates(args, load_codec_config(args.model), args.target_frame_rates)
+    check_target_rates(args, load_codec_config(args.model), args.target_frame_rates)
     device = choose_device(args)
     if device == "cuda":
         import torch

@@ -375,8 +375,9 @@ def _load_files(
     tables = [_described(folder, file, audio_column, text_column, id_column) for file in metadata]
     audio = audio_column or "audio"
     pairs = [(table, column) for table in tables for column in (audio, "reference_audio")]
-    named = {path for table, column in pairs if column in table.column_names for path in _paths(table[column])}
-    others = {file: path for file in files if (path := os.path.join(folder, file)) not in named}
+    named = {entry for table, column in pairs if column in table.column_names for entry in _paths(table[column])}
+    paths = {file: os.path.join(folder, file) for file in files}
+    others = {file: path for file, path in paths.items() if path not in named}
     if others:
         id = id_column or next((name for name in ID_NAMES for table in tables if name in table.column_names), "id")
         tables.append(pa.table({id: list(others), audio: _audio_entries(others.values())}))
@@ -413,8 +414,9 @@ def _described(
         raise DataError(f"{folder / file}: {_nothing_in(columns)}")
 
     def inside(name: str | None) -> str | None:
-        is_url = name is None or "://" in name
-        return name if is_url else posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
+        if name is None or "://" in name:
+            return name
+        return posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
 
     for column in {audio, "reference_audio"} & {*columns}:
         try:
