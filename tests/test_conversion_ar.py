@@ -94,6 +94,19 @@ def test_unknown_and_missing_tensors_are_named(golden, source, tmp_path, caplog)
     assert_close(model.lm_head.weight, golden("ar").weights[f"{PREFIX}llm_decoder.weight"], atol=0)
 
 
+def test_of_tensors_that_become_one_the_missing_is_named(golden, source, tmp_path, caplog):
+    layer = "llm.encoders.0.self_attn"
+    path = source(without=(f"{layer}.linear_k.weight",))
+    with pytest.raises(CheckpointError, match=rf"Missing \(1\): {PREFIX}{layer}\.linear_k\.weight\. Pass"):
+        convert_ar(path, tmp_path / "model")
+    model = convert_ar(path, tmp_path / "model", allow_partial=True)
+    assert f"Missing (1): {PREFIX}{layer}.linear_k.weight." in caplog.text
+    attention = model.model.decoder.layers[0].self_attn
+    expected = torch.cat([golden("ar").weights[f"{PREFIX}{layer}.linear_{part}.bias"] for part in "qkv"])
+    assert_close(attention.qkv_proj.bias, expected, atol=0)
+    assert 0 < attention.qkv_proj.weight.std() < 0.05  # freshly initialized
+
+
 @pytest.mark.parametrize(
     ("ar_config", "message"),
     [
