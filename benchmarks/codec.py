@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
-from flexicodec_hf.conversion.codec import convert_codec, released_feature_extractor
+from flexicodec_hf.conversion.convert import convert_codec, released_feature_extractor
 
 
 THRESHOLD = 0.91

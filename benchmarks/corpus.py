@@ -24,7 +24,7 @@ import torch
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.codec import released_feature_extractor
+from flexicodec_hf.conversion.convert import released_feature_extractor
 from flexicodec_hf.data.sources import load_speech
 from flexicodec_hf.data.tokenization import tokenize_corpus
 

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from conftest import assert_close
 from flexicodec_hf.compatibility_flexicodec import CACHE
-from flexicodec_hf.conversion.ar import convert_ar
+from flexicodec_hf.conversion import convert_ar
 from flexicodec_hf.generation_flexicodec_ar import PromptVocabularyLogitsProcessor, RowSampler
 from test_modeling_flexicodec_ar import fixture_model, mask_of, tiny_model  # noqa: F401
 

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
-from flexicodec_hf.conversion.ar import convert_ar
+from flexicodec_hf.conversion import convert_ar
 from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 
 

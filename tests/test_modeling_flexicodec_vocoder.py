@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
-from flexicodec_hf.conversion.nar import read_vocoder
+from flexicodec_hf.conversion import convert_vocoder
 from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 
 
@@ -18,7 +18,7 @@ def converted(golden, tmp_path_factory):
     fixture = golden("vocos")
     path = tmp_path_factory.mktemp("vocoder") / "vocos.safetensors"
     save_file(fixture.weights, path)
-    return read_vocoder(path, fixture.spec["config"])
+    return convert_vocoder(path, config=fixture.spec["config"])
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_released_sizes_of_the_transform_match_the_reference(golden, tmp_path, d
     fixture = golden("tts")
     path = tmp_path / "vocos.safetensors"
     save_file({k.removeprefix("vocos/"): v for k, v in fixture.weights.items() if k.startswith("vocos/")}, path)
-    model = read_vocoder(path, fixture.spec["vocos_config"]).to(device)
+    model = convert_vocoder(path, config=fixture.spec["vocos_config"]).to(device)
     audio = model(fixture["nar/predicted_mel"].to(device)).audio_values
     assert_close(audio[0, 0], fixture["nar/audio_24k"])
 

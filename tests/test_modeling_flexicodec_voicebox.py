@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
-from flexicodec_hf.conversion.nar import read_voicebox
+from flexicodec_hf.conversion import convert_voicebox
 from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 
 
@@ -31,7 +31,7 @@ def converted(golden, tmp_path_factory):
     fixture = golden("voicebox")
     path = tmp_path_factory.mktemp("voicebox") / "nartts.safetensors"
     save_file(fixture.weights, path)
-    return read_voicebox(path, fixture.spec["config"])
+    return convert_voicebox(path, config=fixture.spec["config"])
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_whole_tts_run_matches_the_reference(golden, tmp_path, device):
     fixture = golden("tts")
     path = tmp_path / "nartts.safetensors"
     save_file({k.removeprefix("nartts/"): v for k, v in fixture.weights.items() if k.startswith("nartts/")}, path)
-    model = read_voicebox(path, fixture.spec["voicebox_config"]).to(device)
+    model = convert_voicebox(path, config=fixture.spec["voicebox_config"]).to(device)
     codes, lengths = fixture["ar/speech_tokens"].to(device), fixture["ar/duration_classes"].to(device)
     prompt = fixture["nar/prompt_codes_aggregated"][0].long().to(device)
     prompt_lengths, prompt_mel = fixture["nar/prompt_token_lengths"].to(device), fixture["nar/prompt_mel"].to(device)
