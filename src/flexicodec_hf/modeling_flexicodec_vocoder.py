@@ -21,14 +21,14 @@ from .linear_flexicodec import FlexiCodecLinear
 class FlexiCodecVocoderOutput(ModelOutput):
     """
     Args:
-        audio_values (`torch.FloatTensor` of shape `(batch_size, frames * hop_length)`):
+        audio_values (`torch.FloatTensor` of shape `(batch_size, 1, frames * hop_length)`):
             Waveform, float32, zero in the padding.
-        audio_mask (`torch.BoolTensor` of shape `(batch_size, frames * hop_length)`, *optional*, returned with a mask):
-            Which samples belong to each item.
+        padding_mask (`torch.BoolTensor` of shape `(batch_size, frames * hop_length)`, *optional*, returned with a mask):
+            `True` for samples, `False` for padding.
     """
 
     audio_values: torch.Tensor | None = None
-    audio_mask: torch.Tensor | None = None
+    padding_mask: torch.Tensor | None = None
 
 
 class FlexiCodecVocoderDepthwiseConv(nn.Conv1d):
@@ -185,11 +185,11 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
                 [self._vocode_chunk(mel, mel_mask, i, i + chunk_frames) for i in range(0, mel.shape[1], chunk_frames)],
                 dim=1,
             )
-        audio_mask = None
+        padding_mask = None
         if mel_mask is not None:
-            audio_mask = mel_mask.repeat_interleave(self.config.hop_length, dim=1)
-            audio_values = audio_values * audio_mask
-        return FlexiCodecVocoderOutput(audio_values=audio_values, audio_mask=audio_mask)
+            padding_mask = mel_mask.repeat_interleave(self.config.hop_length, dim=1)
+            audio_values = audio_values * padding_mask
+        return FlexiCodecVocoderOutput(audio_values=audio_values[:, None], padding_mask=padding_mask)
 
     def _vocode_chunk(self, mel: torch.Tensor, mel_mask: torch.Tensor | None, start: int, end: int) -> torch.Tensor:
         first = max(start - self.config.context_frames, 0)

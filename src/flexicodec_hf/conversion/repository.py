@@ -16,15 +16,16 @@ from safetensors import safe_open
 
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
-from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech, _checked_name, save_repository
+from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech
 from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
+from ..repository_flexicodec_tts import check_voice_name, save_repository
 from .checkpoint import CheckpointError, written_whole
 
 
 DEFAULT_VOICE = "default"
 
 # Of the pipeline, for remote code; the files of models and processor are written with them.
-PIPELINE_FILES = ("pipeline_flexicodec_tts.py", "splitting_flexicodec.py")
+PIPELINE_FILES = ("pipeline_flexicodec_tts.py", "cpu_flexicodec.py")
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -48,7 +49,7 @@ class VoiceSource:
     text: str
 
     def __post_init__(self) -> None:
-        _checked_name(self.name)
+        check_voice_name(self.name)
 
 
 def assemble(
