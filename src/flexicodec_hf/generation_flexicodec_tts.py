@@ -498,7 +498,10 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         if chunk_length_s is None:
             return None, 0
         rate = self.config.codec_config.frame_rate
-        chunk, fade_length = Chunk(round(chunk_length_s * rate), round(_CHUNK_CONTEXT_S * rate)), round(_CHUNK_FADE_S * rate)
+        chunk, fade_length = (
+            Chunk(round(chunk_length_s * rate), round(_CHUNK_CONTEXT_S * rate)),
+            round(_CHUNK_FADE_S * rate),
+        )
         if chunk.size <= fade_length:
             raise ValueError(f"`chunk_length_s` must be more than {_CHUNK_FADE_S} seconds, got {chunk_length_s}.")
         return chunk, fade_length

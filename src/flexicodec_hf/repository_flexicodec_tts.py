@@ -229,9 +229,7 @@ def save_repository(
     model.config.shares_codec = model.codec is codec
     if model.config.shares_codec:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("codec.")}
-    model.save_pretrained(
-        root / TTS_DIR, voices_directory=root, state_dict=_cast(weights, storage_dtype), **kwargs
-    )
+    model.save_pretrained(root / TTS_DIR, voices_directory=root, state_dict=_cast(weights, storage_dtype), **kwargs)
     model.config.shares_codec = False
 
 
