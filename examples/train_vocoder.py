@@ -99,7 +99,7 @@ class VocoderRecipe:
     def train_step(self, inputs: tuple[Tensor, Tensor], step: int) -> Mapping[str, Tensor | float]:
         self.trained.model.train()
         mel, real = (tensor.to(self.accelerator.device) for tensor in inputs)
-        fake = self.trained.model(mel).audio_values
+        fake = self.trained.model(mel).audio_values[:, None]
         losses = {"mel": self.mel_loss(fake, real)}
         loss = MEL_WEIGHT * losses["mel"]
         if self.adversary is not None and step >= self.args.discriminator_start:
@@ -124,7 +124,7 @@ class VocoderRecipe:
         with self.ema.applied():
             for number, waveform in enumerate(self.validation):
                 mel, real = (tensor.to(vocoder.device) for tensor in prepare([waveform], self.feature_extractor))
-                fake = vocoder(mel).audio_values
+                fake = vocoder(mel).audio_values[:, None]
                 distances.append(self.mel_loss(fake, real).item())
                 if number == 0:
                     sounds = {"original": waveform, "vocoded": fake[0, 0].cpu().numpy()}

@@ -132,7 +132,7 @@ class Speaker:
             if model.config.predicts_latent:
                 audio = self.codec.decode(latents=output.mel.transpose(1, 2)).audio_values[0, 0]
             else:
-                audio = self.vocoder(output.mel).audio_values[0, 0]
+                audio = self.vocoder(output.mel).audio_values[0]
             yield str(clip), audio
 
 

@@ -1,4 +1,7 @@
-"""Configuration of the whole text-to-speech system: the codec, the two models on its tokens, and a vocoder."""
+"""
+Configuration of the whole text-to-speech system: the codec, the two models on its tokens, and a
+vocoder.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,19 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
         ar_config (`dict` or [`FlexiCodecARConfig`], *optional*):
             The autoregressive model, from text to tokens. The released sizes by default.
         voicebox_config (`dict` or [`FlexiCodecVoiceboxConfig`], *optional*):
-            The flow-matching model, from tokens to mel spectrogram or to the codec's decoder latents; `{}` for the
-            released sizes. Without it there is no second stage: the codec alone turns tokens into speech.
+            The flow-matching model, from tokens to mel spectrogram or to the codec's decoder
+            latents; `{}` for the released sizes. Without it there is no second stage: the codec
+            alone turns tokens into speech.
         vocoder_config (`dict` or [`FlexiCodecVocoderConfig`], *optional*):
-            The vocoder, from mel spectrogram to waveform. Required with a Voicebox that makes mel spectrograms, and only
-            with it.
+            The vocoder, from mel spectrogram to waveform. Required with a Voicebox that makes mel
+            spectrograms, and only with it.
         voices (`list[str]`, *optional*, defaults to `()`):
-            Names of the voices that are saved with the model. The first one speaks when a call names none.
+            Names of the voices that are saved with the model. The first one speaks when a call
+            names none.
         shares_codec (`bool`, *optional*, defaults to `False`):
-            Whether the files in `tts/` leave out the weights of the codec, because the repository has the same codec at
-            its root. Set by [`save_repository`]; always `False` for a loaded model.
+            Whether the files in `tts/` leave out the weights of the codec, because the repository
+            has the same codec at its root. Set by [`save_repository`]; always `False` for a loaded
+            model.
 
     Example:
 
@@ -114,7 +120,10 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
 
     @property
     def default_merging_threshold(self) -> float:
-        """The highest threshold that the autoregressive model was trained with, or the codec's if it had none."""
+        """
+        The highest threshold that the autoregressive model was trained with, or the codec's if it
+        had none.
+        """
         return max(self.ar_config.merging_thresholds, default=self.codec_config.merging_threshold)
 
     @property

@@ -1,4 +1,7 @@
-"""Speech from the text-to-speech system (https://huggingface.co/papers/2510.00981): from texts, tokens or recordings."""
+"""
+Speech from the text-to-speech system (https://huggingface.co/papers/2510.00981): from texts, tokens
+or recordings.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from .voice_flexicodec import FlexiCodecVoice
 
 logger = logging.get_logger(__name__)
 
-# Used where neither the call nor a generation config sets a value. Those of the flow are the reference's (flexicodec 0.1.2,
-# nar_tts/inference_voicebox.py, lines 32-34).
+# Used where neither the call nor a generation config sets a value. Those of the flow are the
+# reference's (flexicodec 0.1.2, nar_tts/inference_voicebox.py, lines 32-34).
 TTS_DEFAULTS = {
     "max_new_tokens": 2048,  # four minutes at 8.3 tokens per second; stock pipelines would stop after 256 tokens
     "num_inference_steps": 15,
@@ -29,27 +32,33 @@ TTS_DEFAULTS = {
     "guidance_rescale": 0.75,
 }
 
-# Context on each side of a chunk of long speech, and the cross-fade from one chunk to the next, in seconds.
+# Context on each side of a chunk of long speech, and the cross-fade from one chunk to the next, in
+# seconds.
 _CHUNK_CONTEXT_S = 2.0
 _CHUNK_FADE_S = 0.16
 
 
 class FlexiCodecFlowKwargs(TypedDict, total=False):
     """
-    How speech is made from tokens: keyword arguments of `generate`, `decode_speech` and `convert_voice`.
+    How speech is made from tokens: keyword arguments of `generate`, `decode_speech` and
+    `convert_voice`.
 
     Args:
         num_inference_steps (`int`, *optional*, defaults to 15):
             Steps of the flow, from noise to speech. Fewer are faster.
         guidance_scale (`float`, *optional*, defaults to 2.0):
-            Weight of classifier-free guidance: how closely the speech follows tokens and voice. 0 turns it off.
+            Weight of classifier-free guidance: how closely the speech follows tokens and voice. 0
+            turns it off.
         guidance_rescale (`float`, *optional*, defaults to 0.75):
-            How far the guided velocity keeps the standard deviation of the conditional one, from 0 to 1.
+            How far the guided velocity keeps the standard deviation of the conditional one, from 0
+            to 1.
         seed (`int` or `list[int]`, *optional*):
-            Makes the call repeatable. With one seed, every item is spoken as it would be alone with that seed; with a
-            list, each item has its own. Without `seed` and `generator`, torch's global generator is used.
+            Makes the call repeatable. With one seed, every item is spoken as it would be alone with
+            that seed; with a list, each item has its own. Without `seed` and `generator`, torch's
+            global generator is used.
         generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-            Instead of `seed`: one generator for all items, which draw from it in turn, or one for each item.
+            Instead of `seed`: one generator for all items, which draw from it in turn, or one for
+            each item.
     """
 
     num_inference_steps: int | None
@@ -66,8 +75,9 @@ class FlexiCodecTTSOutput(ModelOutput):
 
     Args:
         audio (`torch.FloatTensor` of shape `(batch_size, 1, num_samples)`):
-            Waveforms in float32, 0 at padding. An item without samples means that the model generated no speech. The
-            field is called `audio`, not `audio_values`, because transformers' text-to-speech pipeline reads that key.
+            Waveforms in float32, 0 at padding. An item without samples means that the model
+            generated no speech. The field is called `audio`, not `audio_values`, because
+            transformers' text-to-speech pipeline reads that key.
         padding_mask (`torch.BoolTensor` of shape `(batch_size, num_samples)`):
             `True` for samples, `False` for padding.
         audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_tokens)`):
@@ -77,8 +87,9 @@ class FlexiCodecTTSOutput(ModelOutput):
         audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`):
             `True` for tokens, `False` for padding.
         sampling_rate (`torch.LongTensor` of shape `(batch_size,)`):
-            Sampling rate of `audio` in hertz, the same for all items: the vocoder's (24 kHz as released), or the codec's
-            (16 kHz) in a model without a vocoder and with `use_nar=False`.
+            Sampling rate of `audio` in hertz, the same for all items: the vocoder's (24 kHz as
+            released), or the codec's (16 kHz) in a model without a vocoder and with
+            `use_nar=False`.
     """
 
     audio: Tensor | None = None
@@ -93,7 +104,8 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
     """`generate`, `decode_speech` and `convert_voice` of [`FlexiCodecForTextToSpeech`]."""
 
     # ******** FlexiCodec specific ********
-    # Overrides `GenerationMixin.generate`: the autoregressive model has the stock loop; here its tokens become speech.
+    # Overrides `GenerationMixin.generate`: the autoregressive model has the stock loop; here its
+    # tokens become speech.
     @torch.no_grad()
     def generate(
         self,
@@ -122,40 +134,44 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, num_ids)`):
                 Ids of the texts, language token first, as [`FlexiCodecTTSProcessor`] returns them.
-            attention_mask (`torch.Tensor` of shape `(batch_size, num_ids)`, *optional*): 1 for ids, 0 for padding.
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_ids)`, *optional*):
+                1 for ids, 0 for padding.
             continuation_ids (`torch.LongTensor` of shape `(batch_size, num_continuation_ids)`, *optional*):
-                The same texts in the form that follows a reference text (with a space in front), language token first.
-                Used for items whose voice has a text. Defaults to `input_ids`.
+                The same texts in the form that follows a reference text (with a space in front),
+                language token first. Used for items whose voice has a text. Defaults to
+                `input_ids`.
             continuation_mask (`torch.Tensor` of shape `(batch_size, num_continuation_ids)`, *optional*):
                 1 for ids, 0 for padding.
             voice (`str`, [`FlexiCodecVoice`], or a list of them, *optional*):
-                Who speaks: a name in `model.voices`, a voice, or the path of a voice file; one for all items or one for
-                each. Defaults to the first of `model.voices`.
+                Who speaks: a name in `model.voices`, a voice, or the path of a voice file; one for
+                all items or one for each. Defaults to the first of `model.voices`.
             reference_input_values (`torch.Tensor` of shape `(num_recordings, num_samples)`, *optional*):
-                Instead of `voice`: recordings to take the voices from, one for all items or one for each. This and the
-                other `reference_*` tensors are what the processor returns; see
+                Instead of `voice`: recordings to take the voices from, one for all items or one for
+                each. This and the other `reference_*` tensors are what the processor returns; see
                 [`~FlexiCodecForTextToSpeech.encode_voice`] for their shapes.
             merging_threshold (`float`, *optional*, defaults to `config.default_merging_threshold`, 0.91 as released):
-                Merging threshold of the codec, one of those that the autoregressive model was trained with. Lower values
-                give fewer tokens per second.
+                Merging threshold of the codec, one of those that the autoregressive model was
+                trained with. Lower values give fewer tokens per second.
             use_nar (`bool`, *optional*):
-                Whether the Voicebox turns the tokens into speech, in the voice of the reference (24 kHz with a vocoder).
-                With `False` the codec does: faster and less similar, at 16 kHz. Defaults to `True` if there is a
-                Voicebox.
+                Whether the Voicebox turns the tokens into speech, in the voice of the reference (24
+                kHz with a vocoder). With `False` the codec does: faster and less similar, at 16
+                kHz. Defaults to `True` if there is a Voicebox.
             generation_config (`GenerationConfig`, *optional*):
                 Used instead of `model.generation_config`, which fills in what it leaves unset.
             return_dict_in_generate (`bool`, *optional*): Whether to return [`FlexiCodecTTSOutput`].
             kwargs:
-                The settings of [`FlexiCodecFlowKwargs`], such as `seed` and `num_inference_steps`, and those of the
-                autoregressive model: `do_sample, temperature, top_k, max_new_tokens, duration_temperature,
-                duration_top_k, min_token_text_ratio, max_token_text_ratio, num_return_sequences, logits_processor,
-                stopping_criteria, streamer`, ...; see [`FlexiCodecARForConditionalGeneration.generate`].
+                The settings of [`FlexiCodecFlowKwargs`], such as `seed` and `num_inference_steps`,
+                and those of the autoregressive model: `do_sample, temperature, top_k,
+                max_new_tokens, duration_temperature, duration_top_k, min_token_text_ratio,
+                max_token_text_ratio, num_return_sequences, logits_processor, stopping_criteria,
+                streamer`, ...; see [`FlexiCodecARForConditionalGeneration.generate`].
 
         Returns:
             [`FlexiCodecTTSOutput`] with `return_dict_in_generate=True`, else its `audio`.
 
         Raises:
-            ValueError: There is no text, a voice or threshold is unknown, or tensors do not fit each other.
+            ValueError: There is no text, a voice or threshold is unknown, or tensors do not fit
+                each other.
         """
         # 1. Check inputs
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
@@ -218,7 +234,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         if voices is not None:
             voices = [one for one in voices for _ in range(num_return_sequences)]
         speech = self._speak(codes[:, None], token_lengths, mask, voices, noise_generators, settings, use_nar)
-        return speech if settings.return_dict_in_generate else speech.audio
+        return speech if settings.return_dict_in_generate else speech["audio"]
 
     # ******** end of FlexiCodec specific ********
 
@@ -239,23 +255,25 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
 
         Args:
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_tokens)`):
-                Tokens of this model's codec. The Voicebox reads the first codebook, the semantic codes; the codec reads
-                all.
+                Tokens of this model's codec. The Voicebox reads the first codebook, the semantic
+                codes; the codec reads all.
             token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
                 Codec frames that each token covers; one each by default.
             audio_codes_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
-                1 for tokens, 0 for padding on the right. By default the tokens up to the last one with a length.
+                1 for tokens, 0 for padding on the right. By default the tokens up to the last one
+                with a length.
             voice (`str`, [`FlexiCodecVoice`], or a list of them, *optional*):
-                Who speaks: a name in `model.voices`, a voice, or the path of a voice file; one for all items or one for
-                each. Defaults to the first of `model.voices`.
+                Who speaks: a name in `model.voices`, a voice, or the path of a voice file; one for
+                all items or one for each. Defaults to the first of `model.voices`.
             merging_threshold (`float`, *optional*, defaults to `config.default_merging_threshold`, 0.91 as released):
-                The threshold that the tokens were made with: the voice's own tokens are taken at the same one.
+                The threshold that the tokens were made with: the voice's own tokens are taken at
+                the same one.
             use_nar (`bool`, *optional*):
-                Whether the Voicebox turns the tokens into speech, or the codec alone. Defaults to `True` if there is a
-                Voicebox.
+                Whether the Voicebox turns the tokens into speech, or the codec alone. Defaults to
+                `True` if there is a Voicebox.
             chunk_length_s (`float`, *optional*):
-                Decodes long speech in chunks of this many seconds. Memory then depends on the chunk, except for the
-                waveform.
+                Decodes long speech in chunks of this many seconds. Memory then depends on the
+                chunk, except for the waveform.
             flow_kwargs: See [`FlexiCodecFlowKwargs`].
 
         Returns:
@@ -317,12 +335,13 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
     ) -> FlexiCodecTTSOutput:
         """
         Speak the words of recordings in another voice:
-        `model.convert_voice(**feature_extractor(source, sampling_rate=16_000, return_tensors="pt"), voice=voice)`.
+        `model.convert_voice(**feature_extractor(source, sampling_rate=16_000, return_tensors="pt"),
+        voice=voice)`.
 
         Args:
             input_values (`torch.Tensor` of shape `(batch_size, 1, num_samples)`):
-                The recordings to convert at the codec's sampling rate (16 kHz), as the codec's feature extractor
-                returns them.
+                The recordings to convert at the codec's sampling rate (16 kHz), as the codec's
+                feature extractor returns them.
             input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`):
                 Their features for the semantic encoder.
             padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*):
@@ -330,14 +349,14 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*):
                 1 for features, 0 for padding.
             voice (`str`, [`FlexiCodecVoice`], or a list of them, *optional*):
-                Who speaks: a name in `model.voices`, a voice, or the path of a voice file; one for all items or one for
-                each. Defaults to the first of `model.voices`.
+                Who speaks: a name in `model.voices`, a voice, or the path of a voice file; one for
+                all items or one for each. Defaults to the first of `model.voices`.
             merging_threshold (`float`, *optional*, defaults to `config.default_merging_threshold`, 0.91 as released):
-                Merging threshold of the codec for the recordings and the voice. Lower values keep less of the timing of
-                the recordings.
+                Merging threshold of the codec for the recordings and the voice. Lower values keep
+                less of the timing of the recordings.
             chunk_length_s (`float`, *optional*, defaults to 20.0):
-                Converts in chunks of this many seconds. Memory then depends on the chunk, except for the waveforms.
-                `None` converts everything at once.
+                Converts in chunks of this many seconds. Memory then depends on the chunk, except
+                for the waveforms. `None` converts everything at once.
             flow_kwargs: See [`FlexiCodecFlowKwargs`].
 
         Returns:
@@ -399,7 +418,10 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         use_nar: bool | None,
         chunk_length_s: float | None = None,
     ) -> FlexiCodecTTSOutput:
-        """Speech of tokens `(batch_size, num_quantizers, num_tokens)`; an item without frames gets no samples."""
+        """
+        Speech of tokens `(batch_size, num_quantizers, num_tokens)`; an item without frames gets no
+        samples.
+        """
         if use_nar is None:
             use_nar = self.voicebox is not None
         if use_nar and self.voicebox is None:
@@ -444,9 +466,13 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         settings: GenerationConfig,
         chunk_length_s: float | None,
     ) -> ModelOutput:
-        """`audio_values` and `padding_mask`, from the vocoder or, if the Voicebox predicts latents, from the codec."""
+        """
+        `audio_values` and `padding_mask`, from the vocoder or, if the Voicebox predicts latents,
+        from the codec.
+        """
         mel, mel_mask = self._sample_mel(codes[:, 0], token_lengths, voices, generators, settings, chunk_length_s)
-        # CODEPATH: released models predict mel spectrograms; those of examples/train_voicebox.py may predict latents.
+        # CODEPATH: released models predict mel spectrograms; those of examples/train_voicebox.py
+        # may predict latents.
         if self.voicebox.config.predicts_latent:
             return self.codec.decode(
                 latents=mel.transpose(1, 2).to(self.codec.device, self.codec.dtype),
@@ -465,7 +491,8 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         settings: GenerationConfig,
         chunk_length_s: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """Mel spectrograms (or latents) `(batch_size, num_frames, num_mel_bins)` of semantic codes, and their mask.
+        """Mel spectrograms (or latents) `(batch_size, num_frames, num_mel_bins)` of semantic codes,
+        and their mask.
 
         The noise is drawn for the whole, so that overlapping windows start from the same.
         """
@@ -494,7 +521,10 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         return mel, has_frame.repeat_interleave(factor, dim=1)
 
     def _chunk(self, chunk_length_s: float | None) -> tuple[Chunk | None, int]:
-        """Size and context of the Voicebox's chunks, and the length of their cross-fades, in codec frames."""
+        """
+        Size and context of the Voicebox's chunks, and the length of their cross-fades, in codec
+        frames.
+        """
         if chunk_length_s is None:
             return None, 0
         rate = self.config.codec_config.frame_rate
@@ -533,8 +563,8 @@ def _row_generators(
     """
     For each row, a generator for its tokens and one for its noise.
 
-    Each is seeded on its own, so an item sounds the same in any batch, and tokens that are decoded later sound as if
-    they had been decoded at once.
+    Each is seeded on its own, so an item sounds the same in any batch, and tokens that are decoded
+    later sound as if they had been decoded at once.
     """
     if seed is not None and generator is not None:
         raise ValueError("Pass either `seed` or `generator`, not both.")
@@ -571,7 +601,10 @@ def _join_texts(
     continuation_mask: Tensor | None,
     voices: list[FlexiCodecVoice] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids that the model reads, `[language] [text of the voice] [text to speak]`, and their mask, on the CPU."""
+    """
+    Ids that the model reads, `[language] [text of the voice] [text to speak]`, and their mask, on
+    the CPU.
+    """
     alone = continued = valid_parts(input_ids, attention_mask)
     if continuation_ids is not None:
         if len(continuation_ids) != len(input_ids):
@@ -592,7 +625,10 @@ def _join_texts(
 
 
 def _stack_tokens(voices: list[FlexiCodecVoice], merging_threshold: float) -> dict[str, Tensor]:
-    """Semantic codes of the voices, their lengths and mask, each `(batch_size, num_tokens)`, on the CPU."""
+    """
+    Semantic codes of the voices, their lengths and mask, each `(batch_size, num_tokens)`, on the
+    CPU.
+    """
     codes, lengths = zip(*(voice.tokens_at(merging_threshold) for voice in voices), strict=True)
     token_lengths = pad_sequence(list(lengths), batch_first=True)
     return {

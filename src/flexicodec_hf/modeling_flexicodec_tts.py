@@ -1,4 +1,7 @@
-"""Text to speech with FlexiCodec (https://huggingface.co/papers/2510.00981): one model of the parts and their voices."""
+"""
+Text to speech with FlexiCodec (https://huggingface.co/papers/2510.00981): one model of the parts
+and their voices.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +45,17 @@ class FlexiCodecTTSPreTrainedModel(PreTrainedModel):
         "FlexiCodecVoiceboxModel",
         "FlexiCodecVocoderModel",
     ]
-    # Tokens, and with them words and voice, depend on small differences. The codec is the first part, and pipelines cast
-    # their inputs to the type of the first part.
+    # Tokens, and with them words and voice, depend on small differences. The codec is the first
+    # part, and pipelines cast their inputs to the type of the first part.
     _keep_in_fp32_modules_strict = ["codec"]
     _supports_sdpa = True
 
 
 class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGenerationMixin):
     r"""
-    FlexiCodec's text-to-speech system: the codec, the autoregressive model and, optionally, a second stage. This is a
-    Voicebox model of mel spectrograms with its vocoder, or a Voicebox model of the latents that the codec's decoder reads.
+    FlexiCodec's text-to-speech system: the codec, the autoregressive model and, optionally, a
+    second stage. This is a Voicebox model of mel spectrograms with its vocoder, or a Voicebox model
+    of the latents that the codec's decoder reads.
 
     Args:
         config ([`FlexiCodecTTSConfig`]): Configuration of all parts.
@@ -60,8 +64,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
 
     Attributes:
         voices (`dict[str, FlexiCodecVoice]`):
-            Voices by name, saved and loaded with the model. The first is the default. Without any voice, the model invents
-            one for each call that names none.
+            Voices by name, saved and loaded with the model. The first is the default. Without any
+            voice, the model invents one for each call that names none.
     """
 
     voices: dict[str, FlexiCodecVoice]
@@ -85,7 +89,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
                 part = _PARTS[name]._from_config(part_config)
             setattr(self, name, part)
         self.voices = {}
-        # CODEPATH: repositories in which the codec plays both roles, such as checkpoints/flexicodec-tiny.
+        # CODEPATH: repositories in which the codec plays both roles, such as
+        # checkpoints/flexicodec-tiny.
         if config.shares_codec:
             self._keys_to_ignore_on_load_missing = {r"^codec\."}
         self.generation_config = copy.deepcopy(self.ar.generation_config)
@@ -96,7 +101,10 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
     # ******** FlexiCodec specific ********
 
     def init_weights(self) -> None:
-        """Does nothing: each part was initialized when it was made, and parts from the caller must stay as they are."""
+        """
+        Does nothing: each part was initialized when it was made, and parts from the caller must
+        stay as they are.
+        """
 
     @classmethod
     def from_parts_pretrained(
@@ -112,7 +120,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
 
         Args:
             codec, ar, voicebox, vocoder (`PreTrainedModel`, `str` or `PathLike`):
-                Models, or what their `from_pretrained` takes. A Voicebox of mel spectrograms needs a vocoder.
+                Models, or what their `from_pretrained` takes. A Voicebox of mel spectrograms needs
+                a vocoder.
             kwargs: For `from_pretrained` of the parts that are not models yet.
 
         Returns:
@@ -138,15 +147,17 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         cls, pretrained_model_name_or_path: str | PathLike[str], *model_args: Any, **kwargs: Any
     ) -> FlexiCodecForTextToSpeech:
         """
-        Load a system as any model of transformers, with three additions: in a repository with the codec at its root, the
-        system in `tts/` is loaded; the voices in `voices/` are loaded with it; and `dtype` may differ between the parts.
+        Load a system as any model of transformers, with three additions: in a repository with the
+        codec at its root, the system in `tts/` is loaded; the voices in `voices/` are loaded with
+        it; and `dtype` may differ between the parts.
 
         Args:
             pretrained_model_name_or_path (`str` or `PathLike`): Hub id or directory.
             dtype (`torch.dtype`, `str`, or a dictionary of these, *optional*):
-                Type of the weights. With one for all, the codec still stays in float32, because its tokens, and with them
-                the voice, depend on small differences. A dictionary has a type for each of `"codec"`, `"ar"`,
-                `"voicebox"` and `"vocoder"`, and under `""` the type of the others (float32 by default).
+                Type of the weights. With one for all, the codec still stays in float32, because its
+                tokens, and with them the voice, depend on small differences. A dictionary has a
+                type for each of `"codec"`, `"ar"`, `"voicebox"` and `"vocoder"`, and under `""` the
+                type of the others (float32 by default).
             kwargs: See [`~PreTrainedModel.from_pretrained`].
 
         Raises:
@@ -167,7 +178,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         loaded = super().from_pretrained(source, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if source is not None:
-            # CODEPATH: repositories in which the codec plays both roles, such as checkpoints/flexicodec-tiny.
+            # CODEPATH: repositories in which the codec plays both roles, such as
+            # checkpoints/flexicodec-tiny.
             if model.config.shares_codec:
                 load_shared_codec(model, source, subfolder, **options)
             model.voices = load_voices(model.config.voices, source, subfolder, **options)
@@ -228,15 +240,19 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
             reference_input_features_mask (`torch.Tensor` of shape `(1, num_features)`, *optional*):
                 1 for features, 0 for padding.
             reference_mel (`torch.Tensor` of shape `(1, num_frames, num_mel_bins)`, *optional*):
-                Its mel spectrogram. Required if the model has a Voicebox of mel spectrograms; unused with a Voicebox of
-                latents.
-            reference_mel_mask (`torch.Tensor` of shape `(1, num_frames)`, *optional*): 1 for frames, 0 for padding.
-            reference_text_ids (`torch.LongTensor` of shape `(1, num_ids)`, *optional*): Ids of what the recording says.
-            reference_text_mask (`torch.Tensor` of shape `(1, num_ids)`, *optional*): 1 for ids, 0 for padding.
+                Its mel spectrogram. Required if the model has a Voicebox of mel spectrograms;
+                unused with a Voicebox of latents.
+            reference_mel_mask (`torch.Tensor` of shape `(1, num_frames)`, *optional*):
+                1 for frames, 0 for padding.
+            reference_text_ids (`torch.LongTensor` of shape `(1, num_ids)`, *optional*):
+                Ids of what the recording says.
+            reference_text_mask (`torch.Tensor` of shape `(1, num_ids)`, *optional*):
+                1 for ids, 0 for padding.
             merging_thresholds (`list[float]`, *optional*):
-                Thresholds at which the voice can be used. By default those that the autoregressive model was trained
-                with, the codec's own, and 1.0 (no merging).
-            metadata (`dict[str, str]`, *optional*): Stored with the voice, such as `{"text": "What I say."}`.
+                Thresholds at which the voice can be used. By default those that the autoregressive
+                model was trained with, the codec's own, and 1.0 (no merging).
+            metadata (`dict[str, str]`, *optional*):
+                Stored with the voice, such as `{"text": "What I say."}`.
 
         Returns:
             [`FlexiCodecVoice`], on the CPU.
@@ -270,7 +286,10 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         merging_threshold: float,
         batch_size: int,
     ) -> list[FlexiCodecVoice] | None:
-        """The voice of each item, from `voice`, a recording, or the model's first; `None` in a model without any."""
+        """
+        The voice of each item, from `voice`, a recording, or the model's first; `None` in a model
+        without any.
+        """
         if references:
             if voice is not None:
                 raise ValueError("Pass either `voice` or a reference recording, not both.")
@@ -306,7 +325,10 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
 
     @torch.no_grad()
     def _encode_voices(self, merging_thresholds: list[float], **references: Tensor | None) -> list[FlexiCodecVoice]:
-        """The voice of each recording. `references` are those of `encode_voice`, for several recordings."""
+        """
+        The voice of each recording. `references` are those of `encode_voice`, for several
+        recordings.
+        """
         inputs = {name.removeprefix("reference_"): tensor for name, tensor in references.items() if tensor is not None}
         values, device = inputs["input_values"], self.codec.device
         codec_inputs = {
@@ -321,10 +343,11 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
             encoded = self.codec.encode(**codec_inputs, num_quantizers=1, merging_threshold=threshold)
             codes = valid_parts(encoded.audio_codes[:, 0], encoded.audio_codes_mask)
             lengths = valid_parts(encoded.token_lengths, encoded.audio_codes_mask)
-            for voice, *tokens in zip(voices, codes, lengths, strict=True):
-                voice.tokens[float(threshold)] = tuple(tokens)
+            for item, voice in enumerate(voices):
+                voice.tokens[float(threshold)] = codes[item], lengths[item]
         mel, mel_mask = inputs.get("mel"), inputs.get("mel_mask")
-        # CODEPATH: released models predict mel spectrograms; those of examples/train_voicebox.py may predict latents.
+        # CODEPATH: released models predict mel spectrograms; those of examples/train_voicebox.py
+        # may predict latents.
         if self.voicebox is not None and self.voicebox.config.predicts_latent:
             encoded = self.codec.encode(**codec_inputs, merging_threshold=1.0)
             mel, mel_mask = encoded.latents.transpose(1, 2).float(), encoded.audio_codes_mask
@@ -346,7 +369,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
             dtype, part = dtypes.get(name, dtypes.get("", torch.float32)), getattr(self, name)
             if isinstance(dtype, str):
                 dtype = getattr(torch, dtype)
-            # Parameters only: buffers, such as rotary frequencies, are made in the type that they need.
+            # Parameters only: buffers, such as rotary frequencies, are made in the type that they
+            # need.
             for parameter_name, parameter in part.named_parameters() if part is not None else ():
                 if not any(kept in parameter_name for kept in part._keep_in_fp32_modules_strict):
                     parameter.data = parameter.data.to(dtype)

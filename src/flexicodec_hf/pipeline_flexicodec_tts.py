@@ -1,7 +1,8 @@
 """
 The text-to-speech pipeline of FlexiCodec: voices, long texts, and audio while it is generated.
 
-The stock pipeline speaks a text in one go. This one speaks it in pieces of about a sentence, in one voice, and joins them.
+The stock pipeline speaks a text in one go. This one speaks it in pieces of about a sentence, in one
+voice, and joins them.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class _VoicedText:
 
 class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
     """
-    [`~transformers.TextToAudioPipeline`] with voices from recordings, texts of any length, and streaming.
+    [`~transformers.TextToAudioPipeline`] with voices from recordings, texts of any length, and
+    streaming.
 
-    A text is split into pieces of about a sentence. They are spoken one by one (or `batch_size` at a time, with the same
-    result) and joined with short cross-fades. All have the same voice: the requested one, or the first of the repository,
-    or, in a repository without voices, the one that the model invents for the first piece.
+    A text is split into pieces of about a sentence. They are spoken one by one (or `batch_size` at
+    a time, with the same result) and joined with short cross-fades. All have the same voice: the
+    requested one, or the first of the repository, or, in a repository without voices, the one that
+    the model invents for the first piece.
 
     On a CPU, the model is changed in place for speed, see [`optimize_for_cpu`].
 
@@ -111,41 +114,48 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
 
         Args:
             text_inputs (`str`, `list[str]`, a chat, or a list of chats):
-                Texts of any length, or chats as for the stock pipeline, which are spoken in one piece. A generator or a
-                dataset of them gives an iterator.
+                Texts of any length, or chats as for the stock pipeline, which are spoken in one
+                piece. A generator or a dataset of them gives an iterator.
             reference_audio (`str`, `Path`, `np.ndarray` of shape `(num_samples,)`, *optional*):
-                A recording of the voice to speak with, 3 to 15 seconds long: a file, a URL, or a waveform. Needs
-                `reference_text`.
+                A recording of the voice to speak with, 3 to 15 seconds long: a file, a URL, or a
+                waveform. Needs `reference_text`.
             reference_text (`str`, *optional*):
                 What `reference_audio` says, word for word.
             reference_sampling_rate (`int`, *optional*):
                 Sampling rate of a waveform, in hertz.
             voice (`str` or [`FlexiCodecVoice`], *optional*):
-                Instead of a recording, a voice of the repository (`tts.model.voices`) or one that was encoded before.
+                Instead of a recording, a voice of the repository (`tts.model.voices`) or one that
+                was encoded before.
             language (`str`, *optional*):
-                Whisper's code of the language of the texts, such as `"en"` or `"zh"`. Defaults to the processor's.
+                Whisper's code of the language of the texts, such as `"en"` or `"zh"`. Defaults to
+                the processor's.
             merging_threshold (`float`, *optional*):
-                One that the model was trained with. Lower values give fewer tokens per second, and faster speech
-                generation.
+                One that the model was trained with. Lower values give fewer tokens per second, and
+                faster speech generation.
             seed (`int`, *optional*):
-                Makes the call repeatable. Every piece is spoken with this seed, whatever comes before it.
+                Makes the call repeatable. Every piece is spoken with this seed, whatever comes
+                before it.
             max_piece_length (`int`, *optional*, defaults to 200):
                 Characters that are spoken at once. An East Asian character counts as three.
             crossfade_s (`float`, *optional*, defaults to 0.05):
                 Length of the cross-fades in seconds, from 0 to 1.
             generate_kwargs (`dict`, *optional*):
-                For `generate`: `temperature`, `top_k`, `use_nar`, `num_inference_steps`, `guidance_scale`, ...
+                For `generate`: `temperature`, `top_k`, `use_nar`, `num_inference_steps`,
+                `guidance_scale`, ...
             batch_size (`int`, *optional*, defaults to 1):
-                Pieces to speak at once, of one text or several. Several texts without a voice are spoken piece by piece.
+                Pieces to speak at once, of one text or several. Several texts without a voice are
+                spoken piece by piece.
             num_workers (`int`, *optional*):
                 See [`~transformers.Pipeline`].
 
         Returns:
-            For each text a dictionary with `audio`, a float32 array of shape `(num_samples,)`, and `sampling_rate`.
+            For each text a dictionary with `audio`, a float32 array of shape `(num_samples,)`, and
+            `sampling_rate`.
 
         Raises:
-            ValueError: A text has nothing to speak, a recording comes without its text (or the other way round), is too
-                short or silent, or a voice, language or threshold is unknown.
+            ValueError: A text has nothing to speak, a recording comes without its text (or the
+                other way round), is too short or silent, or a voice, language or threshold is
+                unknown.
         """
         kwargs = self._resolve_voice(kwargs)
         if not self._has_voice(kwargs):
@@ -161,8 +171,9 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         """
         Speak one text and yield the audio piece by piece, as soon as each piece is generated.
 
-        The length of the first piece decides how long the first chunk takes (its `elapsed_s`): a smaller
-        `max_piece_length` makes it shorter. Joined, the chunks are what a call with the same seed returns.
+        The length of the first piece decides how long the first chunk takes (its `elapsed_s`): a
+        smaller `max_piece_length` makes it shorter. Joined, the chunks are what a call with the
+        same seed returns.
 
         Args:
             text (`str` or a chat):
@@ -256,14 +267,18 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         """The arguments of a call with a voice in place of a recording."""
         rest = dict(kwargs)
         names = ("voice", "reference_audio", "reference_text", "reference_sampling_rate")
-        voice = self._requested_voice(*(rest.pop(name, None) for name in names), kwargs.get("language"))
+        given = [rest.pop(name, None) for name in names]
+        voice = self._requested_voice(*given, language=kwargs.get("language"))
         return rest | _given(voice=voice)
 
     def _has_voice(self, kwargs: dict[str, Any]) -> bool:
         return bool(self.model.voices) or "voice" in kwargs or "voice" in self._preprocess_params
 
     def _invent_voice(self, text: Any, kwargs: dict[str, Any]) -> Any:
-        """A text of several pieces with the voice that the model invents for the first one; anything else as it is."""
+        """
+        A text of several pieces with the voice that the model invents for the first one; anything
+        else as it is.
+        """
         if not isinstance(text, str):
             return text
         preprocess_params, forward_params, _ = self._parameters(kwargs)
@@ -290,7 +305,10 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         return split_text(text, max_piece_length, language or self.processor.language) or [text]
 
     def _parameters(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Parameters of `preprocess`, `forward` and `postprocess`: those of the pipeline, and of a call."""
+        """
+        Parameters of `preprocess`, `forward` and `postprocess`: those of the pipeline, and of a
+        call.
+        """
         preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
         return (
             {**self._preprocess_params, **preprocess_params},
@@ -316,14 +334,15 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
             raise ValueError(f"`crossfade_s` must be between 0 and 1 second, got {crossfade_s}.")
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
         preprocess_params |= _given(language=language, voice=voice, max_piece_length=max_piece_length)
-        # Without the empty dictionaries of the stock pipeline, which would replace what `pipeline(...)` was given.
+        # Without the empty dictionaries of the stock pipeline, which would replace what
+        # `pipeline(...)` was given.
         forward_params = {name: value for name, value in forward_params.items() if value}
         forward_params |= _given(generate_kwargs=generate_kwargs, merging_threshold=merging_threshold, seed=seed)
         return preprocess_params, forward_params, postprocess_params | _given(crossfade_s=crossfade_s)
 
     def preprocess(
         self,
-        text: str | Chat | _VoicedText,
+        text: Any,
         voice: str | FlexiCodecVoice | None = None,
         language: str | None = None,
         max_piece_length: int = MAX_PIECE_LENGTH,

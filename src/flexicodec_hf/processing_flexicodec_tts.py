@@ -1,4 +1,7 @@
-"""Processor of FlexiCodec's text-to-speech: from texts and recordings to inputs of the model, from speech to files."""
+"""
+Processor of FlexiCodec's text-to-speech: from texts and recordings to inputs of the model, from
+speech to files.
+"""
 
 from __future__ import annotations
 
@@ -61,16 +64,17 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
     r"""
     Turns texts and reference recordings into the inputs of [`FlexiCodecForTextToSpeech`].
 
-    Recordings are resampled (with soxr) to the codec's 16 kHz, and from there to the 24 kHz of the mel spectrogram, because
-    the Voicebox was trained on speech without anything above 8 kHz.
+    Recordings are resampled (with soxr) to the codec's 16 kHz, and from there to the 24 kHz of the
+    mel spectrogram, because the Voicebox was trained on speech without anything above 8 kHz.
 
     Args:
         feature_extractor ([`FlexiCodecFeatureExtractor`]): Feature extractor of the codec.
         tokenizer (`PreTrainedTokenizerFast`): A tokenizer with Whisper's multilingual vocabulary.
-        chat_template (`str`, *optional*): Jinja template for `apply_chat_template`; a default one if left out.
+        chat_template (`str`, *optional*):
+            Jinja template for `apply_chat_template`; a default one if left out.
         mel_config (`dict`, *optional*):
-            Arguments of [`FlexiCodecMelFeatureExtractor`], for a model with a vocoder; `{}` for the released model.
-            Without it there are no mel spectrograms.
+            Arguments of [`FlexiCodecMelFeatureExtractor`], for a model with a vocoder; `{}` for the
+            released model. Without it there are no mel spectrograms.
         language (`str`, *optional*, defaults to `"en"`): Default language of texts.
 
     Example:
@@ -112,7 +116,10 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
 
     @property
     def sampling_rate(self) -> int:
-        """Sampling rate of the speech in hertz: the mel spectrogram's, or the codec's without mel spectrograms."""
+        """
+        Sampling rate of the speech in hertz: the mel spectrogram's, or the codec's without mel
+        spectrograms.
+        """
         return (self.mel_extractor or self.feature_extractor).sampling_rate
 
     def __call__(
@@ -132,30 +139,37 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         Args:
             text (`str` or `list[str]`, *optional*): What to say. English becomes phonemes.
             audio (`str`, `Path`, `np.ndarray`, `torch.Tensor`, `dict`, or a list of them, *optional*):
-                Recordings of voices, one for all texts or one for each: a file, a URL, a waveform of shape
-                `(num_samples,)`, or a dictionary with `"array"` and `"sampling_rate"`. They are resampled if necessary,
-                and the channels of files are averaged.
-            reference_text (`str` or `list[str]`, *optional*): What the recordings say, word for word. Needs `audio`.
-            sampling_rate (`int`, *optional*): Sampling rate of waveforms in `audio` in hertz; required for these.
+                Recordings of voices, one for all texts or one for each: a file, a URL, a waveform
+                of shape `(num_samples,)`, or a dictionary with `"array"` and `"sampling_rate"`.
+                They are resampled if necessary, and the channels of files are averaged.
+            reference_text (`str` or `list[str]`, *optional*):
+                What the recordings say, word for word. Needs `audio`.
+            sampling_rate (`int`, *optional*):
+                Sampling rate of waveforms in `audio` in hertz; required for these.
             language (`str` or `list[str]`, *optional*):
-                Whisper's code of the language (`"en"`, `"zh"`, ...), one for all texts or one for each.
-            phonemes (`bool`, *optional*, defaults to `True`): Whether English is spoken from phonemes.
+                Whisper's code of the language (`"en"`, `"zh"`, ...), one for all texts or one for
+                each.
+            phonemes (`bool`, *optional*, defaults to `True`):
+                Whether English is spoken from phonemes.
             return_tensors (`str`, *optional*, defaults to `"pt"`): Must be `"pt"`.
 
         Returns:
             [`BatchFeature`], the arguments of [`FlexiCodecForTextToSpeech.generate`]:
 
-            - for texts, `input_ids` and `attention_mask`, and `continuation_ids` and `continuation_mask` (the form that
-              follows a reference text), all `(batch_size, num_ids)`;
-            - for recordings, `reference_input_values` and `reference_padding_mask` `(batch_size, num_samples)`,
-              `reference_input_features` `(batch_size, num_features, 560)` and `reference_input_features_mask`
-              `(batch_size, num_features)`, `reference_mel` `(batch_size, num_frames, num_mel_bins)` and
-              `reference_mel_mask` `(batch_size, num_frames)`;
-            - for reference texts, `reference_text_ids` and `reference_text_mask`, both `(batch_size, num_ids)`.
+            - for texts, `input_ids` and `attention_mask`, and `continuation_ids` and
+              `continuation_mask` (the form that follows a reference text), all
+              `(batch_size, num_ids)`;
+            - for recordings, `reference_input_values` and `reference_padding_mask`
+              `(batch_size, num_samples)`, `reference_input_features`
+              `(batch_size, num_features, 560)` and `reference_input_features_mask`
+              `(batch_size, num_features)`, `reference_mel` `(batch_size, num_frames, num_mel_bins)`
+              and `reference_mel_mask` `(batch_size, num_frames)`;
+            - for reference texts, `reference_text_ids` and `reference_text_mask`, both
+              `(batch_size, num_ids)`.
 
         Raises:
-            ValueError: A text has nothing to speak, a language is unknown, a recording is too short or silent or has no
-                sampling rate, or the lengths of lists do not fit each other.
+            ValueError: A text has nothing to speak, a language is unknown, a recording is too short
+                or silent or has no sampling rate, or the lengths of lists do not fit each other.
             AudioError: A file cannot be read.
         """
         # Chat templates pass arguments of other processors, always empty here.
@@ -198,7 +212,8 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         if said:
             # A recording for several texts is in the language of the first.
             pairs = zip(said, languages, strict=False)
-            # "<reference>, <text>", as in training (flexicodec 0.1.2, ar_tts/modeling_artts.py, line 1112).
+            # "<reference>, <text>", as in training (flexicodec 0.1.2, ar_tts/modeling_artts.py,
+            # line 1112).
             ids = [self._encode(f"{_prepare_reference(one, code, phonemes)},") for one, code in pairs]
             data["reference_text_ids"], data["reference_text_mask"] = _pad(ids)
         return BatchFeature(data)
@@ -211,9 +226,10 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        Turn chat messages into inputs, or, with `tokenize=False`, into one string. The text of the last message is
-        spoken. An audio item (`path`, `url`, or `audio` with a waveform, at 16 kHz unless the item has a
-        `sampling_rate`) is the recording of the voice, and text in an earlier message is what it says:
+        Turn chat messages into inputs, or, with `tokenize=False`, into one string. The text of the
+        last message is spoken. An audio item (`path`, `url`, or `audio` with a waveform, at 16 kHz
+        unless the item has a `sampling_rate`) is the recording of the voice, and text in an earlier
+        message is what it says:
 
         ```python
         [
@@ -223,7 +239,8 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         ```
 
         Args:
-            conversation (`list[dict]` or `list[list[dict]]`): The messages of a chat, or of several.
+            conversation (`list[dict]` or `list[list[dict]]`):
+                The messages of a chat, or of several.
             chat_template (`str`, *optional*): Jinja template; the processor's by default.
             processor_kwargs (`dict`, *optional*): Arguments of `__call__`, such as `language`.
             kwargs: See [`~ProcessorMixin.apply_chat_template`].
@@ -242,7 +259,8 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
                 if AUDIO_TOKEN in (item.get("text") or ""):
                     raise ValueError(f"A message holds {AUDIO_TOKEN}, which stands for a recording: take it out.")
                 if item.get("type") == "audio":
-                    # Files are read here, so that the samples do not depend on the audio libraries that are installed.
+                    # Files are read here, so that the samples do not depend on the audio libraries
+                    # that are installed.
                     source = next((item.pop(key) for key in ("audio", "path", "url") if key in item), None)
                     if source is None:
                         raise ValueError("An audio item needs `path`, `url` or `audio`.")
@@ -259,11 +277,12 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
 
         Args:
             audio ([`FlexiCodecTTSOutput`], or `torch.Tensor` of shape `(batch_size, 1, num_samples)`):
-                What the model returned. Arrays, lists of waveforms, and a single waveform `(num_samples,)` work too.
+                What the model returned. Arrays, lists of waveforms, and a single waveform
+                `(num_samples,)` work too.
 
         Returns:
-            `list[np.ndarray]`, each of shape `(num_samples,)`, in float32. Padding is removed if `audio` has a
-            `padding_mask`.
+            `list[np.ndarray]`, each of shape `(num_samples,)`, in float32. Padding is removed if
+            `audio` has a `padding_mask`.
         """
         mask = None
         if isinstance(audio, Mapping):
@@ -283,10 +302,12 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
 
         Args:
             audio ([`FlexiCodecTTSOutput`], or `torch.Tensor` of shape `(batch_size, 1, num_samples)`):
-                What the model returned. Arrays, lists of waveforms, and a single waveform `(num_samples,)` work too.
+                What the model returned. Arrays, lists of waveforms, and a single waveform
+                `(num_samples,)` work too.
             saving_path (`str`, `Path`, or a list of them): A path for each waveform.
             sampling_rate (`int`, *optional*):
-                Sampling rate in hertz. Defaults to the one in `audio`, or to the one of the processor.
+                Sampling rate in hertz. Defaults to the one in `audio`, or to the one of the
+                processor.
 
         Raises:
             ValueError: There are more or fewer paths than waveforms.

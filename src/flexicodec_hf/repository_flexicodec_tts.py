@@ -40,8 +40,8 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 
 class FlexiCodecRepositoryForTextToSpeech:
     """
-    Entry of [`AutoModelForTextToWaveform`] for repositories with the codec at their root, such as the released one. It is
-    no model: `from_pretrained` loads the text-to-speech system in `tts/`.
+    Entry of [`AutoModelForTextToWaveform`] for repositories with the codec at their root, such as
+    the released one. It is no model: `from_pretrained` loads the text-to-speech system in `tts/`.
     """
 
     config_class = FlexiCodecConfig
@@ -49,7 +49,10 @@ class FlexiCodecRepositoryForTextToSpeech:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Called by the Auto classes for code from a repository. There is nothing to save, so nothing to register."""
+        """
+        Called by the Auto classes for code from a repository. There is nothing to save, so nothing
+        to register.
+        """
 
     @classmethod
     def from_pretrained(
@@ -65,7 +68,8 @@ class FlexiCodecRepositoryForTextToSpeech:
 
         Args:
             pretrained_model_name_or_path (`str` or `PathLike`): Hub id or directory.
-            config ([`FlexiCodecConfig`], *optional*): Configuration of the codec at the root; unused.
+            config ([`FlexiCodecConfig`], *optional*):
+                Configuration of the codec at the root; unused.
             subfolder (`str`, *optional*): Folder of the codec inside the repository.
             kwargs: See [`FlexiCodecForTextToSpeech.from_pretrained`].
 
@@ -111,10 +115,12 @@ def find_tts(source: str | PathLike[str], subfolder: str = "", **options: Any) -
 
 def load_shared_codec(model: PreTrainedModel, source: str | PathLike[str], subfolder: str, **options: Any) -> None:
     """
-    Load the weights of a codec that is stored once, at the root of the repository, into the text-to-speech system.
+    Load the weights of a codec that is stored once, at the root of the repository, into the
+    text-to-speech system.
 
     Args:
-        model ([`FlexiCodecForTextToSpeech`]): The system. When it is saved again, it holds these weights itself.
+        model ([`FlexiCodecForTextToSpeech`]):
+            The system. When it is saved again, it holds these weights itself.
         source: Hub id or directory.
         subfolder: Folder of the system inside the repository.
         options: Those of `HUB_OPTIONS`.
@@ -197,12 +203,12 @@ def save_repository(
 
     Args:
         directory: Where to write; existing files are replaced.
-        codec: The codec at the root. It may have other weights than the codec inside `model`. If it is the same object, its
-            weights are stored once.
+        codec: The codec at the root. It may have other weights than the codec inside `model`. If it
+            is the same object, its weights are stored once.
         model ([`FlexiCodecForTextToSpeech`]): The text-to-speech system, with its `voices`.
         processor ([`FlexiCodecTTSProcessor`]): The processor of the system.
-        storage_dtype: Type of the weights in the files, such as float16 for half the size. They load in the types that the
-            models have now. These are stored too by default.
+        storage_dtype: Type of the weights in the files, such as float16 for half the size. They
+            load in the types that the models have now. These are stored too by default.
         kwargs: For `save_pretrained` of both models, such as `max_shard_size`.
     """
     # 1. Code, and the entry for `AutoModelForTextToWaveform` in the configuration of the codec

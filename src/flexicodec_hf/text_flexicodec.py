@@ -1,10 +1,11 @@
 """
-The text front end of FlexiCodec-TTS: long text -> pieces, and each piece -> phonemes -> ids, after a language token.
+The text front end of FlexiCodec-TTS: long text -> pieces, and each piece -> phonemes -> ids, after
+a language token.
 
-English is spoken from phonemes, every other language from its plain text. Whisper's BPE splits IPA into many tokens, so
-a substitution table first replaces phonemes by letters that it knows. A long text is split into pieces of a sentence or
-a few. Where it is unclear whether a full stop ends a sentence, it does not: a piece that is longer than necessary is
-spoken well, half a sentence is not.
+English is spoken from phonemes, every other language from its plain text. Whisper's BPE splits IPA
+into many tokens, so a substitution table first replaces phonemes by letters that it knows. A long
+text is split into pieces of a sentence or a few. Where it is unclear whether a full stop ends a
+sentence, it does not: a piece that is longer than necessary is spoken well, half a sentence is not.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ Span = tuple[int, int]
 MAX_PIECE_LENGTH = 200
 """About 13 seconds of speech."""
 
-# After these, a full stop belongs to the word, in any language that has them. Single letters and words with a full stop
-# inside ("J.", "z. B.", "e.g.", "U.S.") need no entry.
+# After these, a full stop belongs to the word, in any language that has them. Single letters and
+# words with a full stop inside ("J.", "z. B.", "e.g.", "U.S.") need no entry.
 _ABBREVIATIONS = """
     mr mrs ms dr prof st mt rev hon gen col capt lt sgt maj cmdr gov sen rep pres supt messrs mmes jr sr esq ed eds vs viz cf
     approx dept univ inc ltd corp co ave blvd rd hwy tel ext
@@ -85,16 +86,20 @@ _CLAUSE_END = re.compile(rf"[,;:،؛][{re.escape(_CLOSERS)}]*(?=\s)|[，、；�
 def encode_text(
     tokenizer: Any, text: str, language: str = "en", reference_text: str | None = None, phonemes: bool = True
 ) -> list[int]:
-    """Ids that the text-to-speech model reads: `[language token] + BPE(text)`, without start and end tokens.
+    """
+    Ids that the text-to-speech model reads: `[language token] + BPE(text)`, without start and end
+    tokens.
 
     Special tokens spelt out in the text, such as `<|endoftext|>`, are read as plain characters.
 
     Args:
-        tokenizer: The tokenizer of the repository: a fast tokenizer with Whisper's multilingual vocabulary.
+        tokenizer: The tokenizer of the repository: a fast tokenizer with Whisper's multilingual
+            vocabulary.
         text: What to say.
         language: Whisper's code of the language of `text`, such as `"en"` or `"zh"`.
         reference_text: What the reference audio says; it goes in front of `text`.
-        phonemes: Whether English is spoken from phonemes, as the released model expects. Needs the `[tts]` extra.
+        phonemes: Whether English is spoken from phonemes, as the released model expects. Needs the
+            `[tts]` extra.
 
     Returns:
         The ids, a list of `int`.
@@ -109,13 +114,16 @@ def encode_text(
 
 
 def prepare_text(text: str, language: str = "en", reference_text: str | None = None, phonemes: bool = True) -> str:
-    """The characters that are tokenized: `"<reference text>, <text>"`, in phonemes if the language is English.
+    """
+    The characters that are tokenized: `"<reference text>, <text>"`, in phonemes if the language is
+    English.
 
     Args:
         text: What to say.
         language: Whisper's code of the language of `text`, such as `"en"` or `"zh"`.
         reference_text: What the reference audio says; it goes in front of `text`.
-        phonemes: Whether English is spoken from phonemes, as the released model expects. Needs the `[tts]` extra.
+        phonemes: Whether English is spoken from phonemes, as the released model expects. Needs the
+            `[tts]` extra.
 
     Raises:
         ValueError: Nothing in `text` can be spoken.
@@ -129,15 +137,17 @@ def prepare_text(text: str, language: str = "en", reference_text: str | None = N
 
 
 def phonemize(text: str) -> str:
-    """English text in the phonemes of the released model: espeak-ng's `en-us` IPA without stress, with punctuation
-    and with `PHONEME_SUBSTITUTIONS`.
+    """
+    English text in the phonemes of the released model: espeak-ng's `en-us` IPA without stress, with
+    punctuation and with `PHONEME_SUBSTITUTIONS`.
 
-    Uses the espeak-ng that phonemizer finds (`PHONEMIZER_ESPEAK_LIBRARY`, or the system's), or the one inside
-    espeakng-loader if none loads. Versions differ now and then: in "10:45", 1.51 gives `fo~rτi` with a Latin o, 1.52 with
-    a Greek one.
+    Uses the espeak-ng that phonemizer finds (`PHONEMIZER_ESPEAK_LIBRARY`, or the system's), or the
+    one inside espeakng-loader if none loads. Versions differ now and then: in "10:45", 1.51 gives
+    `fo~rτi` with a Latin o, 1.52 with a Greek one.
 
     Args:
-        text: English text. `^` is read as an apostrophe (flexicodec 0.1.2, ar_tts/utils/g2p_phonemizer.py, line 44).
+        text: English text. `^` is read as an apostrophe (flexicodec 0.1.2,
+            ar_tts/utils/g2p_phonemizer.py, line 44).
 
     Returns:
         The phonemes; an empty string when nothing in `text` makes a sound.
@@ -211,16 +221,20 @@ def _loads(wrapper: Any) -> bool:
 
 def split_text(text: str, max_length: int = MAX_PIECE_LENGTH, language: str = "en") -> list[str]:
     """
-    Split a text into pieces to speak: sentences, the long ones cut at clauses, the short ones together with others.
+    Split a text into pieces to speak: sentences, the long ones cut at clauses, the short ones
+    together with others.
 
-    No character is lost but white space, of which a single space remains inside a piece. Every piece has a letter or a
-    digit if the text has one.
+    No character is lost but white space, of which a single space remains inside a piece. Every
+    piece has a letter or a digit if the text has one.
 
     Args:
-        text: Any text. An empty line ends a sentence, as a paragraph does; a single line break is a space.
-        max_length: How long a piece may be, in characters; an East Asian one counts for three, since it takes that much
-            longer to say. Only marks without a letter or digit of their own can make a piece longer.
-        language: Whisper's code of the text's language. It decides what a full stop after a number means.
+        text: Any text. An empty line ends a sentence, as a paragraph does; a single line break is a
+            space.
+        max_length: How long a piece may be, in characters; an East Asian one counts for three,
+            since it takes that much longer to say. Only marks without a letter or digit of their
+            own can make a piece longer.
+        language: Whisper's code of the text's language. It decides what a full stop after a number
+            means.
 
     Returns:
         The pieces, in order; an empty list for a text of white space.
@@ -282,7 +296,10 @@ def _stripped(text: str, span: Span) -> Span:
 
 
 def _cut(text: str, sentence: Span, max_length: int) -> list[Span]:
-    """Nothing, or halves, quarters ... until each fits: cut at a clause unless one is much shorter, else at a word."""
+    """
+    Nothing, or halves, quarters ... until each fits: cut at a clause unless one is much shorter,
+    else at a word.
+    """
     start, end = sentence
     if start >= end:
         return []
@@ -304,7 +321,10 @@ def _cut(text: str, sentence: Span, max_length: int) -> list[Span]:
 
 
 def _with_neighbours(text: str, parts: list[Span], max_length: int) -> list[Span]:
-    """A part shorter than a quarter of a piece goes with the next, or the last: a lone word is spoken badly."""
+    """
+    A part shorter than a quarter of a piece goes with the next, or the last: a lone word is spoken
+    badly.
+    """
     spans: list[Span] = []
     for index, part in enumerate(parts):
         joined = (spans[-1][0], part[1]) if spans else part
@@ -318,7 +338,10 @@ def _with_neighbours(text: str, parts: list[Span], max_length: int) -> list[Span
 
 
 def _with_marks(text: str, spans: list[Span]) -> list[Span]:
-    """What cannot be spoken alone, such as a line of asterisks, goes with what is before it, or with the first piece."""
+    """
+    What cannot be spoken alone, such as a line of asterisks, goes with what is before it, or with
+    the first piece.
+    """
     result: list[Span] = []
     for span in spans:
         if result and not (_speakable(text, span) and _speakable(text, result[-1])):

@@ -1,4 +1,7 @@
-"""A voice to speak with: tokens and mel spectrogram (or latents) of a short recording, encoded once and used again."""
+"""
+A voice to speak with: tokens and mel spectrogram (or latents) of a short recording, encoded once
+and used again.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,25 @@ from torch import Tensor
 @dataclass
 class FlexiCodecVoice:
     """
-    A voice of [`FlexiCodecForTextToSpeech`], encoded from a recording by its `encode_voice`. All tensors are on the CPU.
+    A voice of [`FlexiCodecForTextToSpeech`], encoded from a recording by its `encode_voice`. All
+    tensors are on the CPU.
 
     A voice works with the codec that made it: the tokens of another codec mean something else.
 
     Args:
         tokens (`dict[float, tuple[Tensor, Tensor]]`):
-            For each merging threshold, the semantic codes and the token lengths in codec frames, both
-            `torch.LongTensor` of shape `(num_tokens,)`.
+            For each merging threshold, the semantic codes and the token lengths in codec frames,
+            both `torch.LongTensor` of shape `(num_tokens,)`.
         mel (`torch.FloatTensor` of shape `(num_frames, num_mel_bins)`, *optional*):
-            What the Voicebox imitates: the normalized log mel spectrogram at 50 Hz, or the codec's decoder latents at
-            12.5 Hz (without merging) if the Voicebox predicts latents.
+            What the Voicebox imitates: the normalized log mel spectrogram at 50 Hz, or the codec's
+            decoder latents at 12.5 Hz (without merging) if the Voicebox predicts latents.
         text_ids (`torch.LongTensor` of shape `(num_ids,)`, *optional*):
-            Ids of what the recording says, which go in front of the ids of a text. Without them, only the tokens go in
-            front: speech is less clear, and words of the recording may leak into it.
+            Ids of what the recording says, which go in front of the ids of a text. Without them,
+            only the tokens go in front: speech is less clear, and words of the recording may leak
+            into it.
         metadata (`dict[str, str]`):
-            Anything worth storing with the voice: `"text"` (what the recording says), `"name"`, `"license"`, ...
+            Anything worth storing with the voice: `"text"` (what the recording says), `"name"`,
+            `"license"`, ...
 
     Example:
 
@@ -56,7 +62,8 @@ class FlexiCodecVoice:
         The tokens at a merging threshold.
 
         Returns:
-            Semantic codes and token lengths in codec frames, both `torch.LongTensor` of shape `(num_tokens,)`.
+            Semantic codes and token lengths in codec frames, both `torch.LongTensor` of shape
+            `(num_tokens,)`.
 
         Raises:
             ValueError: The voice was not encoded at this threshold.
@@ -70,7 +77,9 @@ class FlexiCodecVoice:
         )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the voice to a `.safetensors` file (about 25 kB for each second of the recording)."""
+        """
+        Write the voice to a `.safetensors` file (about 25 kB for each second of the recording).
+        """
         tensors = {}
         for threshold, (codes, lengths) in self.tokens.items():
             tensors[f"audio_codes/{threshold}"] = codes.to("cpu", torch.int32).contiguous()

@@ -181,7 +181,8 @@ def run_convert_voice(args: argparse.Namespace) -> int:
                 inputs = extractor(stretch, sampling_rate=rate, return_tensors="pt")
                 converted = model.convert_voice(**speaker.ensure_tensor_on_device(**inputs), **options)
                 waveform, output_rate = converted.audio[0, 0].cpu().numpy(), int(converted.sampling_rate)
-                # Padded to the length of the source: the codec drops up to two frames at the end of a stretch.
+                # Padded to the length of the source: the codec drops up to two frames at the end of
+                # a stretch.
                 length = round(len(stretch) / rate * output_rate)
                 output.write(np.pad(waveform[:length], (0, max(0, length - len(waveform)))), output_rate)
                 progress.update(round(len(stretch) / rate))
@@ -190,7 +191,10 @@ def run_convert_voice(args: argparse.Namespace) -> int:
 
 
 def load_speaker(args: argparse.Namespace) -> FlexiCodecTTSPipeline:
-    """The pipeline of the model that the arguments name, on their device and in their type; fast on a CPU."""
+    """
+    The pipeline of the model that the arguments name, on their device and in their type; fast on a
+    CPU.
+    """
     import torch
 
     from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech
@@ -216,7 +220,10 @@ def audio_output(path: Path) -> Iterator[AudioWriter]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print what models and processor refuse in one line, without a traceback: it is for the user to correct."""
+    """
+    Print what models and processor refuse in one line, without a traceback: it is for the user to
+    correct.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
