@@ -106,7 +106,7 @@ def test_parity_with_the_reference(golden, tts_parts, device):
     assert output.sampling_rate.tolist() == [16_000]
     assert_close(output.audio, fixture["ar/codec_only_audio"])
 
-    # The reference's second stage cuts the first frame of its target for the 65th of the prompt; 4 frames are a token's.
+    # The reference's second stage cuts the first frame of its target for the 65th of the prompt.
     spoken = model.decode_speech(
         output.audio_codes, output.token_lengths, voice=voice, merging_threshold=fixture.spec["nar_framerate"], seed=0
     )

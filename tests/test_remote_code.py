@@ -77,7 +77,8 @@ torch.testing.assert_close(same, torch.from_numpy(spoken["chat"]["audio"]), atol
 model.save_pretrained(again)
 processor.save_pretrained(again)
 once_more = pipeline("text-to-speech", model=again, **trust)("Hello there.", generate_kwargs={"seed": 1})
-torch.testing.assert_close(torch.from_numpy(once_more["audio"]), torch.from_numpy(spoken["text"]["audio"]), atol=1e-5, rtol=0)
+same = torch.from_numpy(once_more["audio"])
+torch.testing.assert_close(same, torch.from_numpy(spoken["text"]["audio"]), atol=1e-5, rtol=0)
 save_file({name: torch.from_numpy(one["audio"]) for name, one in spoken.items()}, output)
 """
 )

@@ -193,7 +193,10 @@ def test_east_asian_sentences_need_no_spaces(language):
 
 
 def test_line_breaks_are_spaces_and_empty_lines_end_sentences():
-    text = "A heading without a mark\n\nA paragraph that is\nwrapped at a few\r\ncharacters, as files are.\n \t\nThe end of the text"
+    text = (
+        "A heading without a mark\n\nA paragraph that is\nwrapped at a few\r\ncharacters, as files are.\n \t\n"
+        "The end of the text"
+    )
     assert split_text(text, 80) == [
         "A heading without a mark",
         "A paragraph that is wrapped at a few characters, as files are.",

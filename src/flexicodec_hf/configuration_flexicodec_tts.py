@@ -102,8 +102,8 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
             made, read = (voicebox.num_mel_bins, voicebox.upsample_factor), (self.codec_config.hidden_size, 1)
             if made != read:
                 raise ValueError(
-                    f"The Voicebox predicts latents with `num_mel_bins` and `upsample_factor` {made}, but the codec decodes "
-                    f"{read}: its `hidden_size`, and one frame for each of its own."
+                    f"The Voicebox predicts latents with `num_mel_bins` and `upsample_factor` {made}, but the codec "
+                    f"decodes {read}: its `hidden_size`, and one frame for each of its own."
                 )
         elif vocoder is None:
             raise ValueError("`vocoder_config` is missing: the Voicebox makes mel spectrograms, which need a vocoder.")

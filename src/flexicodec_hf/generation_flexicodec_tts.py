@@ -299,9 +299,8 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
                     f"{tuple(tensor.shape)}."
                 )
         if unknown := flow_kwargs.keys() - FlexiCodecFlowKwargs.__annotations__.keys():
-            raise TypeError(
-                f"Unexpected arguments {sorted(unknown)}: the settings are {list(FlexiCodecFlowKwargs.__annotations__)}."
-            )
+            settings = list(FlexiCodecFlowKwargs.__annotations__)
+            raise TypeError(f"Unexpected arguments {sorted(unknown)}: the settings are {settings}.")
 
         # 2. Settings, voices and generators of random numbers, as in `generate`
         sources = flow_kwargs.pop("seed", None), flow_kwargs.pop("generator", None)
@@ -334,9 +333,8 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         **flow_kwargs: Unpack[FlexiCodecFlowKwargs],
     ) -> FlexiCodecTTSOutput:
         """
-        Speak the words of recordings in another voice:
-        `model.convert_voice(**feature_extractor(source, sampling_rate=16_000, return_tensors="pt"),
-        voice=voice)`.
+        Speak the words of recordings in another voice: `model.convert_voice(**inputs, voice="anna")`,
+        with the inputs of the codec.
 
         Args:
             input_values (`torch.Tensor` of shape `(batch_size, 1, num_samples)`):
@@ -541,8 +539,8 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         mels = [voice.mel for voice in voices if voice.mel is not None and voice.mel.shape[1] == num_bins]
         if len(mels) < len(voices):
             raise ValueError(
-                f"The voice has no `mel` of {num_bins} channels, as the Voicebox makes them: encode it with this model, "
-                "or pass `use_nar=False`."
+                f"The voice has no `mel` of {num_bins} channels, as the Voicebox makes them: encode it with this "
+                "model, or pass `use_nar=False`."
             )
         tokens = _stack_tokens(voices, merging_threshold)
         prompt = {
@@ -609,8 +607,8 @@ def _join_texts(
     if continuation_ids is not None:
         if len(continuation_ids) != len(input_ids):
             raise ValueError(
-                f"`continuation_ids` holds {len(continuation_ids)} texts and `input_ids` {len(input_ids)}: they are two "
-                "forms of the same texts."
+                f"`continuation_ids` holds {len(continuation_ids)} texts and `input_ids` {len(input_ids)}: they are "
+                "two forms of the same texts."
             )
         continued = valid_parts(continuation_ids, continuation_mask)
     rows = []

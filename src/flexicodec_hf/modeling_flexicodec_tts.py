@@ -319,8 +319,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         if voice.endswith(".safetensors"):
             return FlexiCodecVoice.load(voice)
         raise ValueError(
-            f"`voice`={voice!r} is not known. This model has {list(self.voices) or 'no voices'}; a path of a voice file "
-            "(.safetensors) or what `model.encode_voice` returns will do too."
+            f"`voice`={voice!r} is not known. This model has {list(self.voices) or 'no voices'}; the path of a voice "
+            "file (.safetensors) or what `model.encode_voice` returns will do too."
         )
 
     @torch.no_grad()

@@ -257,7 +257,8 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         if reference_audio is None or reference_text is None:
             given = "reference_text" if reference_audio is None else "reference_audio"
             raise ValueError(
-                f"Got `{given}` alone: `reference_audio` goes with `reference_text`, which is what it says, word for word."
+                f"Got `{given}` alone: `reference_audio` goes with `reference_text`, which is what it says, word for "
+                "word."
             )
         if voice is not None:
             raise ValueError("Pass `voice` or `reference_audio`, not both: each says who speaks.")
@@ -266,9 +267,13 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
     def _resolve_voice(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call with a voice in place of a recording."""
         rest = dict(kwargs)
-        names = ("voice", "reference_audio", "reference_text", "reference_sampling_rate")
-        given = [rest.pop(name, None) for name in names]
-        voice = self._requested_voice(*given, language=kwargs.get("language"))
+        voice = self._requested_voice(
+            rest.pop("voice", None),
+            rest.pop("reference_audio", None),
+            rest.pop("reference_text", None),
+            rest.pop("reference_sampling_rate", None),
+            kwargs.get("language"),
+        )
         return rest | _given(voice=voice)
 
     def _has_voice(self, kwargs: dict[str, Any]) -> bool:
@@ -292,8 +297,8 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
             voice = self.encode_voice(spoken["audio"].numpy(), pieces[0], spoken["sampling_rate"], language)
         except ValueError as error:
             logger.warning(
-                f"There is no voice, and the first piece of the text cannot serve as one: {error} Voices may change from "
-                "piece to piece: pass `voice` or `reference_audio`."
+                f"There is no voice, and the first piece of the text cannot serve as one: {error} Voices may change "
+                "from piece to piece: pass `voice` or `reference_audio`."
             )
             return text
         return _VoicedText(text, voice)

@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 {%- if chat.recordings > 1 -%}
     {{- raise_exception('A conversation can have one recording, of the voice that speaks; this one has more.') -}}
 {%- elif chat.said and not chat.recordings -%}
-    {{- raise_exception('Only the last message is spoken: text before it must be what a recording (type audio) says.') -}}
+    {{- raise_exception('Only the last message is spoken: text before it must be what a recording (audio) says.') -}}
 {%- endif -%}
 {%- if chat.recordings -%}{{- chat.said + '<|audio|>' -}}{%- endif -%}
 {{- chat.say -}}
@@ -233,7 +233,10 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
 
         ```python
         [
-            {"role": "voice", "content": [{"type": "audio", "path": "me.wav"}, {"type": "text", "text": "what I said"}]},
+            {
+                "role": "voice",
+                "content": [{"type": "audio", "path": "me.wav"}, {"type": "text", "text": "what I said"}],
+            },
             {"role": "user", "content": [{"type": "text", "text": "Hello there."}]},
         ]
         ```

@@ -107,8 +107,8 @@ def find_tts(source: str | PathLike[str], subfolder: str = "", **options: Any) -
     folder = f"{subfolder}/{TTS_DIR}".lstrip("/")
     if _find_file(source, f"{folder}/config.json", **options) is None:
         raise OSError(
-            f"{source} cannot speak: it holds the codec alone, there is no {folder}/config.json. Use a repository with a "
-            "text-to-speech system, or load this one with `AutoModel`."
+            f"{source} cannot speak: it holds the codec alone, there is no {folder}/config.json. Use a repository "
+            "with a text-to-speech system, or load this one with `AutoModel`."
         )
     return folder
 

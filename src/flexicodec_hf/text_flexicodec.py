@@ -40,8 +40,10 @@ PHONEME_SUBSTITUTIONS = {
     "ᵻ": "i",
     "ɜ": "ə",
 }
-"""IPA -> the letters that the released model was trained on (flexicodec 0.1.2, ar_tts/utils/g2p_phonemizer.py, lines 12-28);
-α ι υ ρ ε ο ψ τ are Greek."""
+"""
+IPA -> the letters that the released model was trained on; α ι υ ρ ε ο ψ τ are Greek (flexicodec
+0.1.2, ar_tts/utils/g2p_phonemizer.py, lines 12-28).
+"""
 
 _SUBSTITUTE = str.maketrans(PHONEME_SUBSTITUTIONS)
 # espeak-ng keeps its state in globals: one call at a time.
@@ -56,11 +58,11 @@ MAX_PIECE_LENGTH = 200
 # After these, a full stop belongs to the word, in any language that has them. Single letters and
 # words with a full stop inside ("J.", "z. B.", "e.g.", "U.S.") need no entry.
 _ABBREVIATIONS = """
-    mr mrs ms dr prof st mt rev hon gen col capt lt sgt maj cmdr gov sen rep pres supt messrs mmes jr sr esq ed eds vs viz cf
-    approx dept univ inc ltd corp co ave blvd rd hwy tel ext
+    mr mrs ms dr prof st mt rev hon gen col capt lt sgt maj cmdr gov sen rep pres supt messrs mmes jr sr esq ed eds vs
+    viz cf approx dept univ inc ltd corp co ave blvd rd hwy tel ext
     bzw usw ca evtl ggf inkl zzgl vgl hr hrn fr frl jh jhd mio mrd tsd sog geb gest verh dipl ing
-    mme mlle mm sra srta dña dra ud uds vd vds avda dott sig sigg sigra ecc prov gent bijv enz dhr mevr mw drs mej env tél éd
-    г гг ул д кв т им проф акад руб коп тыс млн млрд др пр
+    mme mlle mm sra srta dña dra ud uds vd vds avda dott sig sigg sigra ecc prov gent bijv enz dhr mevr mw drs mej env
+    tél éd г гг ул д кв т им проф акад руб коп тыс млн млрд др пр
 """
 # After these, only where a number follows: "no. 5", "Jan. 3".
 _NUMBERED = """

@@ -72,8 +72,8 @@ class FlexiCodecVoice:
             if math.isclose(threshold, merging_threshold, abs_tol=1e-6):
                 return tokens
         raise ValueError(
-            f"The voice has no tokens at `merging_threshold`={merging_threshold}, only at {sorted(self.tokens)}: encode it "
-            f"again with `model.encode_voice(..., merging_thresholds=[{merging_threshold}])`."
+            f"The voice has no tokens at `merging_threshold`={merging_threshold}, only at {sorted(self.tokens)}: "
+            f"encode it again with `model.encode_voice(..., merging_thresholds=[{merging_threshold}])`."
         )
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
     speak = commands.add_parser(
         "speak",
         help="text to speech",
-        description="Speak a text of any length. Long texts are spoken piece by piece, and written as they are spoken.",
+        description="Speak a text of any length. Long texts are spoken and written piece by piece.",
     )
     source = speak.add_mutually_exclusive_group(required=True)
     source.add_argument("text", nargs="?", metavar="TEXT", help="what to say")
@@ -85,8 +85,8 @@ def add_commands(commands: Any) -> None:
     convert = commands.add_parser(
         "convert-voice",
         help="a recording in another voice",
-        description="The words of one recording in the voice of another. Recordings of any length are read and written "
-        "piece by piece.",
+        description="The words of one recording in the voice of another. Long recordings are read and written in "
+        "pieces.",
     )
     convert.add_argument("source", type=Path, metavar="SOURCE", help="audio file with the words")
     convert.add_argument(
