@@ -50,12 +50,12 @@ def reconstruct(
             decode_seconds = time.perf_counter() - start
             # The last frame may be cut short on both sides.
             output = decoded.audio_values[0, 0, : len(waveform)].numpy()
-            heard = waveform[: len(output)]
+            original = waveform[: len(output)]
             write_audio(folder / f"{rate}_tokens_{num_codebooks}_codebooks.wav", output, config.sampling_rate)
             tokens_per_second = encoded.audio_codes.shape[-1] / seconds
             bits_per_second = tokens_per_second * config.bits_per_token(num_codebooks)
             cells = [f"{tokens_per_second:.2f}", str(num_codebooks), f"{bits_per_second:.0f}"]
-            cells += [f"{stoi(heard, output):.3f}", f"{pesq(heard, output, 'nb'):.2f}"]
+            cells += [f"{stoi(original, output):.3f}", f"{pesq(original, output, 'nb'):.2f}"]
             cells += [f"{encode_seconds / seconds:.4f}", f"{decode_seconds / seconds:.4f}"]
             print("  ".join(cell.rjust(len(column)) for cell, column in zip(cells, COLUMNS, strict=True)))
         starts = (encoded.token_lengths[0].cumsum(0) - encoded.token_lengths[0]) / config.frame_rate

@@ -542,8 +542,9 @@ def test_one_repository_for_codec_and_speech(tts_repository, tmp_path):
     }
     shutil.rmtree(tmp_path / "tts")
     assert type(AutoModel.from_pretrained(tmp_path)) is type(codec)
-    with pytest.raises(OSError, match=r"cannot speak: it holds the codec alone, there is no tts/config.json"):
-        AutoModelForTextToWaveform.from_pretrained(tmp_path)
+    for speaker_class in (AutoModelForTextToWaveform, FlexiCodecForTextToSpeech):
+        with pytest.raises(OSError, match=r"cannot speak: it holds the codec alone, there is no tts/config.json"):
+            speaker_class.from_pretrained(tmp_path)
 
 
 def test_a_codec_in_both_roles_is_stored_once(latent_repository, latent_model, latent_processor, tmp_path, device):
@@ -653,6 +654,31 @@ def test_wrong_use_says_what_to_do(model, processor):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_unknown_settings_are_refused(model):
+    codes = torch.ones(1, 1, 3).long()
+    with pytest.raises(TypeError, match=r"Unexpected arguments \['temperature'\]: the settings are \['num_inference"):
+        model.decode_speech(codes, temperature=0.5)
+    assert model.decode_speech(codes, num_inference_steps=None, seed=None).audio.shape == (1, 1, 3 * 1920)
+
+
+def test_a_call_overrides_the_generation_config(model):
+    codes, steps = torch.ones(1, 1, 3).long(), []
+    sample = model.voicebox.sample
+    model.voicebox.sample = lambda *args, **kwargs: (
+        steps.append(kwargs["num_inference_steps"]) or sample(*args, **kwargs)
+    )
+    before = model.generation_config
+    try:
+        model.decode_speech(codes)
+        model.decode_speech(codes, num_inference_steps=3)
+        model.generation_config = GenerationConfig()
+        model.decode_speech(codes)
+    finally:
+        model.generation_config = before
+        del model.voicebox.sample
+    assert steps == [2, 3, 15]
 
 
 def test_parts_keep_their_weights(tts_parts):

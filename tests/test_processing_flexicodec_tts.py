@@ -168,7 +168,7 @@ def test_chats_that_make_no_sense(processor, clip):
         (({"role": "system", "content": "Be nice."}, say), "Only the last message is spoken"),
         (({"role": "user", "content": [{"type": "image"}]},), "must be of type 'text' or 'audio', got 'image'"),
         (({"role": "user", "content": [{"type": "audio"}]},), "needs `path`, `url` or `audio`"),
-        (({"role": "user", "content": "Say <|audio|>"},), "stands for a recording: take it out"),
+        (({"role": "user", "content": "Say <|audio|>"},), "means a recording: take it out"),
         (([voice, say], [say]), "Either all conversations of a batch need a recording"),
         (([voice, say], [said, say]), "Either all recordings of a batch need a text"),
     ):
@@ -224,7 +224,7 @@ def test_wrong_use_says_what_to_do(processor, clip):
         ({"text": "Hello", "language": "xx"}, "must be a language code of the tokenizer, got 'xx'"),
         ({"text": "Hello", "language": ["en", "fr"]}, "holds 2 languages for 1 texts"),
         ({"text": "Hello", "reference_text": "Hi"}, "`reference_text` goes with `audio`"),
-        ({"audio": clip, "reference_text": "..."}, "`reference_text` must say what is heard"),
+        ({"audio": clip, "reference_text": "..."}, "`reference_text` must be what `audio` says"),
         ({"audio": clip, "reference_text": ["A", "B"]}, "holds 2 texts for 1 recordings"),
         ({"text": ["Hello"] * 3, "audio": [clip] * 2}, "holds 2 recordings for 3 texts"),
         ({"audio": clip[:7_000]}, r"lasts 0.44 s, too short for a voice: at least 0.5 s"),

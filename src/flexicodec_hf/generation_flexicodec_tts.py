@@ -395,7 +395,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
     def _prepare_settings(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """All settings of a call and the arguments that are none. `None` stands for a default."""
+        """The settings of a call, and its arguments that are no settings. `None` means the default."""
         settings = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         defaults = TTS_DEFAULTS | {"merging_threshold": self.config.default_merging_threshold}
         for source in (self.generation_config.to_dict(), defaults):

@@ -280,21 +280,17 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         return bool(self.model.voices) or "voice" in kwargs or "voice" in self._preprocess_params
 
     def _invent_voice(self, text: Any, kwargs: dict[str, Any]) -> Any:
-        """
-        A text of several pieces with the voice that the model invents for the first one; anything
-        else as it is.
-        """
+        """Add the voice that the model invents for the first piece to a text of several pieces."""
         if not isinstance(text, str):
             return text
         preprocess_params, forward_params, _ = self._parameters(kwargs)
         pieces = self._split(text, **preprocess_params)
         if len(pieces) == 1:
             return text
-        (item,) = self.preprocess(pieces[0], **preprocess_params)
-        spoken = self.forward(item, **forward_params)
+        spoken = self.forward(next(self.preprocess(pieces[0], **preprocess_params)), **forward_params)
         language = preprocess_params.get("language")
         try:
-            voice = self.encode_voice(spoken["audio"].numpy(), pieces[0], spoken["sampling_rate"], language)
+            voice = self.encode_voice(spoken["audio"].numpy(), spoken["text"], spoken["sampling_rate"], language)
         except ValueError as error:
             logger.warning(
                 f"There is no voice, and the first piece of the text cannot serve as one: {error} Voices may change "
@@ -310,10 +306,7 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         return split_text(text, max_piece_length, language or self.processor.language) or [text]
 
     def _parameters(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """
-        Parameters of `preprocess`, `forward` and `postprocess`: those of the pipeline, and of a
-        call.
-        """
+        """The parameters of the pipeline and of a call, for `preprocess`, `forward` and `postprocess`."""
         preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
         return (
             {**self._preprocess_params, **preprocess_params},

@@ -260,7 +260,7 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
             items: list[dict[str, Any]] = [{"text": content}] if isinstance(content, str) else content
             for item in items:
                 if AUDIO_TOKEN in (item.get("text") or ""):
-                    raise ValueError(f"A message holds {AUDIO_TOKEN}, which stands for a recording: take it out.")
+                    raise ValueError(f"A message holds {AUDIO_TOKEN}, which means a recording: take it out.")
                 if item.get("type") == "audio":
                     # Files are read here, so that the samples do not depend on the audio libraries
                     # that are installed.
@@ -404,7 +404,7 @@ def _prepare_reference(text: str, language: str, phonemes: bool) -> str:
     try:
         return prepare_text(text, language, phonemes=phonemes)
     except ValueError as error:
-        raise ValueError(f"`reference_text` must say what is heard in `audio`, got {text!r}.") from error
+        raise ValueError(f"`reference_text` must be what `audio` says, got {text!r}.") from error
 
 
 __all__ = ["FlexiCodecTTSProcessor"]

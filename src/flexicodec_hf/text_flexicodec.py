@@ -81,7 +81,7 @@ _SENTENCE_END = re.compile(rf"([{re.escape(_ENDS)}]+)(?:\s»|[{re.escape(_CLOSER
 _PARAGRAPH_END = re.compile(r"\s*\n\s*\n\s*|[\f\v\u2028\u2029]+")
 # How far the word after a full stop may be.
 _LOOK_AHEAD = 40
-# Inside a sentence, the places to breathe at. A dash stands between spaces, or is long.
+# Places to breathe inside a sentence. A dash has spaces on both sides, or is long.
 _CLAUSE_END = re.compile(rf"[,;:،؛][{re.escape(_CLOSERS)}]*(?=\s)|[，、；：]|(?<=\s)[–—-]+(?=\s)|—")
 
 
@@ -92,7 +92,7 @@ def encode_text(
     Ids that the text-to-speech model reads: `[language token] + BPE(text)`, without start and end
     tokens.
 
-    Special tokens spelt out in the text, such as `<|endoftext|>`, are read as plain characters.
+    Special tokens that are written in the text, such as `<|endoftext|>`, are read as plain characters.
 
     Args:
         tokenizer: The tokenizer of the repository: a fast tokenizer with Whisper's multilingual
