@@ -112,7 +112,9 @@ def main() -> None:
         print(f"reference  float32   1 stream   {base:6.2f} tokens/s ({len(expected)} tokens)", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "artts.safetensors"
-            save_file({f"transformer_lm.{name}": tensor.contiguous() for name, tensor in theirs.state_dict().items()}, source)
+            save_file(
+                {f"transformer_lm.{name}": tensor.contiguous() for name, tensor in theirs.state_dict().items()}, source
+            )
             del theirs
             model = convert_ar(source, Path(folder) / "model")
 

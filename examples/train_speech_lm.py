@@ -218,7 +218,7 @@ def speak(codes: Tensor, lengths: Tensor, arguments: SpeechArguments) -> tuple[n
     if arguments.voice_stage is not None:
         voice_stage = AutoModelForTextToWaveform.from_pretrained(arguments.voice_stage)
         speech = voice_stage.decode_speech(codes[None], lengths[None])
-        return speech.audio[0].numpy(), speech.sampling_rate
+        return speech.audio[0, 0].numpy(), int(speech.sampling_rate)
     codec = AutoModel.from_pretrained(arguments.codec)
     return codec.decode(codes[None], lengths[None]).audio_values[0, 0].numpy(), codec.config.sampling_rate
 

@@ -142,7 +142,7 @@ def test_a_recipe_learns_speaks_and_resumes_to_the_same_losses(
 
 def assembled_model_speaks(codec, ar, recording, output_dir):
     main = runpy.run_path(str(EXAMPLES / "assemble_tts.py"))["main"]
-    options = ["--codec", str(codec), "--ar", str(ar), "--output-dir", str(output_dir), "--storage-dtype", "float16"]
+    options = ["--codec", str(codec), "--ar", str(ar), "--output_dir", str(output_dir), "--storage_dtype", "float16"]
     main([*options, "--voice", f"me={recording}:Clip number 0: a long recording."])
     assert (output_dir / "tts" / "model.safetensors").stat().st_size < (ar / "model.safetensors").stat().st_size
     tts = pipeline("text-to-speech", model=str(output_dir))

@@ -46,14 +46,14 @@ def run_in_windows(
     num_frames = int(lengths.max())
     if chunk is None:
         return run(torch.arange(len(lengths), device=lengths.device), slice(0, num_frames))
-    output, num_outputs = None, 0
+    output, num_outputs = torch.empty(0), 0
     for core, window in windows(num_frames, chunk):
         rows = (lengths > core.start).nonzero()[:, 0]
         values = run(rows, window)
         # Some frames more than the chunk, for the next one to fade from.
         stop = min(core.stop + fade_length, window.stop)
         values = values[:, (core.start - window.start) * hop_length : (stop - window.start) * hop_length]
-        if output is None:
+        if not num_outputs:
             output = values.new_zeros(len(lengths), num_frames * hop_length, *values.shape[2:])
         start = core.start * hop_length
         num_outputs = start + values.shape[1]

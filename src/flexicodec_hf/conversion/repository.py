@@ -17,8 +17,9 @@ from safetensors import safe_open
 from ..data.files import atomic_directory
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
-from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech, _checked_name, save_repository
+from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech
 from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
+from ..repository_flexicodec_tts import TTS_DIR, check_voice_name, save_repository
 from . import convert
 from .checkpoint import CheckpointError
 from .download import ReleasedFiles
@@ -28,11 +29,8 @@ from .tokenizer import build_tokenizer
 
 DEFAULT_VOICE = "default"
 
-# Where the parts of the text-to-speech system go; they become one model in it if all are there.
-TTS_DIR = "tts"
-
 # Of the pipeline, for remote code; the files of models and processor are written with them.
-PIPELINE_FILES = ("pipeline_flexicodec_tts.py", "splitting_flexicodec.py")
+PIPELINE_FILES = ("pipeline_flexicodec_tts.py", "cpu_flexicodec.py")
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -56,7 +54,7 @@ class VoiceSource:
     text: str
 
     def __post_init__(self) -> None:
-        _checked_name(self.name)
+        check_voice_name(self.name)
 
 
 def convert_release(
