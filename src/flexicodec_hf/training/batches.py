@@ -126,16 +126,15 @@ class SeededExamples(TorchDataset):
     """
 
     def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[index] | {"seed": (self.seed, self.epoch, index)}
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
+        """The example of an epoch and an index, as `EpochSampler` gives them, or of an index in epoch 0."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.dataset[index] | {"seed": (self.seed, epoch, index)}
 
 
 class SeededStream(TorchIterableDataset):
@@ -158,9 +157,10 @@ def with_seeds(dataset: Dataset | IterableDataset, seed: int) -> SeededExamples 
     return SeededStream(dataset, seed) if isinstance(dataset, IterableDataset) else SeededExamples(dataset, seed)
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler[tuple[int, int]]):
     """
-    A random order of examples, another in each epoch, that depends on nothing but the seed and the epoch.
+    A random order of examples, another in each epoch, that depends on nothing but the seed and the epoch. It gives the epoch
+    with each index, because Accelerate passes `set_epoch` on to samplers, but not always to datasets.
 
     Args:
         num_examples: Number of examples.
@@ -179,14 +179,14 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.num_examples
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(self.num_examples)
         if self.lengths is not None:
             whole, rest = np.split(order, [len(order) // self.batch_size * self.batch_size])
             batches = whole[np.argsort(self.lengths[whole], kind="stable")].reshape(-1, self.batch_size)
             order = np.concatenate([random.permutation(batches).ravel(), rest])
-        return iter(order.tolist())
+        return iter([(self.epoch, index) for index in order.tolist()])
 
 
 def random_crop(waveform: np.ndarray, num_samples: int, random: np.random.Generator) -> np.ndarray:

@@ -117,21 +117,33 @@ class SpeechTrainer(Trainer):
             self.add_callback(TimeLimit(self.args.time_limit))
 
     # ******** FlexiCodec specific ********
-    # The library's sampler by length draws from the global random state, which a resumed run does not have at the start of
-    # its epoch; its batches depend on the number of processes; and it groups evaluations too.
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+    # An order that does not depend on the global random state, which a resumed run does not have at the start of its epoch,
+    # nor on the number of processes, and that tells the examples the epoch.
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
-            columns = dataset.dataset if isinstance(dataset, SeededExamples) else dataset
-            lengths = columns[self.args.length_column_name][:]
-            batch_size = self.args.train_batch_size * self.args.world_size
-            return EpochSampler(len(dataset), self.args.seed, lengths, batch_size)
-        return super()._get_train_sampler(train_dataset)
+        if not isinstance(dataset, SeededExamples):
+            return None
+        lengths = None
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = dataset.dataset[self.args.length_column_name][:]
+        sampler = EpochSampler(len(dataset), self.args.seed, lengths, self.args.train_batch_size * self.args.world_size)
+        self.add_callback(_SetEpoch(sampler))
+        return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         return None
 
     # ******** end ********
+
+
+class _SetEpoch(TrainerCallback):
+    """TODO: drop once `Trainer` sets the epoch of samplers in resumed runs of several processes."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))
 
 
 class TimeLimit(TrainerCallback):

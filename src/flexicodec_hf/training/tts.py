@@ -117,12 +117,15 @@ class SpeechEncoder:
         """
         if "codes" in batch:
             rows = torch.arange(len(choice), device=choice.device)
-            tokens = {name: batch[name][rows, choice] for name in ("codes", "token_lengths")}
-            return tokens | {name: batch[name].float() for name in ("semantic_frames", "latents") if name in batch}
-        inputs = {name: batch[name] for name in CODEC_INPUTS}
-        threshold = torch.tensor(self.thresholds, device=choice.device)[choice]
-        encoded = self.codec.encode(**inputs, num_quantizers=1, merging_threshold=threshold)
-        return {"codes": encoded.audio_codes[:, 0], "token_lengths": encoded.token_lengths, **self._frames(inputs)}
+            codes, lengths = batch["codes"][rows, choice], batch["token_lengths"][rows, choice]
+            frames = {name: batch[name].float() for name in ("semantic_frames", "latents") if name in batch}
+        else:
+            inputs = {name: batch[name] for name in CODEC_INPUTS}
+            threshold = torch.tensor(self.thresholds, device=choice.device)[choice]
+            encoded = self.codec.encode(**inputs, num_quantizers=1, merging_threshold=threshold)
+            codes, lengths, frames = encoded.audio_codes[:, 0], encoded.token_lengths, self._frames(inputs)
+        used = int((lengths > 0).sum(dim=1).max())
+        return {"codes": codes[:, :used], "token_lengths": lengths[:, :used], **frames}
 
     def _frames(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         frames = {}
@@ -282,8 +285,6 @@ class ARBatches:
         choice = torch.tensor([int(random.integers(len(thresholds))) for random in _item_randoms(batch["seeds"])])
         tokens = self.encoder(batch, choice.to(batch["seeds"].device))
         codes, lengths = tokens["codes"], tokens["token_lengths"]
-        used = int((lengths > 0).sum(dim=1).max())
-        codes, lengths = codes[:, :used], lengths[:, :used]
         inputs = self.model.build_inputs(
             batch["text_ids"],
             batch["text_attention_mask"],
