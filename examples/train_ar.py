@@ -1,4 +1,6 @@
-"""Train the autoregressive text-to-speech model: from text to the semantic tokens of a codec and their durations.
+"""
+Train the autoregressive text-to-speech model: from text to the semantic tokens of a codec and their
+durations.
 
 accelerate launch examples/train_ar.py --codec flexicodec --dataset my_speech --output_dir ar --do_eval \
     --per_device_train_batch_size 16 --learning_rate 1e-4 --warmup_steps 1000 --max_steps 100000 --bf16 \
@@ -17,7 +19,7 @@ from transformers.utils import logging
 
 from flexicodec_hf import FlexiCodecARConfig, FlexiCodecARForConditionalGeneration, FlexiCodecModel
 from flexicodec_hf.text_flexicodec import encode_text, prepare_text
-from flexicodec_hf.training.batches import load_splits, with_seeds
+from flexicodec_hf.training.batches import load_splits
 from flexicodec_hf.training.trainer import (
     SpeechSamples,
     SpeechTrainingArguments,
@@ -113,7 +115,10 @@ def load_model(model_args: ModelArguments, codec: FlexiCodecModel, tokenizer: An
 
 @dataclass
 class Speaker:
-    """Speaks texts along the way, at every threshold of the model. The codec decodes the semantic tokens alone."""
+    """
+    Speaks texts along the way, at every threshold of the model. The codec decodes the semantic
+    tokens alone.
+    """
 
     model_args: ModelArguments
     tokenizer: Any
@@ -154,13 +159,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     speaker = Speaker(model_args, tokenizer, codec)
     samples = SpeechSamples(speaker, codec.config.sampling_rate, model_args.sample_steps)
-    # The tokenizer is saved as the collator's: as `processing_class` it would be made to share the model's special ids.
+    # The tokenizer is saved as the collator's: as `processing_class` it would be made to share the
+    # model's special ids.
     trainer = TTSTrainer(
         model,
         training_args,
         data_collator=SpeechCollator(feature_extractor, tokenizer, model_args.language, model_args.phonemes),
-        train_dataset=with_seeds(train_dataset, training_args.seed),
-        eval_dataset=None if eval_dataset is None else with_seeds(eval_dataset, training_args.seed),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         callbacks=[samples] if model_args.sample_steps else None,
         prepare=ARBatches(model, encoder),
     )

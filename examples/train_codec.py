@@ -4,10 +4,12 @@ accelerate launch examples/train_codec.py --dataset speech --semantic_encoder se
     --config_overrides examples/flexicodec_tiny.json --output_dir codec                                    # from nothing
 accelerate launch examples/train_codec.py --dataset speech --model_name_or_path flexicodec --output_dir tuned
 
-The losses are those of the paper (arXiv:2510.00981): multi-scale mel spectra, discriminators that the codec has to fool and
-whose layers' features it has to match, the quantizers' losses, and the distance of the decoded semantic tokens from the
-semantic encoder's features. The first `--fixed_rate_steps` merge nothing; after them each batch draws a merging threshold.
-On a small machine, `--discriminator_start` puts off the discriminators, which cost several times what the codec does.
+The losses are those of the paper (arXiv:2510.00981): multi-scale mel spectra, discriminators that
+the codec has to fool and whose layers' features it has to match, the quantizers' losses, and the
+distance of the decoded semantic tokens from the semantic encoder's features. The first
+`--fixed_rate_steps` merge nothing; after them each batch draws a merging threshold. On a small
+machine, `--discriminator_start` puts off the discriminators, which cost several times what the
+codec does.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.data.sources import decode_audio
-from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop, vary_voice, with_seeds
+from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop, vary_voice
 from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 from flexicodec_hf.training.trainer import fresh_config, parse_arguments
@@ -28,7 +30,8 @@ from flexicodec_hf.training.trainer import fresh_config, parse_arguments
 
 # Seconds of a clip that are evaluated at most.
 EVAL_SECONDS = 10
-# What is evaluated: the merging threshold (None: the config's) and the number of quantizers (None: all).
+# What is evaluated: the merging threshold (None: the config's) and the number of quantizers (None:
+# all).
 SETTINGS = {"all_quantizers": (1.0, None), "semantic": (1.0, 1), "merged": (None, None), "merged_semantic": (None, 1)}
 
 
@@ -78,8 +81,8 @@ def new_codec(overrides: str | None, semantic_encoder: str) -> FlexiCodecModel:
     config = fresh_config(FlexiCodecConfig, overrides, num_semantic_queries=1, semantic_query_ids=[0])
     config.semantic_model_config = recognizer.encoder.config
     codec = FlexiCodecModel(config)
-    # The model's own initialization, of a fixed width, fits layers as wide as the released ones; in narrow ones the signal
-    # would vanish. PyTorch's goes by the layer's size.
+    # The model's own initialization, of a fixed width, fits layers as wide as the released ones; in
+    # narrow ones the signal would vanish. PyTorch's goes by the layer's size.
     for module in codec.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)):
             module.reset_parameters()
@@ -101,7 +104,9 @@ def load_codec(model_args: ModelArguments) -> FlexiCodecModel:
 
 @dataclass
 class CodecCollator:
-    """Crops of examples, in other voices if `vary`, as the codec's inputs of `num_samples` samples."""
+    """
+    Crops of examples, in other voices if `vary`, as the codec's inputs of `num_samples` samples.
+    """
 
     feature_extractor: FlexiCodecFeatureExtractor
     num_samples: int
@@ -134,7 +139,10 @@ class CodecTrainer(GANTrainer):
         return Generated(batch["input_values"], output.audio_values, losses, {"tokens_per_second": rate})
 
     def _draw(self) -> tuple[float, int | Tensor]:
-        """A merging threshold for the batch, and how many quantizers it uses: one, or a number for each item."""
+        """
+        A merging threshold for the batch, and how many quantizers it uses: one, or a number for
+        each item.
+        """
         args, config = self.args, self.trained.unwrapped.config
         random = np.random.default_rng((args.seed, self.state.global_step))
         threshold = random.uniform(*args.merging_threshold_range)
@@ -180,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         codec,
         feature_extractor,
         training_args,
-        with_seeds(train_dataset, training_args.seed),
+        train_dataset,
         CodecCollator(feature_extractor, num_samples, training_args.vary_voices),
         [decode_audio(example["audio"], config.sampling_rate)[:longest] for example in eval_dataset or []],
     )

@@ -4,9 +4,10 @@ accelerate launch examples/train_semantic_encoder.py --dataset speech --output_d
     --per_device_train_batch_size 32 --learning_rate 1e-3 --warmup_steps 1000 --max_steps 20000 \
     --do_eval --eval_strategy steps --eval_steps 1000 --save_steps 1000
 
-A codec merges frames that its frozen semantic encoder finds alike, and its first code describes the encoder's output. The
-released codec uses SenseVoice-small. This recipe trains an encoder of any size from transcribed speech, so that everything
-can be trained from nothing: pass its output directory to `train_codec.py` as `--semantic_encoder`.
+A codec merges frames that its frozen semantic encoder finds alike, and its first code describes the
+encoder's output. The released codec uses SenseVoice-small. This recipe trains an encoder of any
+size from transcribed speech, so that everything can be trained from nothing: pass its output
+directory to `train_codec.py` as `--semantic_encoder`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from transformers.utils import logging
 
 from flexicodec_hf import FlexiCodecFeatureExtractor
 from flexicodec_hf.data.sources import decode_audio
-from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, vary_voice, with_seeds
+from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, vary_voice
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, best_paths, decode_ctc, train_tokenizer
 from flexicodec_hf.training.trainer import SpeechTrainer, SpeechTrainingArguments, parse_arguments, run_training
 
@@ -62,7 +63,9 @@ class SemanticTrainingArguments(SpeechTrainingArguments):
 
 
 def augment(waveform: np.ndarray, sampling_rate: int, random: np.random.Generator) -> np.ndarray:
-    """Change speed, pitch and loudness and add noise, so that the encoder does not depend on them."""
+    """
+    Change speed, pitch and loudness and add noise, so that the encoder does not depend on them.
+    """
     waveform = vary_voice(waveform, sampling_rate, random)
     noise = np.sqrt(np.mean(waveform**2)) * 10 ** (-random.uniform(15, 60) / 20)
     waveform = waveform + noise * random.standard_normal(len(waveform))
@@ -71,7 +74,10 @@ def augment(waveform: np.ndarray, sampling_rate: int, random: np.random.Generato
 
 @dataclass
 class CTCCollator:
-    """Examples to a batch of features and labels. Those that have a seed, the training examples, are augmented."""
+    """
+    Examples to a batch of features and labels. Those that have a seed, the training examples, are
+    augmented.
+    """
 
     feature_extractor: FlexiCodecFeatureExtractor
     tokenizer: PreTrainedTokenizerFast
@@ -92,8 +98,10 @@ class CTCCollator:
 
 
 class CTCTrainer(SpeechTrainer):
-    """Keeps the likeliest path of each clip in evaluations. A further loss goes into `compute_loss`, what it needs into the
-    collator."""
+    """
+    Keeps the likeliest path of each clip in evaluations. A further loss goes into `compute_loss`,
+    what it needs into the collator.
+    """
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -103,7 +111,10 @@ class CTCTrainer(SpeechTrainer):
 
 
 def load_inputs(output_dir: Path, dataset: Dataset | IterableDataset, vocab_size: int) -> CTCCollator:
-    """The feature extractor, which normalizes, and the tokenizer: those of an earlier run, or new ones."""
+    """
+    The feature extractor, which normalizes, and the tokenizer: those of an earlier run, or new
+    ones.
+    """
     if (output_dir / "preprocessor_config.json").exists():  # written last
         return CTCCollator(
             FlexiCodecFeatureExtractor.from_pretrained(output_dir), PreTrainedTokenizerFast.from_pretrained(output_dir)
@@ -157,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SemanticEncoderForCTC(config),
         training_args,
         data_collator=collator,
-        train_dataset=with_seeds(train_dataset, training_args.seed),
+        train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         compute_metrics=word_errors,
     )

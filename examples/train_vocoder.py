@@ -3,8 +3,8 @@
 accelerate launch examples/train_vocoder.py --dataset speech --output_dir vocoder                         # from nothing
 accelerate launch examples/train_vocoder.py --dataset speech --model_name_or_path vocoder --output_dir tuned
 
-The losses are the codec's: multi-scale mel spectra, discriminators to fool, and the features of their layers to match. On a
-small machine, `--discriminator_start` puts off the discriminators.
+The losses are the codec's: multi-scale mel spectra, discriminators to fool, and the features of
+their layers to match. On a small machine, `--discriminator_start` puts off the discriminators.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexicodec_hf import FlexiCodecMelFeatureExtractor, FlexiCodecVocoderConfig, FlexiCodecVocoderModel
 from flexicodec_hf.data.sources import decode_audio
-from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop, with_seeds
+from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop
 from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
 from flexicodec_hf.training.trainer import fresh_config, parse_arguments
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vocoder,
         feature_extractor,
         training_args,
-        with_seeds(train_dataset, training_args.seed),
+        train_dataset,
         VocoderCollator(feature_extractor, round(training_args.crop_s * config.frame_rate) * config.hop_length),
         [decode_audio(example["audio"], config.sampling_rate) for example in eval_dataset or []],
     )

@@ -1,4 +1,6 @@
-"""Train the Voicebox: from semantic tokens of a codec and a voice prompt to a mel spectrogram (or the codec's latents).
+"""
+Train the Voicebox: from semantic tokens of a codec and a voice prompt to a mel spectrogram (or the
+codec's latents).
 
 accelerate launch examples/train_voicebox.py --codec flexicodec --dataset my_speech --output_dir voicebox --do_eval \
     --per_device_train_batch_size 16 --learning_rate 1e-4 --warmup_steps 1000 --max_steps 100000 --bf16 \
@@ -154,7 +156,8 @@ def make_sampler(
     if not batches.model.config.predicts_latent:
         vocoder = FlexiCodecVocoderModel.from_pretrained(model_args.vocoder).to(codec.device)
         sampling_rate = vocoder.config.sampling_rate
-    batch = collator([dataset[clip] for clip in range(min(model_args.num_samples, len(dataset)))])
+    clips = with_seeds(dataset.take(model_args.num_samples), 0)
+    batch = collator([clips[clip] for clip in range(len(clips))])
     batch = {name: value.to(codec.device) for name, value in batch.items()}
     return SpeechSamples(Speaker(batches, batch, codec, vocoder), sampling_rate, model_args.sample_steps)
 
@@ -178,9 +181,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     mel_feature_extractor = None
     if not model.config.predicts_latent:
         mel_feature_extractor = load_mel_feature_extractor(model_args, model.config, codec.config)
-    train_dataset = with_seeds(train_dataset, training_args.seed)
-    if eval_dataset is not None:
-        eval_dataset = with_seeds(eval_dataset, training_args.seed)
     collator = SpeechCollator(feature_extractor, mel_feature_extractor=mel_feature_extractor)
     batches = VoiceboxBatches(model, encoder)
     sampler = make_sampler(model_args, batches, collator, eval_dataset)

@@ -14,7 +14,7 @@ from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNa
 from conftest import AUDIO, assert_close
 from flexicodec_hf.data.files import DataError
 from flexicodec_hf.data.sources import decode_audio, load_speech
-from flexicodec_hf.training.batches import EpochSampler, random_crop, with_seeds
+from flexicodec_hf.training.batches import EpochSampler, random_crop
 from flexicodec_hf.training.discriminators import Discriminators, PeriodDiscriminator
 from flexicodec_hf.training.gan import GANTrainingArguments, averaged_model, train_loader
 from flexicodec_hf.training.losses import (
@@ -91,7 +91,7 @@ def test_names_what_is_not_there(tmp_path):
     assert len(load_speech(tmp_path, split="train[:1]")) == 1
     (tmp_path / "hub").mkdir()
     parquet(tmp_path / "hub")
-    with pytest.raises(DataError, match="no column 'text_en' among .'audio', 'sentence'.") :
+    with pytest.raises(DataError, match=r"no column 'text_en' among .'audio', 'sentence'."):
         load_speech(tmp_path / "hub", text_column="text_en")
     with pytest.raises(DataError, match="no column 'wav'"):
         load_speech(tmp_path / "hub", audio_column="wav")
@@ -123,7 +123,7 @@ def names_and_numbers(examples):
 def batches(dataset, num_epochs, per_device_train_batch_size, *, process=0, num_processes=1, skip=0, **options):
     """The batches of some epochs, as `GANTrainer` reads them; the first epoch from the batch `skip` on."""
     args = GANTrainingArguments("", per_device_train_batch_size=per_device_train_batch_size, seed=3, **options)
-    loader = train_loader(with_seeds(dataset, args.seed), names_and_numbers, args)
+    loader = train_loader(dataset, names_and_numbers, args)
     loader = prepare_data_loader(loader, num_processes=num_processes, process_index=process, dispatch_batches=False)
     epochs = []
     for epoch in num_epochs if isinstance(num_epochs, list) else range(num_epochs):
@@ -143,7 +143,9 @@ def test_batches_do_not_depend_on_processes_or_interruptions(streaming):
     assert whole[0][0] != whole[1][0]  # another order, or another crop, in the next epoch
 
     parts = [batches(dataset, 4, 2, process=process, num_processes=2) for process in range(2)]
-    assert [[first + second for first, second in zip(*epoch, strict=True)] for epoch in zip(*parts, strict=True)] == whole
+    assert [
+        [first + second for first, second in zip(*epoch, strict=True)] for epoch in zip(*parts, strict=True)
+    ] == whole
 
     assert batches(dataset, [2, 3], 4, skip=1) == [whole[2][1:], whole[3]]
     resumed = [batches(dataset, [2, 3], 2, process=process, num_processes=2, skip=1) for process in range(2)]

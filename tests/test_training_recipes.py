@@ -159,7 +159,18 @@ def test_a_new_codec_does_not_say_where_its_encoder_was(codec, semantic_encoder)
 
 
 def test_a_codec_can_be_tuned_without_changing_its_tokens(run, codec, tmp_path):
-    options = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--crop_s", 0.48, "--num_eval_examples", 1, "--eval_steps", 100)
+    options = (
+        "--max_steps",
+        2,
+        "--per_device_train_batch_size",
+        2,
+        "--crop_s",
+        0.48,
+        "--num_eval_examples",
+        1,
+        "--eval_steps",
+        100,
+    )
     options += ("--model_name_or_path", codec[0] / "model", "--keep_tokens", "--discriminator_start", 9)
     run("train_codec", tmp_path, *options, "--learning_rate", 0.01, "--ema_decay", 0.5)
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (codec[0], tmp_path))
@@ -215,7 +226,16 @@ def test_interrupted_codec_resumes_to_the_same_losses(run, codec, codec_options,
 
 def test_codec_starts_from_a_codec_and_a_stream(run, codec, tmp_path):
     rows = run(
-        *("train_codec", tmp_path, "--model_name_or_path", codec[0] / "model", "--max_steps", 1, "--per_device_train_batch_size", 2),
+        *(
+            "train_codec",
+            tmp_path,
+            "--model_name_or_path",
+            codec[0] / "model",
+            "--max_steps",
+            1,
+            "--per_device_train_batch_size",
+            2,
+        ),
         *("--crop_s", 0.48, "--num_eval_examples", 1, "--discriminator_start", 1, "--learning_rate", 0, "--streaming"),
     )
     assert rows[-1]["eval_mel_all_quantizers"] == pytest.approx(codec[1][-1]["eval_mel_all_quantizers"], rel=1e-5)
@@ -233,7 +253,16 @@ def test_pushes_the_model_at_the_end(run, codec, codec_options, tmp_path, monkey
 
     monkeypatch.setattr("flexicodec_hf.training.gan.HfApi", FakeApi)
     shutil.copytree(codec[0], tmp_path / "codec")
-    run("train_codec", tmp_path / "codec", *codec_options, "--max_steps", 4, "--push_to_hub", "--hub_model_id", "me/codec")
+    run(
+        "train_codec",
+        tmp_path / "codec",
+        *codec_options,
+        "--max_steps",
+        4,
+        "--push_to_hub",
+        "--hub_model_id",
+        "me/codec",
+    )
     (created, files) = calls
     assert created == ("me/codec", True)
     assert files[0] == "me/codec"
@@ -266,7 +295,16 @@ def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):
         convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml")
     convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml", allow_partial=True)
     run(
-        *("train_codec", tmp_path / "codec", "--model_name_or_path", tmp_path / "start", "--max_steps", 1, "--per_device_train_batch_size", 2),
+        *(
+            "train_codec",
+            tmp_path / "codec",
+            "--model_name_or_path",
+            tmp_path / "start",
+            "--max_steps",
+            1,
+            "--per_device_train_batch_size",
+            2,
+        ),
         *("--crop_s", 0.48, "--num_eval_examples", 0, "--discriminator_start", 1, "--learning_rate", 0),
     )
     model = FlexiCodecModel.from_pretrained(tmp_path / "codec" / "model")
@@ -347,7 +385,18 @@ def test_vocoder(run, tmp_path):
     config = tmp_path / "vocoder.json"
     config.write_text(json.dumps(VOCODER))
     options = (
-        *("--config_overrides", config, "--max_steps", 3, "--per_device_train_batch_size", 2, "--crop_s", 0.3, "--num_eval_examples", 1),
+        *(
+            "--config_overrides",
+            config,
+            "--max_steps",
+            3,
+            "--per_device_train_batch_size",
+            2,
+            "--crop_s",
+            0.3,
+            "--num_eval_examples",
+            1,
+        ),
         *("--discriminator_start", 1, "--discriminator_size", 1, "--eval_steps", 100),
     )
     expected = run("train_vocoder", tmp_path / "whole", *options)

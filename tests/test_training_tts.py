@@ -397,7 +397,7 @@ def test_clips_of_like_length_share_a_batch(tmp_path):
         per_device_train_batch_size=4,
     )
     model = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**MEL_VOICEBOX))
-    dataset = with_seeds(Dataset.from_dict({"length": lengths}), 0)
+    dataset = Dataset.from_dict({"length": lengths})
     trainer = TTSTrainer(model, args, train_dataset=dataset, prepare=None)
     sampler = trainer._get_train_sampler()
     assert type(sampler.lengths) is np.ndarray  # a column of `datasets` would be read from its file at each comparison

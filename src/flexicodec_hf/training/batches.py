@@ -22,7 +22,9 @@ _SHUFFLE_BUFFER = 1000
 
 @dataclass
 class SpeechDataArguments:
-    """What to train and evaluate on. Sources are those of `flexicodec_hf.data.sources.load_speech`."""
+    """
+    What to train and evaluate on. Sources are those of `flexicodec_hf.data.sources.load_speech`.
+    """
 
     dataset: str = field(
         metadata={"help": "A folder of audio, a metadata file, or a dataset on the Hub or on disk."},
@@ -63,7 +65,8 @@ def load_splits(
         needs_text: Whether to keep only examples whose text has a letter or digit.
 
     Returns:
-        The training examples (shuffled if they are streamed) and the evaluation examples (`None` if there are none).
+        The training examples (shuffled if they are streamed) and the evaluation examples (`None` if
+        there are none).
 
     Raises:
         ValueError: There is no text column, or nothing is left to train or to evaluate on.
@@ -82,7 +85,8 @@ def load_splits(
             raise ValueError(f"{source} has no texts: name their column with `--text_column`.")
         return dataset.filter(suits) if needs_text or limited else dataset
 
-    # Plain numbers: the fingerprint of the filtered data, and so the token cache, depends on nothing else.
+    # Plain numbers: the fingerprint of the filtered data, and so the token cache, depends on
+    # nothing else.
     shortest, longest = data.min_duration_s, data.max_duration_s
     limited = shortest > 0 or longest < float("inf")
 
@@ -121,8 +125,8 @@ def load_splits(
 
 class SeededExamples(TorchDataset):
     """
-    A dataset whose examples carry the seed of their random choices, in `"seed"`: `(seed, epoch, index)`. What is drawn
-    with it is the same in any batch, process and worker.
+    A dataset whose examples carry the seed of their random choices, in `"seed"`: `(seed, epoch,
+    index)`. What is drawn with it is the same in any batch, process and worker.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -132,7 +136,10 @@ class SeededExamples(TorchDataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
-        """The example of an epoch and an index, as `EpochSampler` gives them, or of an index in epoch 0."""
+        """
+        The example of an epoch and an index, as `EpochSampler` gives them, or of an index in epoch
+        0.
+        """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         return self.dataset[index] | {"seed": (self.seed, epoch, index)}
 
@@ -153,19 +160,24 @@ class SeededStream(TorchIterableDataset):
 
 
 def with_seeds(dataset: Dataset | IterableDataset, seed: int) -> SeededExamples | SeededStream:
-    """The dataset with a seed in each example: `SeededExamples` or, for a streamed dataset, `SeededStream`."""
+    """
+    The dataset with a seed in each example: `SeededExamples` or, for a streamed dataset,
+    `SeededStream`.
+    """
     return SeededStream(dataset, seed) if isinstance(dataset, IterableDataset) else SeededExamples(dataset, seed)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """
-    A random order of examples, another in each epoch, that depends on nothing but the seed and the epoch. It gives the epoch
-    with each index, because Accelerate passes `set_epoch` on to samplers, but not always to datasets.
+    A random order of examples, another in each epoch, that depends on nothing but the seed and the
+    epoch. It gives the epoch with each index, because Accelerate passes `set_epoch` on to samplers,
+    but not always to datasets.
 
     Args:
         num_examples: Number of examples.
         seed: Seed of the order.
-        lengths: How long each example is, in any unit: then examples of similar length share a batch.
+        lengths: How long each example is, in any unit: then examples of similar length share a
+            batch.
         batch_size: Examples in a batch of all processes together; needed with `lengths`.
     """
 
@@ -196,7 +208,10 @@ def random_crop(waveform: np.ndarray, num_samples: int, random: np.random.Genera
 
 
 def vary_voice(waveform: np.ndarray, sampling_rate: int, random: np.random.Generator) -> np.ndarray:
-    """Change speed and pitch together (by up to 15 %) and loudness (by -12 to 4 dB): few speakers become many voices."""
+    """
+    Change speed and pitch together (by up to 15 %) and loudness (by -12 to 4 dB): few speakers
+    become many voices.
+    """
     speed = random.uniform(0.85, 1.15)
     waveform = resample(waveform, round(sampling_rate * speed), sampling_rate)
     return waveform * np.float32(10 ** (random.uniform(-12, 4) / 20))

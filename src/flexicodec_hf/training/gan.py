@@ -1,6 +1,6 @@
 """
-Training of models that make waveforms (codec, vocoder), with discriminators or without, on Accelerate: the two optimizers
-of a GAN do not fit `Trainer`.
+Training of models that make waveforms (codec, vocoder), with discriminators or without, on
+Accelerate: the two optimizers of a GAN do not fit `Trainer`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import ProjectConfiguration
+from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from ..data.files import atomic_directory, atomic_file
-from .batches import EpochSampler, SeededExamples, SeededStream
+from .batches import EpochSampler, SeededExamples, with_seeds
 from .discriminators import Discriminators
 from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from .samples import write_samples
@@ -78,8 +78,10 @@ class GANTrainingArguments:
 
 
 class Generated(NamedTuple):
-    """What `GANTrainer.generate` returns: recorded and made waveforms `(batch_size, 1, num_samples)`, further losses of the
-    model, and further values to log."""
+    """
+    What `GANTrainer.generate` returns: recorded and made waveforms `(batch_size, 1, num_samples)`,
+    further losses of the model, and further values to log.
+    """
 
     real: Tensor
     fake: Tensor
@@ -100,19 +102,21 @@ class GANTrainerState:
 
 class GANTrainer(ABC):
     """
-    Trains a model that makes waveforms: on a spectral loss, on losses of its own and, from a step on, against
-    discriminators. Recipes subclass it with `generate` and `evaluate_clip`.
+    Trains a model that makes waveforms: on a spectral loss, on losses of its own and, from a step
+    on, against discriminators. Recipes subclass it with `generate` and `evaluate_clip`.
 
-    The output directory gets `checkpoints/` (all that it takes to go on with the same losses), `model/` (the averaged
-    weights and the feature extractor), `trainer_state.json` (with the log) and the files of the tracker in `logs/`. Each
-    is complete at any time, also if the training is killed while it saves.
+    The output directory gets `checkpoints/` (all that it takes to go on with the same losses),
+    `model/` (the averaged weights and the feature extractor), `trainer_state.json` (with the log)
+    and the files of the tracker in `logs/`. Each is complete at any time, also if the training is
+    killed while it saves.
 
     Args:
         model: The model; its frozen parameters stay as they are.
         feature_extractor: Its feature extractor; saved with it.
         args: The options.
-        train_dataset: Examples with seeds.
-        data_collator: Makes a batch of tensors of a list of examples.
+        train_dataset: Examples of speech.
+        data_collator: Makes a batch of tensors of a list of examples, which have a seed
+            (`batches.with_seeds`).
         eval_waveforms: Waveforms `(num_samples,)` to evaluate on.
     """
 
@@ -124,7 +128,7 @@ class GANTrainer(ABC):
         model: PreTrainedModel,
         feature_extractor: Any,
         args: GANTrainingArguments,
-        train_dataset: SeededExamples | SeededStream,
+        train_dataset: Dataset | IterableDataset,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
         eval_waveforms: list[np.ndarray],
     ):
@@ -148,11 +152,15 @@ class GANTrainer(ABC):
         """Run `self.trained.model` on a batch of this process."""
 
     @abstractmethod
-    def evaluate_clip(self, model: PreTrainedModel, waveform: np.ndarray) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def evaluate_clip(
+        self, model: PreTrainedModel, waveform: np.ndarray
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Metrics of a clip, and waveforms `(num_samples,)` to listen to, by name."""
 
     def train(self) -> None:
-        """Train until `max_steps`, from the last checkpoint in the output directory if there is one."""
+        """
+        Train until `max_steps`, from the last checkpoint in the output directory if there is one.
+        """
         args, accelerator, state = self.args, self.accelerator, self.state
         self._resume()
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}})
@@ -186,14 +194,18 @@ class GANTrainer(ABC):
         accelerator.end_training()
 
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
-        """Update the weights with a batch. Returns what to log: means over the clips of this process."""
+        """
+        Update the weights with a batch. Returns what to log: means over the clips of this process.
+        """
         self.trained.model.train()
         real, fake, losses, metrics = self.generate(batch)
         losses = {"mel": self.mel_loss(fake, real), **losses}
         if self.discriminators is not None and self.state.global_step >= self.args.discriminator_start:
             losses["discriminator"] = self._train_discriminators(real, fake)
             losses["adversarial"], losses["feature"] = self._judge(real, fake)
-        loss = torch.stack([weight * losses[name] for name, weight in self.loss_weights.items() if name in losses]).sum()
+        loss = torch.stack(
+            [weight * losses[name] for name, weight in self.loss_weights.items() if name in losses]
+        ).sum()
         norm = self.trained.update(loss)
         self.averaged.update_parameters(self.trained.unwrapped)
         return {
@@ -206,7 +218,10 @@ class GANTrainer(ABC):
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
-        """The mean metrics of the averaged model over the clips, on the main process; sounds of the first to `samples/`."""
+        """
+        The mean metrics of the averaged model over the clips, on the main process; sounds of the
+        first to `samples/`.
+        """
         if not self.accelerator.is_main_process or not self.eval_waveforms:
             return {}
         model = self.averaged.module.eval()
@@ -272,7 +287,8 @@ class GANTrainer(ABC):
         self.accelerator.save_state()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            # Only now does the checkpoint count: `_resume` deletes one that the state does not name.
+            # Only now does the checkpoint count: `_resume` deletes one that the state does not
+            # name.
             with atomic_file(self.output_dir / "trainer_state.json") as path:
                 path.write_text(json.dumps(asdict(self.state), indent=1))
             self._save_model()
@@ -284,11 +300,8 @@ class GANTrainer(ABC):
             self.feature_extractor.save_pretrained(folder)
 
     def _resume(self) -> None:
-        accelerator, checkpoints, state_file = (
-            self.accelerator,
-            self.output_dir / "checkpoints",
-            self.output_dir / "trainer_state.json",
-        )
+        accelerator, checkpoints = self.accelerator, self.output_dir / "checkpoints"
+        state_file = self.output_dir / "trainer_state.json"
         if state_file.exists():
             vars(self.state).update(json.loads(state_file.read_text()))
         accelerator.wait_for_everyone()
@@ -340,8 +353,8 @@ class TrainedModel:
 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     """
-    The exponential moving average of a model's weights. The first updates keep less than `decay` of it: its start, the
-    first weights, should not last.
+    The exponential moving average of a model's weights. The first updates keep less than `decay` of
+    it: its start, the first weights, should not last.
     """
 
     def update(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor) -> None:
@@ -373,20 +386,22 @@ def make_accelerator(args: GANTrainingArguments) -> Accelerator:
 
 
 def train_loader(
-    dataset: SeededExamples | SeededStream,
+    dataset: Dataset | IterableDataset,
     data_collator: Callable[[list[dict[str, Any]]], Any],
     args: GANTrainingArguments,
 ) -> DataLoader:
     """
-    Batches of one process, to be prepared by Accelerate: each epoch in another order, which depends on the seed alone, and
-    without the clips that do not fill a batch.
+    Batches of one process, to be prepared by Accelerate: each epoch in another order, which depends
+    on the seed alone, and without the clips that do not fill a batch.
     """
-    streamed = isinstance(dataset, SeededStream)
+    examples = with_seeds(dataset, args.seed)
+    streamed = not isinstance(examples, SeededExamples)
     return DataLoader(
-        dataset,
+        examples,
         args.per_device_train_batch_size,
-        sampler=None if streamed else EpochSampler(len(dataset), args.seed),
-        # `datasets` shuffles a stream differently in a worker: always one, so that their number changes nothing.
+        sampler=None if streamed else EpochSampler(len(examples), args.seed),
+        # `datasets` shuffles a stream differently in a worker: always one, so that their number
+        # changes nothing.
         num_workers=1 if streamed else args.dataloader_num_workers,
         collate_fn=data_collator,
         drop_last=True,

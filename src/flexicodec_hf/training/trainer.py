@@ -1,4 +1,7 @@
-"""What the recipes that use transformers' `Trainer` share: options, time limits, samples along the way, and going on."""
+"""
+What the recipes that use transformers' `Trainer` share: options, time limits, samples along the
+way, and going on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainerCal
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .batches import EpochSampler, SeededExamples, SpeechDataArguments
+from .batches import EpochSampler, SeededExamples, SpeechDataArguments, with_seeds
 from .samples import write_samples
 
 
@@ -32,7 +35,8 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None) -> tuple[
 
     Args:
         classes: Dataclasses with the options.
-        argv: The command line without the script (default: `sys.argv`). A single JSON file is read instead of options.
+        argv: The command line without the script (default: `sys.argv`). A single JSON file is read
+            instead of options.
 
     Returns:
         An instance of each class.
@@ -50,7 +54,8 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None) -> tuple[
 
 def fresh_config(config_class: type[PreTrainedConfig], overrides: str | None, **values: Any) -> PreTrainedConfig:
     """
-    The configuration of a model to train from nothing: the defaults, with other values in their place, at any depth.
+    The configuration of a model to train from nothing: the defaults, with other values in their
+        place, at any depth.
 
     Args:
         config_class: The class of the configuration.
@@ -58,7 +63,8 @@ def fresh_config(config_class: type[PreTrainedConfig], overrides: str | None, **
         values: Values that follow from the codec or the tokenizer; `overrides` goes before them.
 
     Raises:
-        ValueError: `overrides` is no JSON object, or has a key that the configuration does not have.
+        ValueError: `overrides` is no JSON object, or has a key that the configuration does not
+            have.
     """
     config = _merge(config_class().to_dict(), values)
     if overrides is not None:
@@ -85,29 +91,38 @@ def _merge(values: dict[str, Any], changes: dict[str, Any], where: str = "") -> 
 
 @dataclass
 class SpeechTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with a time limit, and with the defaults that recipes of raw audio need."""
+    """
+    `TrainingArguments` with a time limit, and with the defaults that recipes of raw audio need.
+    """
 
     time_limit: float | None = field(
         default=None, metadata={"help": "Save and stop after so many minutes; the same command goes on."}
     )
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: collators read the columns."})
-    # `Trainer` writes it into the model's configuration: false would make what is trained slow to generate.
+    # `Trainer` writes it into the model's configuration: false would make what is trained slow to
+    # generate.
     use_cache: bool = field(default=True, metadata={"help": "Whether the trained model generates with a cache."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Each process reads a stream and takes its share: batches of one process could not be cut up for the others.
+        # Each process reads a stream and takes its share: batches of one process could not be cut
+        # up for the others.
         self.accelerator_config.dispatch_batches = False
         if self.should_log:
             logging.set_verbosity_info()
 
 
 class SpeechTrainer(Trainer):
-    """`Trainer` that groups clips by length in an order that a resumed run repeats, and that heeds the time limit."""
+    """
+    `Trainer` whose training examples have seeds for their random choices (`batches.with_seeds`),
+    whose order a resumed run repeats, and that heeds the time limit.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.train_dataset is not None:
+            self.train_dataset = with_seeds(self.train_dataset, self.args.seed)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"There are {self.args.n_gpu} GPUs, and one process: start one for each with `accelerate launch` or "
@@ -117,16 +132,15 @@ class SpeechTrainer(Trainer):
             self.add_callback(TimeLimit(self.args.time_limit))
 
     # ******** FlexiCodec specific ********
-    # An order that does not depend on the global random state, which a resumed run does not have at the start of its epoch,
-    # nor on the number of processes, and that tells the examples the epoch.
+    # An order that does not depend on the global random state, which a resumed run does not have at
+    # the start of its epoch, nor on the number of processes, and that tells the examples the epoch.
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args, dataset = self.args, self.train_dataset
         if not isinstance(dataset, SeededExamples):
             return None
-        lengths = None
-        if self.args.train_sampling_strategy == "group_by_length":
-            lengths = dataset.dataset[self.args.length_column_name][:]
-        sampler = EpochSampler(len(dataset), self.args.seed, lengths, self.args.train_batch_size * self.args.world_size)
+        grouped = args.train_sampling_strategy == "group_by_length"
+        lengths = dataset.dataset[args.length_column_name][:] if grouped else None
+        sampler = EpochSampler(len(dataset), args.seed, lengths, args.train_batch_size * args.world_size)
         self.add_callback(_SetEpoch(sampler))
         return sampler
 
@@ -162,7 +176,10 @@ class TimeLimit(TrainerCallback):
 
 
 def time_is_up(start: float, minutes: float | None) -> bool:
-    """Whether `minutes` have passed since `start` (of `time.monotonic`) on the first process, told to all of them."""
+    """
+    Whether `minutes` have passed since `start` (of `time.monotonic`) on the first process, told to
+    all of them.
+    """
     if minutes is None:
         return False
     return broadcast_object_list([time.monotonic() - start > minutes * 60])[0]
@@ -170,7 +187,8 @@ def time_is_up(start: float, minutes: float | None) -> bool:
 
 class SpeechSamples(TrainerCallback):
     """
-    Lets the model speak at regular steps and at the end, into `output_dir/samples` and TensorBoard. Training goes on as
+    Lets the model speak at regular steps and at the end, into `output_dir/samples` and TensorBoard.
+    Training goes on as
     if it had not: random states are put back.
 
     Args:
@@ -209,7 +227,10 @@ class SpeechSamples(TrainerCallback):
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The last whole checkpoint of `Trainer` in a directory. One that was cut off, after it, is deleted."""
+    """
+    The last whole checkpoint of `Trainer` in a directory. One that was cut off, after it, is
+    deleted.
+    """
     while Path(output_dir).is_dir() and (checkpoint := get_last_checkpoint(str(output_dir))) is not None:
         try:
             json.loads((Path(checkpoint) / "trainer_state.json").read_text())  # `Trainer` writes it last
@@ -222,8 +243,9 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def run_training(trainer: Trainer, data: SpeechDataArguments, **card: Any) -> None:
     """
-    Train, from the last checkpoint in the output directory if there is one (unless `--resume_from_checkpoint` names
-    another); evaluate; write the metrics, the model and its card; and push them to the Hub if asked to.
+    Train, from the last checkpoint in the output directory if there is one (unless
+    `--resume_from_checkpoint` names another); evaluate; write the metrics, the model and its card;
+    and push them to the Hub if asked to.
 
     Args:
         trainer: The trainer.

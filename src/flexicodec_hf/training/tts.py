@@ -1,9 +1,11 @@
-"""Training of the two text-to-speech stages: speech as tokens of a frozen codec, batches for the models, a `Trainer`."""
+"""
+Training of the two text-to-speech stages: speech as tokens of a frozen codec, batches for the
+models, a `Trainer`.
+"""
 
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import IGNORE_INDEX, FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 from ..text_flexicodec import encode_text
-from .batches import SpeechDataArguments
+from .batches import SpeechDataArguments, with_seeds
 from .trainer import SpeechTrainer
 
 
@@ -34,7 +36,10 @@ CODEC_INPUTS = ("input_values", "padding_mask", "input_features", "input_feature
 
 @dataclass
 class TTSDataArguments(SpeechDataArguments):
-    """`SpeechDataArguments` with the limits of text-to-speech, and a cache of what the codec makes of the data."""
+    """
+    `SpeechDataArguments` with the limits of text-to-speech, and a cache of what the codec makes of
+    the data.
+    """
 
     min_duration_s: float = field(default=0.5, metadata={"help": "Leave out clips shorter than this, in seconds."})
     max_duration_s: float = field(default=30.0, metadata={"help": "Leave out clips longer than this, in seconds."})
@@ -50,8 +55,8 @@ class TTSDataArguments(SpeechDataArguments):
 
 def train_text_tokenizer(texts: Iterator[str], vocab_size: int, languages: Sequence[str]) -> PreTrainedTokenizerFast:
     """
-    A small tokenizer for a model that is trained from nothing: a byte-level BPE of the texts as the model reads them
-    (`text_flexicodec.prepare_text`), with a token for each of `languages`.
+    A small tokenizer for a model that is trained from nothing: a byte-level BPE of the texts as the
+    model reads them (`text_flexicodec.prepare_text`), with a token for each of `languages`.
 
     Args:
         texts: What `prepare_text` gives.
@@ -79,15 +84,16 @@ def train_text_tokenizer(texts: Iterator[str], vocab_size: int, languages: Seque
 
 class SpeechEncoder:
     """
-    A frozen codec, and what the text-to-speech stages learn of it: semantic tokens at a merging threshold drawn for each
-    clip and, for the Voicebox, semantic frames and decoder latents.
+    A frozen codec, and what the text-to-speech stages learn of it: semantic tokens at a merging
+    threshold drawn for each clip and, for the Voicebox, semantic frames and decoder latents.
 
     Args:
         codec: The codec.
         feature_extractor: Its feature extractor.
         thresholds: The merging thresholds to draw from.
         semantic_frames: Whether its semantic frames are learnt too (the Voicebox's alignment loss).
-        latents: Whether its decoder latents are, at 12.5 Hz with nothing merged (a Voicebox that predicts them).
+        latents: Whether its decoder latents are, at 12.5 Hz with nothing merged (a Voicebox that
+            predicts them).
     """
 
     def __init__(
@@ -108,12 +114,14 @@ class SpeechEncoder:
     def __call__(self, batch: Mapping[str, Tensor], choice: Tensor) -> dict[str, Tensor]:
         """
         Args:
-            batch: The codec's inputs, or what `cache` made of them, as `SpeechCollator` gives either.
-            choice (`torch.LongTensor` of shape `(batch_size,)`): Which of the thresholds each clip is merged at.
+            batch: The codec's inputs, or what `cache` made of them, as `SpeechCollator` gives
+                either.
+            choice (`torch.LongTensor` of shape `(batch_size,)`): Which of the thresholds each clip
+                is merged at.
 
         Returns:
-            `codes` and `token_lengths` of shape `(batch_size, num_tokens)`, 0 at padding; `semantic_frames` and `latents`
-            of shape `(batch_size, num_frames, size)`.
+            `codes` and `token_lengths` of shape `(batch_size, num_tokens)`, 0 at padding;
+            `semantic_frames` and `latents` of shape `(batch_size, num_frames, size)`.
         """
         if "codes" in batch:
             rows = torch.arange(len(choice), device=choice.device)
@@ -141,15 +149,19 @@ class SpeechEncoder:
         self, dataset: Dataset, folder: str | Path, batch_size: int, process_index: int, num_processes: int
     ) -> Callable[[], Dataset]:
         """
-        Compute the tokens of a share of a dataset at all thresholds, unless they are in `folder`, and keep them there.
+        Compute the tokens of a share of a dataset at all thresholds, unless they are in `folder`,
+        and keep them there.
 
         Returns:
-            A function that opens the whole dataset, to be called when all processes are done: `codes` and
-            `token_lengths` (for each threshold), `length` (frames) and, if asked for, `semantic_frames` and `latents`
-            (bytes of `(num_frames, size)` in float16), beside the columns of `dataset`.
+            A function that opens the whole dataset, to be called when all processes are done:
+            `codes` and `token_lengths` (for each threshold), `length` (frames) and, if asked for,
+            `semantic_frames` and `latents` (bytes of `(num_frames, size)` in float16), beside the
+            columns of `dataset`.
         """
         settings = (self.thresholds, self.semantic_frames, self.latents)
-        key = Hasher.hash((dataset._fingerprint, self._digest(), *settings, "2"))
+        configs = (self.codec.config.to_json_string(), self.feature_extractor.to_json_string())
+        weights = {name: tensor.cpu() for name, tensor in self.codec.state_dict().items()}
+        key = Hasher.hash((dataset._fingerprint, weights, *configs, *settings))
         features = dataset.features | {
             "codes": List(List(Value("int32"))),
             "token_lengths": List(List(Value("int32"))),
@@ -189,14 +201,11 @@ class SpeechEncoder:
             new[name] = [item[:length].numpy().tobytes() for item, length in zip(frames, new["length"], strict=True)]
         return new
 
-    def _digest(self) -> str:
-        digest = 0
-        for tensor in self.codec.state_dict().values():
-            digest = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest)
-        return f"{digest:08x}{self.codec.config.to_json_string()}{self.feature_extractor.to_json_string()}"
-
     def latent_statistics(self, dataset: Dataset | IterableDataset, num_examples: int = 256) -> dict[str, list[float]]:
-        """`latent_mean` and `latent_std` for the configuration of a Voicebox, over some examples of a dataset."""
+        """
+        `latent_mean` and `latent_std` for the configuration of a Voicebox, over some examples of a
+        dataset.
+        """
         total = squares = torch.zeros((), dtype=torch.float64)
         count = 0
         for example in dataset.take(num_examples):
@@ -215,13 +224,14 @@ class SpeechEncoder:
 @dataclass
 class SpeechCollator:
     """
-    Examples to a batch on the CPU: the codec's inputs or cached tokens, and beside them text ids (`tokenizer`) and mel
-    spectrograms (`mel_feature_extractor`) where they are asked for.
+    Examples to a batch on the CPU: the codec's inputs or cached tokens, and beside them text ids
+    (`tokenizer`) and mel spectrograms (`mel_feature_extractor`) where they are asked for.
 
-    `seeds` of shape `(batch_size, 3)` are those of `SeededExamples`: what is drawn for an item comes from its own seed, and
-    is the same in any process and at any place of the batch.
+    `seeds` of shape `(batch_size, 3)` are those of `SeededExamples`: what is drawn for an item
+    comes from its own seed, and is the same in any process and at any place of the batch.
 
-    The mel spectrogram is taken from the audio at the codec's sampling rate, as for a voice prompt in generation.
+    The mel spectrogram is taken from the audio at the codec's sampling rate, as for a voice prompt
+    in generation.
     """
 
     feature_extractor: Any
@@ -266,15 +276,17 @@ def _text_ids(tokenizer: Any, text: str, language: str, phonemes: bool) -> Tenso
 
 
 def _pad_lists(items: list[list[list[int]]]) -> Tensor:
-    """As many rows for each item, of any length, to `(batch_size, num_rows, longest)`, 0 at padding."""
+    """
+    As many rows for each item, of any length, to `(batch_size, num_rows, longest)`, 0 at padding.
+    """
     longest = max(len(row) for rows in items for row in rows)
     return torch.tensor([[row + [0] * (longest - len(row)) for row in rows] for rows in items])
 
 
 class ARBatches:
     """
-    What `TTSTrainer` feeds the AR model: the tokens of each clip at one of the model's merging thresholds, drawn in each
-    epoch, and which one that is.
+    What `TTSTrainer` feeds the AR model: the tokens of each clip at one of the model's merging
+    thresholds, drawn in each epoch, and which one that is.
     """
 
     def __init__(self, model: FlexiCodecARForConditionalGeneration, encoder: SpeechEncoder):
@@ -303,8 +315,9 @@ class ARBatches:
 
 class VoiceboxBatches:
     """
-    What `TTSTrainer` feeds the Voicebox: tokens at a threshold, the mel spectrogram or latent to predict, cut to whole codec
-    frames, and the time, noise and prompt of each clip. Threshold, time, noise and prompt are drawn in each epoch.
+    What `TTSTrainer` feeds the Voicebox: tokens at a threshold, the mel spectrogram or latent to
+    predict, cut to whole codec frames, and the time, noise and prompt of each clip. Threshold,
+    time, noise and prompt are drawn in each epoch.
     """
 
     def __init__(self, model: FlexiCodecVoiceboxModel, encoder: SpeechEncoder):
@@ -346,18 +359,21 @@ def _item_randoms(seeds: Tensor) -> list[np.random.Generator]:
 
 class TTSTrainer(SpeechTrainer):
     """
-    A `Trainer` that makes the model's inputs of a batch on the model's device, with the frozen codec, and takes its losses
-    over the batch of all processes: two processes have the losses of one with twice the batch. It logs the parts of the
-    loss too.
+    A `Trainer` that makes the model's inputs of a batch on the model's device, with the frozen
+    codec, and takes its losses
+    over the batch of all processes: two processes have the losses of one with twice the batch. It
+    logs the parts of the loss too.
 
     Args:
-        prepare: `ARBatches` or `VoiceboxBatches`: called with a batch, it returns the model's inputs and, for each loss of
-            the model's output, the number of values that it is a mean of.
-        train_dataset, eval_dataset: Examples with seeds (`batches.with_seeds`).
+        prepare: `ARBatches` or `VoiceboxBatches`: called with a batch, it returns the model's
+            inputs and, for each loss of the model's output, the number of values that it is a mean
+            of.
     """
 
     def __init__(self, *args: Any, prepare: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]], **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.eval_dataset is not None:
+            self.eval_dataset = with_seeds(self.eval_dataset, self.args.seed)
         self.prepare = prepare
         self._parts: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
 
@@ -370,8 +386,8 @@ class TTSTrainer(SpeechTrainer):
     ) -> Any:
         counts: dict[str, Tensor] = inputs.pop("loss_counts")
         outputs = model(**inputs)
-        # Each process's share of all values, times the number of processes: their mean, which is what distributed
-        # training makes of losses and gradients, is then the mean over all values.
+        # Each process's share of all values, times the number of processes: their mean, which is
+        # what distributed training makes of losses and gradients, is then the mean over all values.
         local = torch.stack(list(counts.values())).float()
         shares = local * self.accelerator.num_processes / self.accelerator.reduce(local, "sum")
         losses = {name: outputs[name] * share for name, share in zip(counts, shares, strict=True)}
@@ -406,7 +422,10 @@ def cache_splits(
     data: TTSDataArguments,
     training: TrainingArguments,
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Both splits with the codec's tokens, computed once by all processes, if `data.token_cache` names a folder."""
+    """
+    Both splits with the codec's tokens, computed once by all processes, if `data.token_cache` names
+    a folder.
+    """
     if data.token_cache is None:
         return train, evaluation
     if isinstance(train, IterableDataset):
