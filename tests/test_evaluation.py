@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
@@ -646,6 +648,9 @@ def test_the_command_streams_part_of_a_dataset(run, tmp_path):
     assert status == 0 and "| 000001 | threshold 0.91, 5 rows |" in output and "000002" not in output
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="a bug of transformers 5.17: pipelines of VITS fail"
+)
 def test_the_command_speaks(run, asr, tmp_path, device):
     """With a small model of another kind: any text-to-speech pipeline serves."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "flow_size": 16}

@@ -30,7 +30,7 @@ from flexicodec_hf import (
     save_repository,
 )
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxSampleOutput
+from flexicodec_hf.generation_flexicodec_voicebox import FlexiCodecVoiceboxSampleOutput
 
 
 TEXTS = ["Hello there.", "Good morning to all of you!"]

@@ -1,5 +1,18 @@
 """FlexiCodec for transformers: importing this package registers its classes with the Auto classes."""
 
+# ruff: noqa: E402
+import transformers
+from packaging.specifiers import SpecifierSet
+
+
+# The range of pyproject.toml, checked before the imports below, which may fail with other versions.
+_TRANSFORMERS = ">=5.17,<5.25"
+if not SpecifierSet(_TRANSFORMERS).contains(transformers.__version__, prereleases=True):
+    raise ImportError(
+        f"flexicodec_hf works with transformers{_TRANSFORMERS}, but {transformers.__version__} is installed: "
+        f"run `pip install 'transformers{_TRANSFORMERS}'`."
+    )
+
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -34,7 +47,6 @@ from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
 from .pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
-from .scheduling_flexicodec import FlexiCodecMidpointScheduler
 from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
 from .voice_flexicodec import FlexiCodecVoice
 
@@ -85,7 +97,6 @@ __all__ = [
     "FlexiCodecFeatureExtractor",
     "FlexiCodecForTextToSpeech",
     "FlexiCodecMelFeatureExtractor",
-    "FlexiCodecMidpointScheduler",
     "FlexiCodecModel",
     "FlexiCodecPreTrainedModel",
     "FlexiCodecRepositoryForTextToSpeech",

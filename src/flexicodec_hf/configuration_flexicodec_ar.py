@@ -26,7 +26,8 @@ class FlexiCodecARTextEncoderConfig(PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"silu"`):
             Activation of the feed-forward networks.
         hidden_dropout (`float`, *optional*, defaults to 0.1):
-            Dropout on embeddings, relative positions, attention outputs and in the feed-forward networks.
+            Dropout on embeddings, relative positions, attention outputs and in the feed-forward
+            networks.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout on attention weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
@@ -54,11 +55,12 @@ class FlexiCodecARTextEncoderConfig(PreTrainedConfig):
 @strict
 class FlexiCodecARConfig(PreTrainedConfig):
     r"""
-    Configuration of [`FlexiCodecARForConditionalGeneration`]. The defaults are the released model's sizes.
+    Configuration of [`FlexiCodecARForConditionalGeneration`]. The defaults are the released model's
+    sizes.
 
-    Prompt and output are one stream of ids, `[start] [threshold] [text ...] [task] [speech ...] [end]`. The ids are
-    ranges of one vocabulary, speech first, so that what the model generates, speech and its end, are the ids below
-    `vocab_size`:
+    Prompt and output are one stream of ids, `[start] [threshold] [text ...] [task] [speech ...]
+    [end]`. The ids are ranges of one vocabulary, speech first, so that what the model generates,
+    speech and its end, are the ids below `vocab_size`:
 
     | ids | meaning |
     | --- | --- |
@@ -89,7 +91,8 @@ class FlexiCodecARConfig(PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"relu"`):
             Activation of the feed-forward networks.
         hidden_dropout (`float`, *optional*, defaults to 0.1):
-            Dropout on embeddings, relative positions, attention outputs and in the feed-forward networks.
+            Dropout on embeddings, relative positions, attention outputs and in the feed-forward
+            networks.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout on attention weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):

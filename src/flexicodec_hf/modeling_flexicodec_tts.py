@@ -682,7 +682,7 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, GenerationMixin):
             return decoded.audio_values[:, 0].float(), decoded.padding_mask
         device = self.vocoder.device
         output = self.vocoder(mel.to(device), mask.to(device), chunk_length_s=chunk_length_s)
-        return output.audio_values, output.audio_mask
+        return output.audio_values[:, 0], output.padding_mask
 
     def _speak(
         self,
