@@ -103,8 +103,8 @@ def load_model(model_args: ModelArguments, codec: FlexiCodecModel, tokenizer: An
     config = model.config
     if config.speech_vocab_size != codebook_size or config.num_durations <= codec.config.max_frames_per_token:
         raise ValueError(
-            f"The model speaks {config.speech_vocab_size} codes of up to {config.num_durations - 1} frames, the codec has "
-            f"{codebook_size} codes of up to {codec.config.max_frames_per_token}."
+            f"The model speaks {config.speech_vocab_size} codes of up to {config.num_durations - 1} frames, the codec "
+            f"has {codebook_size} codes of up to {codec.config.max_frames_per_token}."
         )
     if config.text_encoder_config.vocab_size < len(tokenizer):
         raise ValueError(

@@ -1,8 +1,9 @@
 """Train the codec to reconstruct speech.
 
 accelerate launch examples/train_codec.py --dataset speech --semantic_encoder semantic-encoder \
-    --config_overrides examples/flexicodec_tiny.json --output_dir codec                                    # from nothing
-accelerate launch examples/train_codec.py --dataset speech --model_name_or_path flexicodec --output_dir tuned
+    --config_overrides examples/flexicodec_tiny.json --output_dir codec  # from nothing
+accelerate launch examples/train_codec.py --dataset speech --model_name_or_path flexicodec \
+    --output_dir tuned  # from a codec
 
 The losses are those of the paper (arXiv:2510.00981): multi-scale mel spectra, discriminators that
 the codec has to fool and whose layers' features it has to match, the quantizers' losses, and the

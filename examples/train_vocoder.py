@@ -1,7 +1,8 @@
 """Train the vocoder: mel spectrograms of recorded speech back to its waveform.
 
-accelerate launch examples/train_vocoder.py --dataset speech --output_dir vocoder                         # from nothing
-accelerate launch examples/train_vocoder.py --dataset speech --model_name_or_path vocoder --output_dir tuned
+accelerate launch examples/train_vocoder.py --dataset speech --output_dir vocoder  # from nothing
+accelerate launch examples/train_vocoder.py --dataset speech --model_name_or_path vocoder/model \
+    --output_dir tuned  # from a vocoder
 
 The losses are the codec's: multi-scale mel spectra, discriminators to fool, and the features of
 their layers to match. On a small machine, `--discriminator_start` puts off the discriminators.

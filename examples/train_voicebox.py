@@ -51,14 +51,15 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Where a new model differs from the released one: a JSON object or a file with one, "
-            'such as {"hidden_size": 256, "num_hidden_layers": 6, "repa_layer_index": 2}. With "repa_layer_index": null '
-            "there is no alignment loss."
+            'such as {"hidden_size": 256, "num_hidden_layers": 6, "repa_layer_index": 2}. There is no alignment loss '
+            'with "repa_layer_index": null.'
         },
     )
     predict_latents: bool = field(
         default=False,
         metadata={
-            "help": "A new model predicts the codec's decoder latents at 12.5 Hz, not a mel spectrogram: it needs no vocoder."
+            "help": "A new model predicts the codec's decoder latents at 12.5 Hz instead of a mel spectrogram. It needs no "
+            "vocoder."
         },
     )
     merging_thresholds: list[float] = field(
@@ -107,8 +108,8 @@ def load_mel_feature_extractor(model_args: ModelArguments, config: Any, codec_co
     mel_rate = extractor.sampling_rate / extractor.hop_length
     if mel_rate != codec_config.frame_rate * config.upsample_factor:
         raise ValueError(
-            f"The mel spectrogram has {mel_rate} frames a second, but the model makes {config.upsample_factor} for each "
-            f"of the codec's {codec_config.frame_rate}: set `upsample_factor`."
+            f"The mel spectrogram has {mel_rate} frames a second, but the model makes {config.upsample_factor} for "
+            f"each of the codec's {codec_config.frame_rate}: set `upsample_factor`."
         )
     return extractor
 

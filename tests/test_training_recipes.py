@@ -400,7 +400,7 @@ def test_vocoder(run, tmp_path):
         *("--discriminator_start", 1, "--discriminator_size", 1, "--eval_steps", 100),
     )
     expected = run("train_vocoder", tmp_path / "whole", *options)
-    assert "mel" in expected[-1]
+    assert "eval_mel" in expected[-1]
     for _ in range(3):
         rows = run("train_vocoder", tmp_path / "parts", *options, "--time_limit", 0)
     assert rows == expected

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from ..data.files import atomic_directory, atomic_file
-from .batches import EpochSampler, SeededExamples, with_seeds
+from .batches import EpochSampler, with_seeds
 from .discriminators import Discriminators
 from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from .samples import write_samples
@@ -70,8 +70,8 @@ class GANTrainingArguments:
     def __post_init__(self) -> None:
         if self.save_total_limit < 2:
             raise ValueError(
-                f"`save_total_limit` must be at least 2, got {self.save_total_limit}: the oldest checkpoint goes before "
-                "the new one is written."
+                f"`save_total_limit` must be at least 2, got {self.save_total_limit}: the oldest checkpoint is deleted "
+                "before the new one is written."
             )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to push to.")
@@ -107,8 +107,8 @@ class GANTrainer(ABC):
 
     The output directory gets `checkpoints/` (all that it takes to go on with the same losses),
     `model/` (the averaged weights and the feature extractor), `trainer_state.json` (with the log)
-    and the files of the tracker in `logs/`. Each is complete at any time, also if the training is
-    killed while it saves.
+    and the files of the tracker in `logs/`. A training that was killed while it saved goes on from
+    the last whole checkpoint, and writes `model/` again.
 
     Args:
         model: The model; its frozen parameters stay as they are.
@@ -120,7 +120,7 @@ class GANTrainer(ABC):
         eval_waveforms: Waveforms `(num_samples,)` to evaluate on.
     """
 
-    # Of the losses that are added up: a recipe adds those of its model.
+    # Weights of the losses: a recipe adds those of its model.
     loss_weights: Mapping[str, float] = {"mel": 15.0, "adversarial": 1.0, "feature": 2.0}
 
     def __init__(
@@ -199,13 +199,11 @@ class GANTrainer(ABC):
         """
         self.trained.model.train()
         real, fake, losses, metrics = self.generate(batch)
-        losses = {"mel": self.mel_loss(fake, real), **losses}
+        losses, metrics = {"mel": self.mel_loss(fake, real), **losses}, dict(metrics)
         if self.discriminators is not None and self.state.global_step >= self.args.discriminator_start:
-            losses["discriminator"] = self._train_discriminators(real, fake)
-            losses["adversarial"], losses["feature"] = self._judge(real, fake)
-        loss = torch.stack(
-            [weight * losses[name] for name, weight in self.loss_weights.items() if name in losses]
-        ).sum()
+            metrics["discriminator"] = train_discriminators(self.discriminators, real, fake)
+            losses["adversarial"], losses["feature"] = generator_losses(self.discriminators, real, fake)
+        loss = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
         norm = self.trained.update(loss)
         self.averaged.update_parameters(self.trained.unwrapped)
         return {
@@ -235,25 +233,6 @@ class GANTrainer(ABC):
                 folder = self.output_dir / "samples"
                 write_samples(folder, self.state.global_step, waveforms, self.sampling_rate, *writers)
         return {name: float(np.mean([metrics[name] for metrics in results])) for name in results[0]}
-
-    def _train_discriminators(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Update the discriminators. Returns their loss."""
-        scores, _ = self.discriminators.model(torch.cat([real, fake.detach()]))
-        halves = [score.chunk(2) for score in scores]
-        loss = discriminator_loss([half[0] for half in halves], [half[1] for half in halves])
-        self.discriminators.update(loss)
-        return loss
-
-    def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The adversarial and the feature matching loss of `fake`."""
-        discriminators = self.discriminators.unwrapped.requires_grad_(False)
-        scores, features = discriminators(torch.cat([real, fake]))
-        discriminators.requires_grad_(True)
-        halves = [[feature.chunk(2) for feature in layers] for layers in features]
-        matching = feature_matching_loss(
-            [[half[0] for half in layers] for layers in halves], [[half[1] for half in layers] for layers in halves]
-        )
-        return adversarial_loss([score.chunk(2)[1] for score in scores]), matching
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches without end, from the place where the training is."""
@@ -295,8 +274,9 @@ class GANTrainer(ABC):
         self.accelerator.wait_for_everyone()
 
     def _save_model(self) -> None:
+        model: Any = self.averaged.module
         with atomic_directory(self.output_dir / "model") as folder:
-            self.averaged.module.save_pretrained(folder)
+            model.save_pretrained(folder)
             self.feature_extractor.save_pretrained(folder)
 
     def _resume(self) -> None:
@@ -351,13 +331,34 @@ class TrainedModel:
         return norm
 
 
+def train_discriminators(discriminators: TrainedModel, real: Tensor, fake: Tensor) -> Tensor:
+    """Update the discriminators with waveforms `(batch_size, 1, num_samples)`. Returns their loss."""
+    scores, _ = discriminators.model(torch.cat([real, fake.detach()]))
+    halves = [score.chunk(2) for score in scores]
+    loss = discriminator_loss([half[0] for half in halves], [half[1] for half in halves])
+    discriminators.update(loss)
+    return loss.detach()
+
+
+def generator_losses(discriminators: TrainedModel, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """The adversarial and the feature matching loss of `fake`."""
+    unwrapped = discriminators.unwrapped.requires_grad_(False)
+    scores, features = unwrapped(torch.cat([real, fake]))
+    unwrapped.requires_grad_(True)
+    halves = [[feature.chunk(2) for feature in layers] for layers in features]
+    matching = feature_matching_loss(
+        [[half[0] for half in layers] for layers in halves], [[half[1] for half in layers] for layers in halves]
+    )
+    return adversarial_loss([score.chunk(2)[1] for score in scores]), matching
+
+
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     """
     The exponential moving average of a model's weights. The first updates keep less than `decay` of
     it: its start, the first weights, should not last.
     """
 
-    def update(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor) -> None:
+    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
         count = int(num_averaged)
         get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averages, weights, num_averaged)
 
@@ -394,12 +395,11 @@ def train_loader(
     Batches of one process, to be prepared by Accelerate: each epoch in another order, which depends
     on the seed alone, and without the clips that do not fill a batch.
     """
-    examples = with_seeds(dataset, args.seed)
-    streamed = not isinstance(examples, SeededExamples)
+    streamed = isinstance(dataset, IterableDataset)
     return DataLoader(
-        examples,
+        with_seeds(dataset, args.seed),
         args.per_device_train_batch_size,
-        sampler=None if streamed else EpochSampler(len(examples), args.seed),
+        sampler=None if streamed else EpochSampler(len(dataset), args.seed),
         # `datasets` shuffles a stream differently in a worker: always one, so that their number
         # changes nothing.
         num_workers=1 if streamed else args.dataloader_num_workers,

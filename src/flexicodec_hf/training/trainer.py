@@ -119,10 +119,10 @@ class SpeechTrainer(Trainer):
     whose order a resumed run repeats, and that heeds the time limit.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.train_dataset is not None:
-            self.train_dataset = with_seeds(self.train_dataset, self.args.seed)
+    def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any):
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        if train_dataset is not None:
+            self.train_dataset = with_seeds(train_dataset, self.args.seed)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"There are {self.args.n_gpu} GPUs, and one process: start one for each with `accelerate launch` or "

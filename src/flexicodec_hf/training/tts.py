@@ -370,10 +370,16 @@ class TTSTrainer(SpeechTrainer):
             of.
     """
 
-    def __init__(self, *args: Any, prepare: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.eval_dataset is not None:
-            self.eval_dataset = with_seeds(self.eval_dataset, self.args.seed)
+    def __init__(
+        self,
+        *args: Any,
+        eval_dataset: Any = None,
+        prepare: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]],
+        **kwargs: Any,
+    ):
+        super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
+        if eval_dataset is not None:
+            self.eval_dataset = with_seeds(eval_dataset, self.args.seed)
         self.prepare = prepare
         self._parts: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
 
