@@ -186,7 +186,7 @@ def _fetch(args: argparse.Namespace, files: ReleasedFiles) -> None:
     try:
         files.fetch(args.repo, not args.no_tts, args.vocoder_repo, args.semantic_repo)
     except CheckpointError as error:
-        hint = "" if args.no_tts or files.codec is None else " Pass --no-tts to convert the codec alone."
+        hint = "" if args.no_tts or files.codec is None or files.is_whole else " Pass --no-tts to convert the codec alone."
         raise CommandError(f"{error}{hint}") from error
 
 
