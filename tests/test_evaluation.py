@@ -181,7 +181,7 @@ def test_dataset_of_the_hub(tmp_path, streaming):
     assert [(clip["id"], clip["text"] or "") for clip in clips] == list(CLIPS.items())
     for clip in clips:
         np.testing.assert_array_equal(waveform_of(clip), read_audio(AUDIO / clip["id"], 16_000).waveform)
-    with pytest.raises(DataError, match=r"split.*train"):
+    with pytest.raises(DataError, match="has the splits train: pass one"):
         load_speech(tmp_path / "repo", split="test", streaming=streaming)
 
 
@@ -192,7 +192,7 @@ def test_saved_dataset(tmp_path):
     clips = load_rows(tmp_path / "saved")
     assert [Path(clip["id"]).name for clip in clips] == list(CLIPS)
     assert len(waveform_of(clips[1])) == 32_000
-    with pytest.raises(DataError, match="split"):
+    with pytest.raises(DataError, match="has the splits train: pass one of them as `split`, not 'test'"):
         load_speech(tmp_path / "saved", split="test")
 
 
@@ -207,10 +207,10 @@ def test_errors_of_data(tmp_path):
         (tmp_path / name).write_text(content)
     for name, options, message in (
         ("empty.jsonl", {}, "no rows"),
-        ("bad.jsonl", {}, "bad.jsonl: not"),
-        ("other.csv", {}, "no column of audio or text among .*speaker.*words"),
-        ("one.csv", {"text_column": "words"}, "no column .?words.? among .*text"),
-        ("nothing/here", {}, "nothing/here"),
+        ("bad.jsonl", {}, "bad.jsonl: not a table of rows"),
+        ("other.csv", {}, "no column of audio or text among .*speaker.*words.*pass `audio_column`"),
+        ("one.csv", {"text_column": "words"}, "there is no column 'words' among .*'text'"),
+        ("nothing/here", {}, "nothing/here: cannot be loaded"),
     ):
         with pytest.raises(DataError, match=message):
             load_speech(tmp_path / name, **options)
@@ -530,7 +530,7 @@ def test_silence_of_text_to_speech_counts_as_errors_and_takes_no_time(asr):
 def test_results_of_other_settings_are_refused(folder, tmp_path):
     clips = load_rows(folder)[:1]
     evaluate(clips, [Original()], Evaluator(["mel"]), tmp_path / "results", {"model": "a"})
-    with pytest.raises(DataError, match=r"other settings \(model 'a', not 'b'\)"):
+    with pytest.raises(DataError, match=r"other settings \(model 'a', not 'b'\): use these settings"):
         evaluate(clips, [Original()], Evaluator(["mel"]), tmp_path / "results", {"model": "b"})
     with pytest.raises(DataError, match=r"measures \['mel'\], not \['mcd', 'mel'\]"):
         evaluate(clips, [Original()], Evaluator(["mel", "mcd"]), tmp_path / "results", {"model": "a"})
