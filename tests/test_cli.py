@@ -12,8 +12,11 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 import flexicodec_hf
 from conftest import AUDIO, assert_close
+from flexicodec_hf.audio_flexicodec import AudioError
 from flexicodec_hf.cli import main
+from flexicodec_hf.cli.common import CommandError, user_errors
 from flexicodec_hf.conversion import convert_codec
+from flexicodec_hf.data.files import DataError
 
 
 CLIPS = [
@@ -416,6 +419,21 @@ def test_output_directories(run, tmp_path):
     assert status == 1 and errors == f"flexicodec-hf: error: [Errno 17] File exists: '{tmp_path / 'file'}'"
     status, _, errors = run("reconstruct", AUDIO / CLIPS[0], tmp_path / "missing" / "out.wav")
     assert status == 1 and f"there is no directory {tmp_path / 'missing'}" in errors
+
+
+def test_a_recording_that_is_not_there_cannot_be_reconstructed(run, tmp_path):
+    status, _, errors = run("reconstruct", tmp_path / "gone.wav", tmp_path / "out.wav")
+    assert status == 1 and errors == f"flexicodec-hf: error: {tmp_path / 'gone.wav'}: there is no such file."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_the_package_are_for_users_and_faults_are_not_hidden():
+    for error in (DataError("no rows"), AudioError("no samples"), OSError("no space")):
+        with pytest.raises(CommandError, match=str(error)), user_errors():
+            raise error
+    with pytest.raises(ValueError, match="a fault") as caught, user_errors():
+        raise ValueError("a fault")
+    assert caught.type is ValueError
 
 
 def test_version(capsys):

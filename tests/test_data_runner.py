@@ -57,3 +57,10 @@ def test_rates_are_checked(runner):
     assert [str(setting) for setting in settings] == ["merging_threshold=1.0", "target_frame_rate=6.25"]
     with pytest.raises(DataError, match=r"`target_frame_rates` must be different numbers between 1\.5625 and 12\.5"):
         rate_settings(config, target_frame_rates=[13])
+
+
+def test_kernels_for_cpus_are_used_on_cpus_only(codec_dir, device, monkeypatch):
+    optimized = []
+    monkeypatch.setattr("flexicodec_hf.data.runner.optimize_for_cpu", lambda codec: optimized.append(codec) or codec)
+    runner = CodecRunner.from_pretrained(str(codec_dir()), device, "float32")
+    assert optimized == ([runner.codec] if device == "cpu" else [])

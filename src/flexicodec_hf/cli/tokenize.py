@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
         "-o", "--output-dir", type=Path, required=True, metavar="DIR", help="directory to write to; made if missing"
     )
     source = parser.add_argument_group("dataset")
-    source.add_argument("--name", help="configuration of a dataset on the Hub")
+    source.add_argument("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
     source.add_argument("--split", help="which part of the dataset (default: train, or the only one)")
     source.add_argument("--revision", help="branch, tag or commit of a dataset on the Hub")
     source.add_argument(
@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
     )
     for name, default in (
         ("audio", "the one of this type, or of paths"),
-        ("text", "text, transcription, transcript, sentence, txt or json.text"),
+        ("text", "text, transcription, transcript, sentence, normalized_text, txt or json.text"),
         ("id", "id or __key__, else the name of the file"),
     ):
         source.add_argument(f"--{name}-column", metavar="NAME", help=f"column to take as {name} (default: {default})")
@@ -127,7 +127,7 @@ def run_tokenize(args: argparse.Namespace) -> int:
     columns = {name: getattr(args, name) for name in ("audio_column", "text_column", "id_column")}
     dataset = load_speech(
         args.dataset,
-        config_name=args.name,
+        config_name=args.config_name,
         split=args.split,
         default_split="train",
         revision=args.revision,
@@ -139,7 +139,7 @@ def run_tokenize(args: argparse.Namespace) -> int:
         args.output_dir,
         runner.codec,
         runner.feature_extractor,
-        source={name: getattr(args, name) for name in ("dataset", "name", "split", "revision")} | columns,
+        source={name: getattr(args, name) for name in ("dataset", "config_name", "split", "revision")} | columns,
         split=(args.split or "train").split("[")[0],
         **{name: getattr(args, name) for name in _TOKENIZE_ARGUMENTS},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -115,32 +115,36 @@ class CodecRunner:
         """
         Encode clips. The encoders run once for all rates.
 
+        Args:
+            clips: At the sampling rate of the codec.
+            rates: How to merge frames.
+            num_quantizers: Codebooks to keep; all by default.
+
         Returns:
             For each clip the tokens at each rate, or what went wrong.
         """
-        return self._run(
-            clips, key=self.chunk_of, process=lambda batch: self._encode_batch(batch, rates, num_quantizers)
-        )
+        return self._run(clips, lambda clip: 0, lambda batch: self._encode_batch(batch, rates, num_quantizers))
 
     def decode(self, tokens: Sequence[Tokens]) -> list[np.ndarray | Exception]:
         """
         Decode tokens.
 
+        Args:
+            tokens: Of any numbers of codebooks.
+
         Returns:
             For each item a waveform `(num_samples,)` that is as long as the clip was, or what went wrong.
         """
-        return self._run(
-            tokens, key=lambda item: (self.chunk_of(item), len(item.audio_codes)), process=self._decode_batch
-        )
+        return self._run(tokens, lambda item: len(item.audio_codes), self._decode_batch)
 
     def _run(
         self,
         items: Sequence[Item],
-        key: Callable[[Item], Hashable],
+        key: Callable[[Item], int],
         process: Callable[[Sequence[Item]], list[Result]],
     ) -> list[Result | Exception]:
-        """The results in the order of the items. Those of one key are processed together, chunked ones alone."""
-        groups: dict[Hashable, list[int]] = {}
+        """The results in the order of the items. Items with the same key form a batch; one in chunks is alone."""
+        groups: dict[tuple[int, int | None], list[int]] = {}
         for i, item in enumerate(items):
             groups.setdefault((key(item), i if self.chunk_of(item) else None), []).append(i)
         results: dict[int, Result | Exception] = {}

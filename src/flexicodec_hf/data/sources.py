@@ -271,15 +271,14 @@ def _has(features: Features, name: str) -> bool:
 def _with_computed_columns(dataset: Dataset | IterableDataset, field: str | None) -> Dataset | IterableDataset:
     """Paths become entries of audio, texts and ids strings, and ids that are missing are made of the paths."""
     features = dataset.features
-    types: dict[str, Any] = {}
-    for name, kind, needed in (
-        ("audio", UNDECODED, True),
-        ("reference_audio", UNDECODED, False),
-        ("text", Value("string"), field is not None),
-        ("id", Value("string"), True),
-    ):
-        if features[name] != kind if name in features else needed:
-            types[name] = kind
+    types: dict[str, Any] = {
+        name: UNDECODED
+        for name in ("audio", "reference_audio")
+        if (not is_audio(features[name]) if name in features else name == "audio")
+    }
+    for name in ("text", "id"):
+        if features[name] != Value("string") if name in features else name == "id" or field:
+            types[name] = Value("string")
     if not types:
         return dataset
     if isinstance(dataset, IterableDataset):

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,7 +192,7 @@ def tokenize_corpus(
 
     done = sum(shard.summary["num_clips"] for key, shard in shards.items() if share.has(*key))
     progress = _Progress(share, num_clips, done)
-    with progress, ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8)) as pool:
+    with closing(progress), ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8)) as pool:
         blocks = _blocks(stream, clips_per_shard, shards, share)
         batches = _batches(blocks, pool, codec.config.sampling_rate, batch_seconds, chunk_length_s)
         for block, loading in prefetch(batches, _PREFETCHED_BATCHES):
@@ -201,7 +202,7 @@ def tokenize_corpus(
                 path = shard_path(output_dir, split, block.stream, block.number)
                 summary = _summary(block, rates, codec.config.sampling_rate)
                 write_shard(path, _table(block), settings, summary, versions)
-                progress.fail(summary["broken"])
+                progress.add([], summary["broken"])
 
     shards = find_shards(output_dir, settings)
     return close_corpus(output_dir, split, shards, versions) if _complete(shards, share) else None
@@ -223,9 +224,8 @@ class _Progress:
     """A progress bar of the first process, and a line of each at its end."""
 
     def __init__(self, share: ProcessShard, num_clips: int | None, done: int):
-        self.rank = share.rank
+        self.rank, self.done = share.rank, done
         self.clips = self.broken = 0
-        self.done = done
         self.seconds = 0.0
         self.started = time.perf_counter()
         total = None
@@ -236,34 +236,24 @@ class _Progress:
         interval = 0.1 if sys.stderr.isatty() else 60
         self.bar = tqdm(total=total, initial=done, unit="clip", disable=self.rank > 0, mininterval=interval)
 
-    def add(self, seconds: Sequence[float]) -> None:
+    def add(self, seconds: Sequence[float], broken: Sequence[Mapping[str, str]] = ()) -> None:
+        """Count clips that were encoded, by their durations, and clips that cannot be."""
         self.clips += len(seconds)
         self.seconds += sum(seconds)
-        self.bar.set_postfix_str(f"{self.seconds / 3600:.2f} h of audio, {self.rate:.4f} h/s", refresh=False)
-        self.bar.update(len(seconds))
-
-    def fail(self, broken: Sequence[Mapping[str, str]]) -> None:
         self.broken += len(broken)
-        self.bar.update(len(broken))
         for entry in broken:
             tqdm.write(f"skipped {entry['id']}: {entry['reason']}", file=sys.stderr)
+        self.bar.set_postfix_str(self._speed(), refresh=False)
+        self.bar.update(len(seconds) + len(broken))
 
-    @property
-    def rate(self) -> float:
-        """Hours of audio per second."""
-        return self.seconds / 3600 / (time.perf_counter() - self.started)
+    def _speed(self) -> str:
+        hours = self.seconds / 3600
+        return f"{hours:.4f} h of audio, {hours / (time.perf_counter() - self.started):.5f} h of audio per second"
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.bar.close()
-        parts = [
-            f"{self.clips} clips",
-            f"{self.seconds / 3600:.4f} h of audio",
-            f"{self.rate:.5f} h of audio per second",
-        ]
-        parts += [f"{count} {name}" for count, name in ((self.broken, "broken"), (self.done, "done before")) if count]
+        counts = ((self.broken, "broken"), (self.done, "done before"))
+        parts = [f"{self.clips} clips", self._speed(), *(f"{count} {name}" for count, name in counts if count)]
         tqdm.write(f"process {self.rank}: {', '.join(parts)}", file=sys.stderr)
 
 
