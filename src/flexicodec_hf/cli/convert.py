@@ -186,7 +186,8 @@ def _fetch(args: argparse.Namespace, files: ReleasedFiles) -> None:
     try:
         files.fetch(args.repo, not args.no_tts, args.vocoder_repo, args.semantic_repo)
     except CheckpointError as error:
-        hint = "" if args.no_tts or files.codec is None else " Pass --no-tts to convert the codec alone."
+        codec_alone_works = not args.no_tts and files.codec is not None and not files.is_whole
+        hint = " Pass --no-tts to convert the codec alone." if codec_alone_works else ""
         raise CommandError(f"{error}{hint}") from error
 
 

@@ -152,7 +152,9 @@ def convert_voicebox(
     """
     settings = _read_settings(config)
     if "voicebox_config" in settings:
-        settings.pop("repa_layer_idx", None)  # the reference never reads the outer setting of this name
+        # The reference stores the outer setting of this name and never reads it (flexicodec 0.1.2,
+        # nar_tts/modeling_voicebox.py, line 112).
+        settings.pop("repa_layer_idx", None)
         settings |= settings.pop("voicebox_config")
     return convert(SourceCheckpoint.open(source), VOICEBOX, settings, output_dir, dtype, allow_partial)
 

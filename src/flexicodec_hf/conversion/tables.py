@@ -176,6 +176,7 @@ def _chunk_qkv(name: str, config: FlexiCodecConfig, packed: Tensor) -> Tensor:
 
 def _rotary_pairs_to_halves(name: str, config: FlexiCodecConfig, weight: Tensor) -> Tensor:
     """Rows of a query or key projection, from rotary pairs (0, 1), (2, 3), ... to Llama's halves."""
+    # The reference rotates pairs: flexicodec 0.1.2, model_blocks/mimi/module/rope.py, line 47.
     in_bottleneck = name.startswith("bottleneck.")
     num_heads = config.num_bottleneck_attention_heads if in_bottleneck else config.num_aggregator_attention_heads
     return weight.view(num_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
@@ -344,6 +345,7 @@ def _attention_bias(name: str, config: FlexiCodecARConfig, bias: Tensor) -> Tens
 
 def _control_embedding(name: str, config: FlexiCodecARConfig, control: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One row for each control id; the reference projects a one-hot vector of the threshold."""
+    # flexicodec 0.1.2, ar_tts/modeling_artts.py, line 325
     table = control.new_zeros(config.text_token_offset - config.speech_vocab_size, control.shape[1])
     table[config.start_token_id - config.speech_vocab_size] = control[0]
     table[config.task_token_id - config.speech_vocab_size] = control[1]
@@ -439,7 +441,8 @@ AR = Table(
     },
     # Of the speaker slot, and of a loss other than the focal one.
     ignored=("spk_embed_dim", "duration_lsm_weight"),
-    # No released model was trained with a speaker vector: the reference's training refuses one.
+    # No released model was trained with a speaker vector: the reference's training refuses one
+    # (flexicodec 0.1.2, ar_tts/modeling_artts.py, line 333).
     unused=rf"transformer_lm\.spk_embed_affine_layer\..*|{_TTS_CODEC}",
 )
 
