@@ -59,7 +59,7 @@ def test_tiles_of_residual_units_have_no_seams(codecs, golden, monkeypatch, tile
     monkeypatch.setattr("flexicodec_hf.cpu_flexicodec._TILE_SIZE", tile_size)
     plain, fast = codecs
     expected, output = (codec.encode_frames(**inputs_of(golden)) for codec in codecs)
-    assert_close(output.acoustic_frames, expected.acoustic_frames, atol=5e-5)
+    assert_close(output.acoustic_frames, expected.acoustic_frames, atol=1e-4)
     encoded = plain.encode(**inputs_of(golden))
     assert_close(fast.decode(**encoded).audio_values, plain.decode(**encoded).audio_values, atol=1e-5)
 

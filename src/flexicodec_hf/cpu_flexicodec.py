@@ -1,7 +1,7 @@
 """Kernels that make the models faster on a CPU, for those who ask for them: [`optimize_for_cpu`].
 
-The model files are plain PyTorch. The classes here replace some of their modules, with the same parameters under the
-same names and the same values up to rounding.
+The model files are plain PyTorch. The classes here replace some of their modules, with the same
+parameters under the same names and the same values up to rounding.
 """
 
 import threading
@@ -31,16 +31,18 @@ _TILE_SIZE = 2**20
 def optimize_for_cpu(model: ModelT) -> ModelT:
     """Replace modules of a model, in place, by ones that are faster on a CPU.
 
-    Works on every model of this package, alone or as a part of another, and on any module that holds the same layers:
+    Works on every model of this package, alone or as a part of another, and on any module that
+    holds the same layers:
 
     - [`~torch.nn.Linear`]: many float32 rows, and a single bfloat16 row;
     - depthwise [`~torch.nn.Conv1d`] over time, applied to a transposed `(batch_size, length, channels)`;
     - the blocks of the codec's acoustic encoder and decoder, and their Snake activations, without gradients.
 
-    Parameters, their names, hooks and the files that `save_pretrained` writes stay the same; outputs are equal up to
-    rounding. Elsewhere than on a CPU, under `torch.compile`, and where a library has put in layers or weights of its
-    own (quantized, sharded), the modules compute as before. A hook on a residual unit of the codec, or on a layer in it,
-    runs once for each tile of a long sequence. Calling the function again changes nothing.
+    Parameters, their names, hooks and the files that `save_pretrained` writes stay the same;
+    outputs are equal up to rounding. Elsewhere than on a CPU, under `torch.compile`, and where a
+    library has put in layers or weights of its own (quantized, sharded), the modules compute as
+    before. A hook on a residual unit of the codec, or on a layer in it, runs once for each tile of
+    a long sequence. Calling the function again changes nothing.
 
     Args:
         model: A model or any other module, of any dtype.
@@ -57,7 +59,8 @@ def optimize_for_cpu(model: ModelT) -> ModelT:
     ```
     """
     for module in model.modules():
-        # Exact types: subclasses, such as those of quantization libraries, have a `forward` of their own.
+        # Exact types: subclasses, such as those of quantization libraries, have a `forward` of
+        # their own.
         fast = _FAST_CLASSES.get(type(module))
         if fast is not None and (fast is not _DepthwiseConv1d or _is_depthwise(module)):
             # The object stays, and with it its parameters, hooks, mode and everyone who holds it.
@@ -68,10 +71,10 @@ def optimize_for_cpu(model: ModelT) -> ModelT:
 class _Linear(nn.Linear):
     """Linear layer that chooses the kernel that is fast for the shape of its input.
 
-    - Many float32 rows are taken as a pointwise convolution: PyTorch gives products to MKL and, with two threads or
-      more, convolutions to oneDNN, which takes half the time on AMD processors.
-    - A single bfloat16 row, as in a step of generation, takes as long as the weights are read. oneDNN reads them at half
-      the speed of PyTorch's own kernel.
+    - Many float32 rows are taken as a pointwise convolution: PyTorch gives products to MKL and, with
+      two threads or more, convolutions to oneDNN, which takes half the time on AMD processors.
+    - A single bfloat16 row, as in a step of generation, takes as long as the weights are read. oneDNN
+      reads them at half the speed of PyTorch's own kernel.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,7 +82,8 @@ class _Linear(nn.Linear):
             return super().forward(input)
         num_rows = input.shape[:-1].numel()
         if input.dtype == torch.float32 and num_rows >= _MIN_ROWS:
-            # An image of one row. Its channels-last layout is that of the rows, before and after: nothing is copied.
+            # An image of one row. Its channels-last layout is that of the rows, before and after:
+            # nothing is copied.
             image = input.reshape(1, 1, num_rows, -1).permute(0, 3, 1, 2)
             output = F.conv2d(image, self.weight[:, :, None, None], self.bias)
             return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
@@ -90,10 +94,10 @@ class _Linear(nn.Linear):
 
 
 class _DepthwiseConv1d(nn.Conv1d):
-    """Depthwise convolution of `(batch_size, channels, length)` that is fast for a view of `(batch_size, length, channels)`.
+    """Depthwise convolution that is fast for transposed views of `(batch_size, length, channels)`.
 
-    Such a view is computed as a convolution of images of one row, which knows channels-last tensors. The convolution of
-    sequences copies its input and output, half of its time.
+    Such a view is computed as a convolution of images of one row, which knows channels-last
+    tensors. The convolution of sequences copies its input and output, half of its time.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -117,8 +121,8 @@ class _Snake1d(Snake1d):
 class _TiledResidualUnits(FlexiCodecResidualUnitsMixin):
     """The three residual units of a block, tile by tile.
 
-    Where the sequences are longest, they are bound by memory, not arithmetic. A tile stays in the cache, with as much
-    context as the units reach: the same numbers in a third of the time.
+    Where the sequences are longest, they are bound by memory, not arithmetic. A tile stays in the
+    cache, with as much context as the units reach: the same numbers in a third of the time.
     """
 
     def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
@@ -162,8 +166,8 @@ def _is_depthwise(conv: nn.Module) -> bool:
 
 def _is_plain_cpu(input: Tensor, parameter: Tensor) -> bool:
     """Whether the kernels here may be used."""
-    # Quantized and sharded weights bring their own product. Inductor has kernels of its own, and cannot lay out the image
-    # of a row when its length is dynamic.
+    # Quantized and sharded weights bring their own product. Inductor has kernels of its own, and
+    # cannot lay out the image of a row when its length is dynamic.
     return input.device.type == "cpu" and type(parameter) is nn.Parameter and not torch.compiler.is_compiling()
 
 
@@ -176,8 +180,8 @@ _onednn_before = True
 def _onednn_off() -> Iterator[None]:
     """Turn oneDNN off for the products inside.
 
-    PyTorch has one switch for the process, and no product of one bfloat16 row that avoids oneDNN without it. The first
-    thread to come remembers the setting, and the last to leave restores it.
+    PyTorch has one switch for the process, and no product of one bfloat16 row that avoids oneDNN
+    without it. The first thread to come remembers the setting, and the last to leave restores it.
     """
     # TODO: drop once PyTorch's `linear` does not take oneDNN for a single bfloat16 row on a CPU.
     global _onednn_users, _onednn_before

@@ -32,9 +32,11 @@ class FlexiCodecFramesOutput(NamedTuple):
     r"""
     Args:
         semantic_frames (`torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`):
-            Output of the semantic encoder, one vector per frame (80 ms). Values at padded positions are undefined.
+            Output of the semantic encoder, one vector per frame (80 ms). Values at padded positions
+            are undefined.
         acoustic_frames (`torch.Tensor` of shape `(batch_size, num_frames, hidden_size)`):
-            Output of the acoustic encoder on the same frames. `None` if only the semantic code was asked for.
+            Output of the acoustic encoder on the same frames. `None` if only the semantic code was
+            asked for.
         num_frames (`torch.LongTensor` of shape `(batch_size,)`):
             Number of frames of each item, on the CPU.
     """
@@ -55,18 +57,20 @@ class FlexiCodecEncoderOutput(ModelOutput):
     r"""
     Args:
         audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_tokens)`):
-            Codebook 0 is the semantic one (codes 0 to 32767), the others are the residual acoustic ones (0 to 4095).
+            Codebook 0 is the semantic one (codes 0 to 32767), the others are the residual acoustic
+            ones (0 to 4095).
         token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
             Number of frames (80 ms) that each token covers, 1 to 8; 0 at padding.
         audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`):
             `True` for tokens, `False` for padding.
         latents (`torch.Tensor` of shape `(batch_size, hidden_size, num_tokens)`):
-            The continuous vectors that the codes stand for, summed over the codebooks; 0 at padding.
+            The continuous vectors that the codes stand for, summed over the codebooks; 0 at
+            padding.
         frame_similarities (`torch.FloatTensor` of shape `(batch_size, num_frames - 1)`):
             Cosine similarity of each semantic frame with the next; 0 at padding.
         merging_threshold (`torch.FloatTensor` of shape `(batch_size,)`):
-            The threshold that merged each item: the one passed, or the one found for `target_frame_rate`. `None` if
-            `token_lengths` were passed instead.
+            The threshold that merged each item: the one passed, or the one found for
+            `target_frame_rate`. `None` if `token_lengths` were passed instead.
     """
 
     audio_codes: Tensor | None = None
@@ -96,23 +100,28 @@ class FlexiCodecOutput(ModelOutput):
     r"""
     Args:
         loss (`torch.Tensor` of shape `()`):
-            Weighted sum of the three losses below. A trainer adds its reconstruction losses on `audio_values`.
+            Weighted sum of the three losses below. A trainer adds its reconstruction losses on
+            `audio_values`.
         audio_values (`torch.Tensor` of shape `(batch_size, 1, num_samples)`):
             Reconstructed waveform, as long as the input.
         audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_tokens)`):
-            Codebook 0 is the semantic one (codes 0 to 32767), the others are the residual acoustic ones (0 to 4095).
+            Codebook 0 is the semantic one (codes 0 to 32767), the others are the residual acoustic
+            ones (0 to 4095).
         token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
             Number of frames (80 ms) that each token covers, 1 to 8; 0 at padding.
         audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`):
             `True` for tokens, `False` for padding.
         latents (`torch.Tensor` of shape `(batch_size, hidden_size, num_tokens)`):
-            The continuous vectors that the codes stand for, summed over the codebooks in use; 0 at padding.
+            The continuous vectors that the codes stand for, summed over the codebooks in use; 0 at
+            padding.
         commitment_loss (`torch.Tensor` of shape `()`):
-            Mean squared distance of the projected residuals from their codes, summed over the acoustic codebooks in use.
+            Mean squared distance of the projected residuals from their codes, summed over the
+            acoustic codebooks in use.
         codebook_loss (`torch.Tensor` of shape `()`):
             The same distance, with gradients to the codebooks.
         distillation_loss (`torch.Tensor` of shape `()`):
-            Mean squared distance of the decoded semantic latents from the mean semantic frame of each token.
+            Mean squared distance of the decoded semantic latents from the mean semantic frame of
+            each token.
         frame_similarities (`torch.FloatTensor` of shape `(batch_size, num_frames - 1)`):
             Cosine similarity of each semantic frame with the next; 0 at padding.
         merging_threshold (`torch.FloatTensor` of shape `(batch_size,)`):
@@ -233,8 +242,9 @@ class FlexiCodecTransformer(nn.Module):
         return hidden_states
 
     def _rotary_embeddings(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        # Not `LlamaRotaryEmbedding`: its inverse frequencies round differently in float32 (by 8e-6 in the cosines of 500
-        # positions), and near ties of the released codec's codes hang on such differences.
+        # Not `LlamaRotaryEmbedding`: its inverse frequencies round differently in float32 (by 8e-6
+        # in the cosines of 500 positions), and near ties of the released codec's codes hang on such
+        # differences.
         device = hidden_states.device
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
         positions = torch.arange(hidden_states.shape[1], device=device, dtype=torch.float32)
@@ -271,10 +281,11 @@ class FlexiCodecSegments(NamedTuple):
 
 
 class FlexiCodecFrameMerger:
-    """Decides which neighboring frames share a token (arXiv 2510.00981 section 3.2). It has no parameters.
+    """Decides which neighboring frames share a token (arXiv 2510.00981 section 3.2).
 
     Frames are merged while the cosine similarity of each with the next is above a threshold, up to
-    `config.max_frames_per_token` of them. The result is the length of each token in frames.
+    `config.max_frames_per_token` of them. The result is the length of each token in frames. This class
+    has no parameters.
     """
 
     def __init__(self, config: FlexiCodecConfig):
@@ -295,7 +306,8 @@ class FlexiCodecFrameMerger:
         Args:
             frames: `(batch_size, num_frames, size)` in float32.
             num_frames: `(batch_size,)`, frames of each item.
-            merging_threshold: Cosine similarity above which frames are merged, for all items or `(batch_size,)`.
+            merging_threshold: Similarity above which frames are merged, for all items or
+                `(batch_size,)`.
             target_frame_rate: Tokens per second to aim at, for all items or `(batch_size,)`.
             token_lengths: `(batch_size, num_tokens)`, 0 at padding.
         """
@@ -315,14 +327,14 @@ class FlexiCodecFrameMerger:
 
         Args:
             frames: `(batch_size, num_frames, size)` in float32.
-            frame_mask: `(batch_size, num_frames)`, `True` for frames, `False` for padding on the right.
+            frame_mask: `(batch_size, num_frames)`, `False` for the padding on the right.
 
         Returns:
             `(batch_size, num_frames - 1)`, at most 1; 0 at padding.
         """
         similarities = F.cosine_similarity(frames[:, :-1], frames[:, 1:], dim=-1)
-        # Rounding takes the cosine of equal vectors past 1, where a threshold of 1 would merge them (as it does in
-        # flexicodec 0.1.2, modeling_flexicodec.py, line 877).
+        # Rounding takes the cosine of equal vectors past 1, where a threshold of 1 would merge them
+        # (as it does in flexicodec 0.1.2, modeling_flexicodec.py, line 877).
         return similarities.clamp(max=1.0) * frame_mask[:, 1:]
 
     def segment(self, similarities: Tensor, threshold: Tensor, frame_mask: Tensor) -> Tensor:
@@ -354,7 +366,8 @@ class FlexiCodecFrameMerger:
         """
         num_frames = frame_mask.sum(dim=1)
         target = frame_rate / self.frame_rate * num_frames
-        # The number of tokens never falls as the threshold rises, and changes only at similarities: search those.
+        # The number of tokens never falls as the threshold rises, and changes only at similarities:
+        # search those.
         candidates = similarities.masked_fill(~frame_mask[:, 1:], 1.0).sort(dim=1).values
         candidates = F.pad(candidates, (1, 0), value=-1.0)
 
@@ -371,7 +384,8 @@ class FlexiCodecFrameMerger:
         below = (high - 1).clamp(min=0)
         best = torch.where((target - count(below)).abs() < (count(high) - target).abs(), below, high)
         chosen = candidates.gather(1, best[:, None])[:, 0]
-        # Half way to the next similarity, so that a slightly different rounding does not change what is merged.
+        # Half way to the next similarity, so that a slightly different rounding does not change
+        # what is merged.
         following = F.pad(candidates, (0, 1), value=1.0).gather(1, best[:, None] + 1)[:, 0]
         middle = (chosen + following) / 2
         return torch.where(middle < following, middle, chosen)
@@ -410,13 +424,14 @@ class FlexiCodecFrameMerger:
             num_frames: `(batch_size,)`.
 
         Raises:
-            ValueError: The lengths have a wrong shape, dtype or range, or do not cover the frames of each item.
+            ValueError: The lengths have a wrong shape, dtype or range, or do not cover the frames
+            of each item.
         """
         batch_size = len(num_frames)
         if token_lengths.ndim != 2 or len(token_lengths) != batch_size or token_lengths.is_floating_point():
             raise ValueError(
-                f"`token_lengths` must be integers of the shape (batch_size, num_tokens) = ({batch_size}, num_tokens), "
-                f"got {token_lengths.dtype} of {tuple(token_lengths.shape)}."
+                f"`token_lengths` must be integers of the shape (batch_size, num_tokens) = ({batch_size}, "
+                f"num_tokens), got {token_lengths.dtype} of {tuple(token_lengths.shape)}."
             )
         token_lengths = token_lengths.long()
         expected, covered = num_frames.tolist(), token_lengths.sum(dim=1).tolist()
@@ -426,8 +441,8 @@ class FlexiCodecFrameMerger:
         padding_last = token_lengths[:, 1:].bool() <= token_lengths[:, :-1].bool()
         if not bool(in_range.all() and padding_last.all()):
             raise ValueError(
-                f"`token_lengths` must be 1 to {self.max_frames_per_token}, with 0 only after the last token of an item, "
-                f"got {token_lengths.tolist()}."
+                f"`token_lengths` must be 1 to {self.max_frames_per_token}, with 0 only after the last token of an "
+                f"item, got {token_lengths.tolist()}."
             )
         return token_lengths
 
@@ -457,7 +472,7 @@ def frame_to_token(token_lengths: Tensor, num_frames: int) -> Tensor:
 
 
 def repeat_by_token(tokens: Tensor, token_lengths: Tensor, num_frames: int) -> Tensor:
-    """The vector of the token that covers each frame: `(batch_size, num_tokens, size)` to `(batch_size, num_frames, size)`."""
+    """Repeat the vector of each token, `(batch_size, num_tokens, size)`, to `(batch_size, num_frames, size)`."""
     index = frame_to_token(token_lengths, num_frames)
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
@@ -465,7 +480,8 @@ def repeat_by_token(tokens: Tensor, token_lengths: Tensor, num_frames: int) -> T
 def mean_by_token(frames: Tensor, token_lengths: Tensor, frame_mask: Tensor | None) -> Tensor:
     """Mean of the frames of each token: `(batch_size, num_frames, size)` to `(batch_size, num_tokens, size)`."""
     tokens = torch.arange(token_lengths.shape[1], device=frames.device)
-    # A product with the 0/1 alignment: unlike a scatter, it adds in the same order on every device and run.
+    # A product with the 0/1 alignment: unlike a scatter, it adds in the same order on every device
+    # and run.
     alignment = frame_to_token(token_lengths, frames.shape[1])[:, None] == tokens[:, None]
     if frame_mask is not None:
         alignment = alignment & frame_mask[:, None]
@@ -475,8 +491,9 @@ def mean_by_token(frames: Tensor, token_lengths: Tensor, frame_mask: Tensor | No
 class FlexiCodecTokenAggregator(nn.Module):
     """Merges the frames of each token into one vector (arXiv 2510.00981 section 3.2).
 
-    One query per token, the mean of its frames plus a learned vector, is inserted after the token's last frame. A
-    transformer runs over the interleaved sequence, and its outputs at the queries are the merged vectors.
+    One query per token, the mean of its frames plus a learned vector, is inserted after the token's
+    last frame. A transformer runs over the interleaved sequence, and its outputs at the queries are
+    the merged vectors.
     """
 
     # One configuration describes three transformers of different widths.  trf-ignore: TRF029
@@ -499,8 +516,8 @@ class FlexiCodecTokenAggregator(nn.Module):
         Args:
             frames: `(batch_size, num_frames, stream_size)`.
             token_lengths: `(batch_size, num_tokens)`, frames of each token, 0 at padding.
-            frame_mask, token_mask: `(batch_size, num_frames)` and `(batch_size, num_tokens)`, or both `None` when
-                nothing is padding.
+            frame_mask, token_mask: `(batch_size, num_frames)` and `(batch_size, num_tokens)`, or both
+                `None` when nothing is padding.
 
         Returns:
             `(batch_size, num_tokens, stream_size)`, undefined at padding.
@@ -567,21 +584,22 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         Returns:
             The quantized vectors, of the same shape, and the codes, `(batch_size, num_tokens)`.
         """
-        # In float32 whatever the model's dtype: the last bits of bfloat16 must not decide what is rounded up.
+        # In float32 whatever the model's dtype: the last bits of bfloat16 must not decide what is
+        # rounded up.
         with maybe_autocast(hidden_states.device.type, enabled=False):
             projected = F.linear(hidden_states.float(), self.project_in.weight.float(), self.project_in.bias.float())
         half_width = self.levels // 2
         half_range = (self.levels - 1) * (1 - 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        # tan, where arXiv 2309.15505 has arctanh: the released weights were trained with it (flexicodec 0.1.2,
-        # fsq_quantizer.py, line 86).
+        # tan, where arXiv 2309.15505 has arctanh: the released weights were trained with it
+        # (flexicodec 0.1.2, fsq_quantizer.py, line 86).
         bounded = torch.tanh(projected + torch.tan(offset / half_range)) * half_range - offset
         rounded = bounded + (bounded.round() - bounded).detach()
         codes = ((rounded.detach().round().long() + half_width) * self._basis()).sum(dim=-1)
         return self.project_out((rounded / half_width).to(hidden_states.dtype)), codes
 
     def from_codes(self, codes: Tensor) -> Tensor:
-        """The quantized vectors `(batch_size, num_tokens, convnext_hidden_size)` of codes `(batch_size, num_tokens)`."""
+        """Codes `(batch_size, num_tokens)` to vectors `(batch_size, num_tokens, convnext_hidden_size)`."""
         half_width = self.levels // 2
         digits = (codes[..., None] // self._basis()) % self.levels
         return self.project_out(((digits - half_width) / half_width).to(self.project_out.weight.dtype))
@@ -605,15 +623,16 @@ class FlexiCodecVectorQuantizer(nn.Module):
             hidden_states: `(batch_size, num_tokens, hidden_size)`.
 
         Returns:
-            Their projection and the chosen entries, both `(batch_size, num_tokens, codebook_dim)` in float32, and the
-            codes `(batch_size, num_tokens)`.
+            Their projection and the chosen entries, both `(batch_size, num_tokens, codebook_dim)`
+            in float32, and the codes `(batch_size, num_tokens)`.
         """
         with maybe_autocast(hidden_states.device.type, enabled=False):
             projected = F.linear(hidden_states.float(), self.in_proj.weight.float(), self.in_proj.bias.float())
             codebook = F.normalize(self.codebook.weight.float())
-            # The squared distance of unit vectors, less a constant. The norms of the entries are not exactly 1 in
-            # float32, which decides near ties as in flexicodec 0.1.2, dac_quantize.py, line 90. (`DacVectorQuantize` of
-            # transformers adds them with the other sign.)
+            # The squared distance of unit vectors, less a constant. The norms of the entries are
+            # not exactly 1 in float32, which decides near ties as in flexicodec 0.1.2,
+            # dac_quantize.py, line 90. (`DacVectorQuantize` of transformers adds them with the
+            # other sign.)
             distances = codebook.square().sum(dim=1) - 2 * F.normalize(projected, dim=-1) @ codebook.t()
         codes = distances.argmin(dim=-1)
         return projected, self.codebook(codes).float(), codes
@@ -632,13 +651,13 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
         """
         Args:
             hidden_states: `(batch_size, num_tokens, hidden_size)`.
-            num_quantizers: How many codebooks to use. A tensor of shape `(batch_size,)` says how many the sum and the
-                losses of each item use, while all codes are returned (quantizer dropout).
+            num_quantizers: How many codebooks to use. A tensor of shape `(batch_size,)` says how many
+                the sum and the losses of each item use; all codes are returned then.
             token_mask: `(batch_size, num_tokens)`, or `None`.
 
         Returns:
-            The quantized vectors `(batch_size, num_tokens, hidden_size)`, the codes `(batch_size, num_quantizers,
-            num_tokens)`, and the commitment and codebook losses.
+            The quantized vectors `(batch_size, num_tokens, hidden_size)`, the codes `(batch_size,
+            num_quantizers, num_tokens)`, and the commitment and codebook losses.
         """
         quantized = torch.zeros_like(hidden_states)
         commitment_loss = codebook_loss = hidden_states.new_zeros((), dtype=torch.float32)
@@ -668,7 +687,7 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
         return quantized, torch.stack(codes, dim=1), commitment_loss, codebook_loss
 
     def from_codes(self, codes: Tensor) -> Tensor:
-        """Sum `(batch_size, num_tokens, hidden_size)` of the vectors of codes `(batch_size, n, num_tokens)`, n >= 1."""
+        """Codes `(batch_size, n, num_tokens)` to the sum of their vectors `(batch_size, num_tokens, hidden_size)`."""
         vectors = [
             quantizer.out_proj(quantizer.codebook(codes[:, i]))
             for i, quantizer in enumerate(self.quantizers[: codes.shape[1]])
@@ -687,11 +706,16 @@ def _item_mse(prediction: Tensor, target: Tensor, token_mask: Tensor | None) -> 
 class FlexiCodecResidualUnitsMixin:
     """The residual units of DAC's blocks, exact in padded batches.
 
-    Everything past the end of an item is kept 0 between the convolutions, as the padding of a lone item is.
+    Everything past the end of an item is kept 0 between the convolutions, as the padding of a lone
+    item is.
     """
 
     def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
-        """`(batch_size, channels, length)` to the same shape; `lengths` `(batch_size,)`, `None` when nothing is padding."""
+        """
+        Args:
+            hidden_states: `(batch_size, channels, length)`.
+            lengths: `(batch_size,)`; `None` when nothing is padding.
+        """
         for unit in (self.res_unit1, self.res_unit2, self.res_unit3):
             # Snake keeps 0 at 0, so it is enough to zero the output of a unit.
             hidden_states = _zero_past_end(unit(hidden_states), lengths)
@@ -737,8 +761,8 @@ class FlexiCodecAcousticEncoder(nn.Module):
     def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
         """
         Args:
-            hidden_states: `(batch_size, 1, num_samples)`, `num_samples` a multiple of the hop length.
-            lengths: `(batch_size,)` in samples, multiples of the hop length; `None` when nothing is padding.
+            hidden_states: `(batch_size, 1, num_samples)`, whole frames.
+            lengths: `(batch_size,)` in samples, whole frames; `None` when nothing is padding.
 
         Returns:
             `(batch_size, hidden_size, num_frames)`.
@@ -793,7 +817,8 @@ class FlexiCodecAcousticDecoder(nn.Module):
             lengths: `(batch_size,)` in frames; `None` when nothing is padding.
 
         Returns:
-            `(batch_size, 1, num_samples)` with, for each item, `output_length(lengths)` samples and then zeros.
+            `(batch_size, 1, num_samples)` with, for each item, `output_length(lengths)` samples and
+            then zeros.
         """
         hidden_states = _zero_past_end(self.conv1(_zero_past_end(hidden_states, lengths)), lengths)
         for block in self.block:
@@ -834,7 +859,8 @@ class FlexiCodecSemanticQuantizer(nn.Module):
             token_mask: `(batch_size, num_tokens)`, or `None`.
 
         Returns:
-            The semantic latents `(batch_size, num_tokens, hidden_size)` and the codes `(batch_size, num_tokens)`.
+            The semantic latents `(batch_size, num_tokens, hidden_size)` and the codes `(batch_size,
+            num_tokens)`.
         """
         hidden_states = self.in_proj(hidden_states)
         for layer in self.encoder:
@@ -902,7 +928,7 @@ class FlexiCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
 
 
 class _QuantizedTokens(NamedTuple):
-    """Codes `(batch_size, num_quantizers, num_tokens)`, latents `(batch_size, num_tokens, hidden_size)`, and losses."""
+    """Codes `(batch_size, num_quantizers, num_tokens)`, latents `(batch_size, num_tokens, hidden_size)`, losses."""
 
     codes: Tensor
     latents: Tensor
@@ -915,13 +941,15 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     r"""
     The FlexiCodec speech codec ([arXiv 2510.00981](https://huggingface.co/papers/2510.00981)).
 
-    It turns waveforms into 3 to 12.5 tokens per second. Neighboring frames that a frozen speech recognizer finds
-    similar share a token. Each token has a semantic code, residual acoustic codes, and a length in frames.
+    It turns waveforms into 3 to 12.5 tokens per second. Neighboring frames that a frozen speech
+    recognizer finds similar share a token. Each token has a semantic code, residual acoustic codes,
+    and a length in frames.
 
-    Padding never changes a result: each item of a padded batch gets the same codes, lengths and waveform as on its own,
-    up to the rounding of the kernels.
+    Padding never changes a result: each item of a padded batch gets the same codes, lengths and
+    waveform as on its own, up to the rounding of the kernels.
 
-    The semantic encoder is frozen: it runs without gradients, and `train()` leaves it in evaluation mode.
+    The semantic encoder is frozen: it runs without gradients, and `train()` leaves it in evaluation
+    mode.
 
     Args:
         config ([`FlexiCodecConfig`]): Sizes of the model.
@@ -993,32 +1021,36 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             input_values (`torch.Tensor` of shape `(batch_size, 1, num_samples)`):
                 Waveforms at `config.sampling_rate`, from [`FlexiCodecFeatureExtractor`].
             input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`):
-                Filterbank features of the same waveforms, from the same call of the feature extractor.
+                Filterbank features of the same waveforms, from the same call of the feature
+                extractor.
             padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*):
                 1 for samples, 0 for the padding after them.
             input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*):
                 1 for features, 0 for the padding after them.
             num_quantizers (`int`, *optional*):
-                Number of codebooks of `audio_codes`; 1 is the semantic one alone. Defaults to all, which is also what a
-                larger number gives.
+                Number of codebooks of `audio_codes`; 1 is the semantic one alone. Defaults to all,
+                which is also what a larger number gives.
             merging_threshold (`float`, `list[float]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Cosine similarity above which neighboring frames share a token, for all items or for each. 1.0 never
-                merges. Defaults to `config.merging_threshold`.
+                Cosine similarity above which neighboring frames share a token, for all items or for
+                each. 1.0 never merges. Defaults to `config.merging_threshold`.
             target_frame_rate (`float`, `list[float]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Average tokens per second to aim at, instead of a threshold: each item gets the threshold that comes
-                closest to this rate.
+                Average tokens per second to aim at, instead of a threshold: each item gets the
+                threshold that comes closest to this rate.
             chunk_length_s (`float`, *optional*):
-                Process long audio in chunks of this many seconds. Memory is then bounded by the chunk, plus 25 MB of
-                frames per hour. Merging and convolutions give the same as in one piece, and no token breaks at a seam.
-                Attention is limited to `chunk_context_s` around the chunk, so codes may differ, mostly near seams.
+                Process long audio in chunks of this many seconds. Memory is then bounded by the
+                chunk, plus 25 MB of frames per hour. Merging and convolutions give the same as in
+                one piece, and no token breaks at a seam. Attention is limited to `chunk_context_s`
+                around the chunk, so codes may differ, mostly near seams.
             chunk_context_s (`float`, *optional*, defaults to 5.0):
-                Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be exact.
+                Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
+                exact.
 
         Returns:
             [`FlexiCodecEncoderOutput`]
 
         Raises:
-            ValueError: The inputs have wrong shapes or do not belong together, or an argument is out of its range.
+            ValueError: The inputs have wrong shapes or do not belong together, or an argument is
+            out of its range.
         """
         chunking = {"chunk_length_s": chunk_length_s, "chunk_context_s": chunk_context_s}
         frames = self.encode_frames(
@@ -1037,10 +1069,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         chunk_context_s: float = 5.0,
     ) -> FlexiCodecFramesOutput:
         r"""
-        Run both encoders: the first and longest step of `encode`, before any frames are merged. `quantize_frames` is the
-        second step; it can follow several times, once for each threshold.
+        Run both encoders: the first and longest step of `encode`, before any frames are merged.
+        `quantize_frames` is the second step; it can follow several times, once for each threshold.
 
-        The arguments are those of `encode`. With `num_quantizers=1`, the acoustic encoder does not run.
+        The arguments are those of `encode`. With `num_quantizers=1`, the acoustic encoder does not
+        run.
 
         Returns:
             [`FlexiCodecFramesOutput`]
@@ -1063,7 +1096,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         semantic_frames = self._encode_semantic(input_features, num_features, chunk)
         acoustic_frames = None
         if num_quantizers != 1:
-            # The acoustic frames are 0 to 2 more. The last ones go (flexicodec 0.1.2, modeling_flexicodec.py, line 623).
+            # The acoustic frames are 0 to 2 more. The last ones go (flexicodec 0.1.2,
+            # modeling_flexicodec.py, line 623).
             acoustic_frames = self.acoustic_encoder.encode(input_values[:, 0], num_samples, chunk)
             acoustic_frames = acoustic_frames[:, : semantic_frames.shape[1]]
         return FlexiCodecFramesOutput(semantic_frames, acoustic_frames, num_frames)
@@ -1079,12 +1113,14 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         chunk_context_s: float = 5.0,
     ) -> FlexiCodecEncoderOutput:
         r"""
-        Merge frames and turn them into tokens: the second step of `encode`, whose arguments these are, but for two.
+        Merge frames and turn them into tokens: the second step of `encode`, whose arguments these
+        are, but for two.
 
         Args:
             frames ([`FlexiCodecFramesOutput`]): Output of `encode_frames`.
             token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
-                Number of frames of each token, 0 at padding: a segmentation of your own, instead of one by similarity.
+                Number of frames of each token, 0 at padding: a segmentation of your own, instead of
+                one by similarity.
 
         Returns:
             [`FlexiCodecEncoderOutput`]
@@ -1099,8 +1135,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         chunk = _chunk(self.config, chunk_length_s, chunk_context_s)
         if frames.acoustic_frames is None and num_quantizers > 1:
             raise ValueError(
-                f"`frames` were encoded with `num_quantizers=1`, which leaves nothing to make {num_quantizers} codebooks "
-                "of. Leave it out in `encode_frames`."
+                f"`frames` were encoded with `num_quantizers=1`, which leaves nothing to make {num_quantizers} "
+                "codebooks of. Leave it out in `encode_frames`."
             )
         segments = self.frame_merger(
             frames.semantic_frames, frames.num_frames, merging_threshold, target_frame_rate, token_lengths
@@ -1123,27 +1159,32 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         merging_threshold: Tensor | None = None,
     ) -> FlexiCodecDecoderOutput:
         r"""
-        Turn tokens back into speech. It takes the whole output of `encode`: `model.decode(**encoded)`.
+        Turn tokens back into speech. It takes the whole output of `encode`:
+        `model.decode(**encoded)`.
 
         Args:
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_quantizers, num_tokens)`):
-                Codes. Fewer codebooks than were encoded are fine; one codebook is the semantic one alone.
+                Codes. Fewer codebooks than were encoded are fine; one codebook is the semantic one
+                alone.
             token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
                 Number of frames of each token. Defaults to 1 for each.
             audio_codes_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
-                1 for tokens, 0 for the padding after them. By default, all tokens after the last one with a length
-                are padding.
+                1 for tokens, 0 for the padding after them. By default, all tokens after the last
+                one with a length are padding.
             latents (`torch.Tensor` of shape `(batch_size, hidden_size, num_tokens)`, *optional*):
                 Continuous vectors to decode if there are no `audio_codes`.
             chunk_length_s (`float`, *optional*):
-                Decode long audio in chunks of this many seconds. Memory is then bounded by the chunk, plus the waveform.
-                The convolutions give the same as in one piece; attention is limited to `chunk_context_s` around the
-                chunk. Chunks fade into each other over one frame (80 ms).
+                Decode long audio in chunks of this many seconds. Memory is then bounded by the
+                chunk, plus the waveform. The convolutions give the same as in one piece; attention
+                is limited to `chunk_context_s` around the chunk. Chunks fade into each other over
+                one frame (80 ms).
             chunk_context_s (`float`, *optional*, defaults to 5.0):
-                Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be exact.
+                Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
+                exact.
             num_frames (`int`, *optional*):
-                Number of frames of the longest item, the largest row sum of `token_lengths`, if known. `decode` then does
-                not wait for the device, and `torch.compile(model.decode, fullgraph=True)` works.
+                Number of frames of the longest item, the largest row sum of `token_lengths`, if
+                known. `decode` then does not wait for the device, and `torch.compile(model.decode,
+                fullgraph=True)` works.
             frame_similarities, merging_threshold (*optional*):
                 Ignored. They are here so that the whole output of `encode` can be passed on.
 
@@ -1151,7 +1192,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             [`FlexiCodecDecoderOutput`] with 1280 samples per frame, less 16.
 
         Raises:
-            ValueError: A tensor has a wrong shape or dtype, a code or length is out of its range, or an item has no token.
+            ValueError: A tensor has a wrong shape or dtype, a code or length is out of its range,
+            or an item has no token.
         """
         tokens = latents if audio_codes is None else audio_codes
         if tokens is None:
@@ -1184,18 +1226,20 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         target_frame_rate: float | list[float] | Tensor | None = None,
     ) -> FlexiCodecOutput:
         r"""
-        Reconstruct speech: `encode`, then `decode`, with gradients through the quantizers (straight-through) and with the
-        losses of the quantizers.
+        Reconstruct speech: `encode`, then `decode`, with gradients through the quantizers
+        (straight-through) and with the losses of the quantizers.
 
         In training mode, arguments that are not given are drawn for the batch: a threshold from
-        `config.merging_threshold_range`; no acoustic quantizers at all with probability `config.quantizer_bypass_rate`;
-        otherwise, for a share `config.quantizer_dropout` of the items, a random number of them (flexicodec 0.1.2,
-        dac_quantize.py, `ResidualVectorQuantize.forward`).
+        `config.merging_threshold_range`; no acoustic quantizers at all with probability
+        `config.quantizer_bypass_rate`; otherwise, for a share `config.quantizer_dropout` of the
+        items, a random number of them (flexicodec 0.1.2, dac_quantize.py,
+        `ResidualVectorQuantize.forward`).
 
         Args:
             num_quantizers (`int` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Number of codebooks, as in `encode`. A tensor says for each item how many its reconstruction and losses
-                use; all codes are returned then. The other arguments are those of `encode`.
+                Number of codebooks, as in `encode`. A tensor says for each item how many its
+                reconstruction and losses use; all codes are returned then. The other arguments are
+                those of `encode`.
 
         Returns:
             [`FlexiCodecOutput`] whose `audio_values` are as long as `input_values`.
@@ -1222,21 +1266,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         if padding_mask is not None:
             audio_values = audio_values * padding_mask.to(audio_values.dtype)
 
-        loss = self.config.commitment_loss_weight * tokens.commitment_loss
-        loss = loss + self.config.codebook_loss_weight * tokens.codebook_loss
-        distillation_loss = None
-        if frames.semantic_frames.shape[-1] == tokens.semantic_latents.shape[-1]:
-            merged = mean_by_token(frames.semantic_frames, segments.token_lengths, segments.frame_mask)
-            error = (merged - tokens.semantic_latents.float()).square().mean(dim=-1)
-            distillation_loss = (error * segments.token_mask).sum() / segments.token_mask.sum()
-            loss = loss + self.config.distillation_loss_weight * distillation_loss
         return FlexiCodecOutput(
-            loss=loss,
             audio_values=audio_values[:, None],
+            **_losses(self.config, frames, segments, tokens),
             **_encoder_output(tokens, segments),
-            commitment_loss=tokens.commitment_loss,
-            codebook_loss=tokens.codebook_loss,
-            distillation_loss=distillation_loss,
         )
 
     def get_semantic_features(self, audio_codes: Tensor, audio_codes_mask: Tensor | None = None) -> Tensor:
@@ -1259,7 +1292,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
 
     def get_semantic_frames(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> Tensor:
         r"""
-        Run the frozen semantic encoder alone: one vector per codec frame, before anything is merged or quantized.
+        Run the frozen semantic encoder alone: one vector per codec frame, before anything is merged
+        or quantized.
 
         Args:
             input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`):
@@ -1268,8 +1302,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 1 for features, 0 for the padding after them.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`, on the frames that the tokens of
-            `encode` cover; 0 at padding.
+            `torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`, on the
+            frames that the tokens of `encode` cover; 0 at padding.
         """
         num_features = _valid_lengths(input_features_mask, input_features, "input_features_mask")
         frames = self._encode_semantic(input_features, num_features, chunk=None)
@@ -1284,7 +1318,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             factor = self.config.semantic_downsampling_factor
             chunk = Chunk(round(chunk.size * factor), round(chunk.context * factor))
         frames = _run_semantic_encoder(self.semantic_encoder, queries, input_features, num_features, chunk)
-        # In float32 whatever the model's dtype: the similarities of these frames decide the merging.
+        # In float32 whatever the model's dtype: the similarities of these frames decide the
+        # merging.
         return _resample(frames.float(), num_features, _num_frames(self.config, num_features))
 
     def _quantize(
@@ -1353,7 +1388,7 @@ def _quantize_in_chunks(
     segments: FlexiCodecSegments,
     chunk: Chunk,
 ) -> _QuantizedTokens:
-    """The tokens of `quantize(frames, segments)`, computed for some whole tokens at a time, with whole tokens of context."""
+    """The tokens of `quantize(frames, segments)`, some whole tokens at a time with whole tokens of context."""
     items = []
     for item, num_frames in enumerate(frames.num_frames.tolist()):
         parts = []
@@ -1390,6 +1425,26 @@ def _encoder_output(tokens: _QuantizedTokens, segments: FlexiCodecSegments) -> F
     )
 
 
+def _losses(
+    config: FlexiCodecConfig, frames: FlexiCodecFramesOutput, segments: FlexiCodecSegments, tokens: _QuantizedTokens
+) -> dict[str, Tensor | None]:
+    """The losses of [`FlexiCodecOutput`]; without distillation where the two spaces differ in size."""
+    loss = config.commitment_loss_weight * tokens.commitment_loss
+    loss = loss + config.codebook_loss_weight * tokens.codebook_loss
+    distillation_loss = None
+    if frames.semantic_frames.shape[-1] == tokens.semantic_latents.shape[-1]:
+        merged = mean_by_token(frames.semantic_frames, segments.token_lengths, segments.frame_mask)
+        error = (merged - tokens.semantic_latents.float()).square().mean(dim=-1)
+        distillation_loss = (error * segments.token_mask).sum() / segments.token_mask.sum()
+        loss = loss + config.distillation_loss_weight * distillation_loss
+    return {
+        "loss": loss,
+        "commitment_loss": tokens.commitment_loss,
+        "codebook_loss": tokens.codebook_loss,
+        "distillation_loss": distillation_loss,
+    }
+
+
 def _draw_num_quantizers(config: FlexiCodecConfig, batch_size: int) -> int | Tensor:
     """How many codebooks a training batch uses: the semantic one alone, or a number for each item."""
     # CODEPATH: the training of every checkpoint takes both, at random.
@@ -1403,7 +1458,8 @@ def _draw_num_quantizers(config: FlexiCodecConfig, batch_size: int) -> int | Ten
 
 def _num_frames(config: FlexiCodecConfig, num_features: Tensor) -> Tensor:
     """Number of codec frames `(batch_size,)` (80 ms) of numbers of features (60 ms)."""
-    # The released factor is this rounded one, and lengths depend on it (flexicodec 0.1.2, modeling_flexicodec.py, 410).
+    # The released factor is this rounded one, and lengths depend on it (flexicodec 0.1.2,
+    # modeling_flexicodec.py, line 410).
     return (num_features.double() / config.semantic_downsampling_factor).long().clamp(min=1)
 
 
@@ -1539,7 +1595,8 @@ def _per_item(name: str, value: float | list[float] | Tensor, like: Tensor) -> T
 def _resample(frames: Tensor, lengths: Tensor, new_lengths: Tensor) -> Tensor:
     """Linear interpolation of each item of `(batch_size, length, size)` to its new length.
 
-    Equal to `F.interpolate(..., size=new_length)` for each item (flexicodec 0.1.2, modeling_flexicodec.py, line 411).
+    Equal to `F.interpolate(..., size=new_length)` for each item (flexicodec 0.1.2,
+    modeling_flexicodec.py, line 411).
     """
     positions = torch.arange(int(new_lengths.max()), device=frames.device)
     old, new = lengths.to(frames.device)[:, None], new_lengths.to(frames.device)[:, None]

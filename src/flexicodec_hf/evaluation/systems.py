@@ -130,12 +130,11 @@ class CodecReconstruction:
             waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=self._codec.device
         )
         rows = self.settings["num_quantizers"]
-        frames: Any = self._codec.encode_frames(**inputs, num_quantizers=rows, chunk_length_s=chunk_length_s)
+        frames = self._codec.encode_frames(**inputs, num_quantizers=rows, chunk_length_s=chunk_length_s)
         segmentation: dict[str, Any] = self._rate
         if "fixed_frame_rate" in self._rate:
-            (num_frames,) = frames.num_frames
             step = self._codec.config.frame_rate / self._rate["fixed_frame_rate"]
-            segmentation = {"token_lengths": _even_lengths(num_frames, step)}
+            segmentation = {"token_lengths": _even_lengths(int(frames.num_frames), step)}
         encoded: Any = self._codec.quantize_frames(frames, rows, **segmentation, chunk_length_s=chunk_length_s)
         decoded = self._codec.decode(encoded.audio_codes, encoded.token_lengths, chunk_length_s=chunk_length_s)
         output = decoded.audio_values[0, 0].float().cpu().numpy()[: len(waveform)]
