@@ -1,6 +1,7 @@
 """`optimize_for_cpu`: the same numbers from other kernels, and nothing else changes."""
 
 import copy
+import multiprocessing
 import threading
 
 import pytest
@@ -145,15 +146,40 @@ def test_it_is_a_linear_layer(shape, bias, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1024,), (1, 1, 1024)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_single_row_times_large_weights(shape, bias, dtype, device):
-    linear = fast_linear(1024, 1026, bias=bias).to(device, dtype)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_single_row_times_large_weights(shape, bias, dtype, mode, device, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    linear = fast_linear(1024, 1027, bias=bias).to(device, dtype)
     inputs = torch.randn(shape, device=device, dtype=dtype)
-    expected = F.linear(inputs, linear.weight, linear.bias)
-    output = linear(inputs)
-    assert output.shape == expected.shape
-    assert_close(output.float(), expected.float(), 1e-5 if dtype == torch.float32 else 1e-2)
-    with pytest.raises(RuntimeError):
-        linear(torch.randn(1, 24, device=device, dtype=dtype))
+    with mode():
+        expected = F.linear(inputs, linear.weight, linear.bias).cpu()
+        output = linear(inputs)
+        assert output.shape == expected.shape and output.requires_grad == expected.requires_grad
+        assert_close(output.float(), expected.detach().float(), 1e-5 if dtype == torch.float32 else 1e-2)
+        with pytest.raises(RuntimeError):
+            linear(torch.randn(1, 24, device=device, dtype=dtype))
+    if mode is torch.enable_grad and dtype == torch.float32:
+        expected = F.linear(inputs, linear.weight, linear.bias)
+        assert_same_gradients(output, expected, list(linear.parameters()))
+
+
+def in_a_child(queue, linear, row):
+    with torch.no_grad():
+        queue.put(linear(row).tolist())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system has no fork")
+def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    linear, row = fast_linear(1024, 1024), torch.randn(1024)
+    with torch.no_grad():
+        expected = linear(row)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=in_a_child, args=(queue, linear, row), daemon=True)
+    process.start()
+    assert_close(torch.tensor(queue.get(timeout=60)), expected, 1e-6)
+    process.join(60)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -172,8 +198,8 @@ def test_a_single_bfloat16_row_leaves_onednn_as_it_was(enabled, monkeypatch):
 def test_threads_leave_onednn_as_it_was(enabled, monkeypatch):
     """The second thread enters while the first is inside, and leaves after it: it must not take the switch as it found it."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
-    inside, barrier = [], threading.Barrier(2, timeout=30)
-    linear, plain = nn.Linear.forward, {}
+    inside, outputs, barrier = [], {}, threading.Barrier(2, timeout=30)
+    linear = nn.Linear.forward
 
     def wait(self, row):
         barrier.wait()
@@ -186,14 +212,14 @@ def test_threads_leave_onednn_as_it_was(enabled, monkeypatch):
 
     def run(name):
         with torch.no_grad():
-            plain[name] = layer(row)
+            outputs[name] = layer(row)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert inside == [False, False] and len(plain) == 2
+    assert inside == [False, False] and len(outputs) == 2
     assert torch.backends.mkldnn.enabled is enabled
 
 
