@@ -196,7 +196,7 @@ def test_a_single_bfloat16_row_leaves_onednn_as_it_was(enabled, monkeypatch):
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_threads_leave_onednn_as_it_was(enabled, monkeypatch):
-    """The second thread enters while the first is inside, and leaves after it: it must not take the switch as it found it."""
+    """Two threads are inside at once: what the second finds is not what was set before."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     inside, outputs, barrier = [], {}, threading.Barrier(2, timeout=30)
     linear = nn.Linear.forward

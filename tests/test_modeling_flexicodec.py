@@ -285,7 +285,7 @@ def test_threshold_one_never_merges(codec, device):
 
 
 def test_padding_is_no_token(codec, device):
-    """Segmentation by hand: similarities above the threshold merge, up to eight frames, within the frames of each item."""
+    """Segmentation by hand: similarities above the threshold merge, within the frames of each item."""
     merger = codec.frame_merger
     similarities = torch.tensor([[0.9, 0.5, 0.9, 0.9, 0.5], [0.9, 0.9, 0.0, 0.0, 0.0]], device=device)
     frame_mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3], device=device)
@@ -434,7 +434,7 @@ def test_a_batch_gives_each_item_what_it_gets_alone(codec, device, seed):
 
 
 def test_training_losses_of_a_batch_ignore_padding(load, device):
-    """One item, alone and beside a shorter copy of nothing: the losses of a padded batch are means over valid tokens."""
+    """The losses of a padded batch are means over valid tokens."""
     model = copy.deepcopy(load("codec_tiny", device)).train()
     singles, batch = noise_batch(device, [40_000, 12_000])
     options = {"merging_threshold": 0.9, "num_quantizers": 5}
@@ -533,8 +533,9 @@ def test_fresh_weights_are_initialised():
     """Models are built on the meta device: nothing may be left as it was in memory."""
     config = FlexiCodecConfig(
         semantic_model_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32},
-        hidden_size=32, encoder_hidden_size=2, decoder_hidden_size=32, num_aggregator_layers=1, num_bottleneck_layers=1,
-        aggregator_hidden_size=32, bottleneck_hidden_size=32, convnext_hidden_size=8, num_convnext_layers=1,
+        hidden_size=32, encoder_hidden_size=2, decoder_hidden_size=32, num_aggregator_layers=1,
+        num_bottleneck_layers=1, aggregator_hidden_size=32, bottleneck_hidden_size=32,
+        convnext_hidden_size=8, num_convnext_layers=1,
     )  # fmt: skip
     model = FlexiCodecModel(config)
     with torch.device("meta"):
@@ -561,7 +562,7 @@ def test_fresh_weights_are_initialised():
 
 @torch.no_grad()
 def test_hooks_run_on_every_module(load, golden, device):
-    """Hooks, wrappers and quantized layers work as in any model: nothing goes round the modules, without gradients too."""
+    """Nothing goes round the modules, not even without gradients."""
     model = load("codec_tiny", device)
     called = set()
     modules = {name: module for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList)}

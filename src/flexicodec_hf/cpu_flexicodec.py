@@ -102,8 +102,8 @@ class _Linear(nn.Linear):
         return super().forward(input)
 
     def _row_in_threads(self, row: Tensor) -> Tensor:
-        # Python's threads, which sleep while they wait. Those of OpenMP (as in a batched product of parts) spin, so that
-        # on a busy machine they take seven times as long as one thread.
+        # Python's threads, which sleep while they wait. Those of OpenMP spin: as a batched product of
+        # parts, this took several times as long as one thread on a busy machine.
         num_threads = min(torch.get_num_threads(), _MAX_ROW_THREADS)
         vector, output = row.reshape(-1), row.new_empty(self.out_features)
         parts = list(zip(self.weight.chunk(num_threads), output.chunk(num_threads), strict=True))
@@ -142,7 +142,7 @@ class _DepthwiseConv1d(nn.Conv1d):
         if not _is_plain_cpu(input, self.weight) or input.ndim != 3 or not input.transpose(1, 2).is_contiguous():
             return super().forward(input)
         image, weight = input.unsqueeze(2), self.weight.unsqueeze(2)
-        padding = (0, self.padding[0])
+        padding = (0, int(self.padding[0]))
         return F.conv2d(image, weight, self.bias, padding=padding, groups=self.groups).squeeze(2)
 
 
@@ -166,7 +166,8 @@ class _TiledResidualUnits(FlexiCodecResidualUnitsMixin):
     def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or not _is_plain_cpu(hidden_states, self.snake1.alpha):
             return super().residual_units(hidden_states, lengths)
-        reach = sum(unit.conv1.padding[0] for unit in (self.res_unit1, self.res_unit2, self.res_unit3))
+        units = [self.res_unit1, self.res_unit2, self.res_unit3]
+        reach = sum(unit.get_submodule("conv1").padding[0] for unit in units)
         size = max(_TILE_SIZE // hidden_states[..., 0].numel(), reach)
         output = torch.empty_like(hidden_states)
         for core, window in windows(hidden_states.shape[-1], Chunk(size, reach)):

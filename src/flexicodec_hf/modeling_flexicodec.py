@@ -281,7 +281,7 @@ class FlexiCodecSegments(NamedTuple):
 
 
 class FlexiCodecFrameMerger:
-    """Decides which neighboring frames share a token (arXiv 2510.00981 section 3.2).
+    """Decides which neighboring frames share a token: the dynamic frame rate of arXiv 2510.00981.
 
     Frames are merged while the cosine similarity of each with the next is above a threshold, up to
     `config.max_frames_per_token` of them. The result is the length of each token in frames. This class
@@ -289,9 +289,7 @@ class FlexiCodecFrameMerger:
     """
 
     def __init__(self, config: FlexiCodecConfig):
-        self.frame_rate = config.frame_rate
-        self.default_threshold = config.merging_threshold
-        self.max_frames_per_token = config.max_frames_per_token
+        self.config = config
 
     def __call__(
         self,
@@ -365,7 +363,7 @@ class FlexiCodecFrameMerger:
             `(batch_size,)`.
         """
         num_frames = frame_mask.sum(dim=1)
-        target = frame_rate / self.frame_rate * num_frames
+        target = frame_rate / self.config.frame_rate * num_frames
         # The number of tokens never falls as the threshold rises, and changes only at similarities:
         # search those.
         candidates = similarities.masked_fill(~frame_mask[:, 1:], 1.0).sort(dim=1).values
@@ -402,16 +400,16 @@ class FlexiCodecFrameMerger:
             raise ValueError("Pass either `merging_threshold` or `target_frame_rate`, not both.")
         if target_frame_rate is None:
             if merging_threshold is None:
-                merging_threshold = self.default_threshold
+                merging_threshold = self.config.merging_threshold
             threshold = _per_item("merging_threshold", merging_threshold, similarities)
             if not bool(((threshold >= -1) & (threshold <= 1)).all()):
                 raise ValueError(f"`merging_threshold` is a cosine, between -1 and 1, got {merging_threshold}.")
             return threshold
         rate = _per_item("target_frame_rate", target_frame_rate, similarities)
-        lowest = self.frame_rate / self.max_frames_per_token
-        if not bool(((rate >= lowest) & (rate <= self.frame_rate)).all()):
+        lowest = self.config.frame_rate / self.config.max_frames_per_token
+        if not bool(((rate >= lowest) & (rate <= self.config.frame_rate)).all()):
             raise ValueError(
-                f"`target_frame_rate` must be between {lowest} and {self.frame_rate} tokens per second, got "
+                f"`target_frame_rate` must be between {lowest} and {self.config.frame_rate} tokens per second, got "
                 f"{target_frame_rate}."
             )
         return self.threshold_for_rate(similarities, rate, frame_mask)
@@ -437,12 +435,13 @@ class FlexiCodecFrameMerger:
         expected, covered = num_frames.tolist(), token_lengths.sum(dim=1).tolist()
         if covered != expected:
             raise ValueError(f"`token_lengths` must cover {expected} frames, one number an item, and cover {covered}.")
-        in_range = (token_lengths >= 0) & (token_lengths <= self.max_frames_per_token)
+        longest = self.config.max_frames_per_token
+        in_range = (token_lengths >= 0) & (token_lengths <= longest)
         padding_last = token_lengths[:, 1:].bool() <= token_lengths[:, :-1].bool()
         if not bool(in_range.all() and padding_last.all()):
             raise ValueError(
-                f"`token_lengths` must be 1 to {self.max_frames_per_token}, with 0 only after the last token of an "
-                f"item, got {token_lengths.tolist()}."
+                f"`token_lengths` must be 1 to {longest}, with 0 only after the last token of an item, "
+                f"got {token_lengths.tolist()}."
             )
         return token_lengths
 
@@ -453,7 +452,7 @@ class FlexiCodecFrameMerger:
         segment_starts = (starts * positions).cummax(dim=1).values
         # A segment that is too long is cut every `max_frames_per_token` frames (flexicodec 0.1.2,
         # modeling_flexicodec.py, line 895).
-        return ((positions - segment_starts) % self.max_frames_per_token == 0) & frame_mask
+        return ((positions - segment_starts) % self.config.max_frames_per_token == 0) & frame_mask
 
 
 def frame_to_token(token_lengths: Tensor, num_frames: int) -> Tensor:
@@ -710,6 +709,11 @@ class FlexiCodecResidualUnitsMixin:
     item is.
     """
 
+    snake1: Snake1d
+    res_unit1: nn.Module
+    res_unit2: nn.Module
+    res_unit3: nn.Module
+
     def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         """
         Args:
@@ -753,6 +757,7 @@ class FlexiCodecAcousticEncoder(nn.Module):
     def __init__(self, config: FlexiCodecConfig):
         super().__init__()
         size, ratios = config.encoder_hidden_size, config.downsampling_ratios
+        self.hop_length = config.hop_length
         self.conv1 = nn.Conv1d(1, size, kernel_size=7, padding=3)
         self.block = nn.ModuleList(FlexiCodecEncoderBlock(config, ratio, i + 1) for i, ratio in enumerate(ratios))
         self.snake1 = Snake1d(size * 2 ** len(ratios))
@@ -784,7 +789,7 @@ class FlexiCodecAcousticEncoder(nn.Module):
         Returns:
             `(batch_size, num_frames, hidden_size)`.
         """
-        hop_length = math.prod(block.conv1.stride[0] for block in self.block)
+        hop_length = self.hop_length
         num_frames = -(-num_samples // hop_length)
         length = int(num_frames.max()) * hop_length
         waveforms = F.pad(waveforms, (0, max(length - waveforms.shape[1], 0)))[:, :length]
@@ -895,7 +900,7 @@ class FlexiCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    # ******** FlexiCodec specific ********
+    # ******** FlexiCodec specific: a second Auto class in the configuration ********
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         if self._auto_class is not None:
             # `register_for_auto_class` writes one Auto class, and this model has two.
@@ -1021,8 +1026,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             input_values (`torch.Tensor` of shape `(batch_size, 1, num_samples)`):
                 Waveforms at `config.sampling_rate`, from [`FlexiCodecFeatureExtractor`].
             input_features (`torch.Tensor` of shape `(batch_size, num_features, 560)`):
-                Filterbank features of the same waveforms, from the same call of the feature
-                extractor.
+                Filterbank features of the same waveforms, from the same feature extractor.
             padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*):
                 1 for samples, 0 for the padding after them.
             input_features_mask (`torch.Tensor` of shape `(batch_size, num_features)`, *optional*):
@@ -1052,7 +1056,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             ValueError: The inputs have wrong shapes or do not belong together, or an argument is
             out of its range.
         """
-        chunking = {"chunk_length_s": chunk_length_s, "chunk_context_s": chunk_context_s}
+        chunking: Any = {"chunk_length_s": chunk_length_s, "chunk_context_s": chunk_context_s}
         frames = self.encode_frames(
             input_values, input_features, padding_mask, input_features_mask, num_quantizers, **chunking
         )
@@ -1072,8 +1076,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         Run both encoders: the first and longest step of `encode`, before any frames are merged.
         `quantize_frames` is the second step; it can follow several times, once for each threshold.
 
-        The arguments are those of `encode`. With `num_quantizers=1`, the acoustic encoder does not
-        run.
+        The arguments are those of `encode`. `num_quantizers=1` leaves out the acoustic encoder.
 
         Returns:
             [`FlexiCodecFramesOutput`]
@@ -1086,13 +1089,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_samples = _valid_lengths(padding_mask, input_values[:, 0], "padding_mask")
         num_features = _valid_lengths(input_features_mask, input_features, "input_features_mask")
         num_frames = _num_frames(self.config, num_features)
-        num_acoustic_frames = -(-num_samples // self.config.hop_length)
-        for acoustic, semantic in zip(num_acoustic_frames.tolist(), num_frames.tolist(), strict=True):
-            if not 0 <= acoustic - semantic <= 2:
-                raise ValueError(
-                    "`input_features` and `input_values` do not belong together: the features of an item last "
-                    f"{semantic} frames, its waveform {acoustic}. Make both with one call of the feature extractor."
-                )
+        _check_same_clips(num_frames, -(-num_samples // self.config.hop_length))
         semantic_frames = self._encode_semantic(input_features, num_features, chunk)
         acoustic_frames = None
         if num_quantizers != 1:
@@ -1113,8 +1110,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         chunk_context_s: float = 5.0,
     ) -> FlexiCodecEncoderOutput:
         r"""
-        Merge frames and turn them into tokens: the second step of `encode`, whose arguments these
-        are, but for two.
+        Merge frames and turn them into tokens: the second step of `encode`. It takes the arguments
+        of `encode` that are named here, and two of its own.
 
         Args:
             frames ([`FlexiCodecFramesOutput`]): Output of `encode_frames`.
@@ -1326,9 +1323,9 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         self, frames: FlexiCodecFramesOutput, segments: FlexiCodecSegments, num_acoustic_quantizers: int | Tensor
     ) -> _QuantizedTokens:
         """Frames to tokens; without acoustic frames, to semantic codes alone."""
-        token_lengths, frame_mask, token_mask = segments.token_lengths, segments.frame_mask, segments.token_mask
-        if len(token_lengths) == 1:  # nothing is padding
-            frame_mask = token_mask = None
+        token_lengths, frame_mask, token_mask = segments.token_lengths, None, None
+        if len(token_lengths) > 1:  # a lone item has no padding
+            frame_mask, token_mask = segments.frame_mask, segments.token_mask
         dtype = self.semantic_quantizer.in_proj.weight.dtype
         semantic = self.semantic_aggregator(frames.semantic_frames.to(dtype), token_lengths, frame_mask, token_mask)
         semantic_latents, semantic_codes = self.semantic_quantizer(semantic, token_mask)
@@ -1490,6 +1487,15 @@ def _check_inputs(config: FlexiCodecConfig, input_values: Tensor, input_features
         )
     if len(input_features) != len(input_values):
         raise ValueError(f"`input_values` holds {len(input_values)} items, `input_features` {len(input_features)}.")
+
+
+def _check_same_clips(num_frames: Tensor, num_acoustic_frames: Tensor) -> None:
+    for semantic, acoustic in zip(num_frames.tolist(), num_acoustic_frames.tolist(), strict=True):
+        if not 0 <= acoustic - semantic <= 2:
+            raise ValueError(
+                "`input_features` and `input_values` do not belong together: the features of an item last "
+                f"{semantic} frames, its waveform {acoustic}. Make both with one call of the feature extractor."
+            )
 
 
 def _check_num_quantizers(num_quantizers: int | Tensor) -> None:
