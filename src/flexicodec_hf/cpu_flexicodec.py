@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -166,8 +166,8 @@ class _TiledResidualUnits(FlexiCodecResidualUnitsMixin):
     def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or not _is_plain_cpu(hidden_states, self.snake1.alpha):
             return super().residual_units(hidden_states, lengths)
-        units = [self.res_unit1, self.res_unit2, self.res_unit3]
-        reach = sum(unit.get_submodule("conv1").padding[0] for unit in units)
+        units: list[Any] = [self.res_unit1, self.res_unit2, self.res_unit3]
+        reach = sum(unit.conv1.padding[0] for unit in units)
         size = max(_TILE_SIZE // hidden_states[..., 0].numel(), reach)
         output = torch.empty_like(hidden_states)
         for core, window in windows(hidden_states.shape[-1], Chunk(size, reach)):
