@@ -129,12 +129,15 @@ def test_half_precision_gives_finite_values(tester, inputs, device, dtype):
 def test_hooks_see_every_module_that_is_used_in_training(tester, inputs, device):
     """Hooks, quantization and wrappers work on modules: no kernel may go round them without gradients."""
     model = tester.create_model().to(device)
-    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    called: set[str] = set()
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda *_, name=name: seen[torch.is_grad_enabled()].add(name))
-    for gradients in seen:
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    seen = {}
+    for gradients in (True, False):
+        called.clear()
         with torch.set_grad_enabled(gradients):
             model(**inputs)
+        seen[gradients] = set(called)
     assert seen[True] == seen[False] and len(seen[True]) > 10
 
 

@@ -28,6 +28,7 @@ from .configuration_flexicodec_ar import FlexiCodecARConfig
 from .configuration_flexicodec_tts import FlexiCodecTTSConfig
 from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
 from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
+from .cpu_flexicodec import optimize_for_cpu
 from .feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
 from .generation_flexicodec_tts import FlexiCodecFlowKwargs, FlexiCodecTTSOutput
@@ -111,5 +112,6 @@ __all__ = [
     "FlexiCodecVoiceboxPreTrainedModel",
     "SpeechChatCollator",
     "SpeechTextCollator",
+    "optimize_for_cpu",
     "save_repository",
 ]
