@@ -175,7 +175,7 @@ def test_each_item_can_have_its_threshold(thresholds, device):
         ({"token_lengths": torch.tensor([[10]]), "return_labels": True}, "must lie between 0 and 9, got 10"),
         ({"token_lengths": torch.tensor([[1, 2]])}, "must have one shape"),
         ({"codes": None, "token_lengths": None, "return_labels": True}, "`return_labels=True` needs both"),
-        ({"merging_threshold": 0.9}, r"merging_threshold=0.9: the model was trained with \[0.86, 0.91\]"),
+        ({"merging_threshold": 0.9}, r"`merging_threshold` is 0.9, but the model was trained with \[0.86, 0.91\]"),
         ({"merging_threshold": [0.86, 0.91]}, "`merging_threshold` holds 2 values for 1 texts"),
     ],
 )
@@ -186,7 +186,7 @@ def test_inputs_are_checked(changes, message):
 
 
 def test_config_checks_heads_and_survives_a_round_trip(tmp_path):
-    with pytest.raises(StrictDataclassClassValidationError, match="multiple of num_attention_heads=5"):
+    with pytest.raises(StrictDataclassClassValidationError, match="multiple of `num_attention_heads`, which is 5"):
         tiny_config(num_attention_heads=5)
     config = tiny_config(merging_thresholds=(0.8, 0.9, 1.0))
     config.save_pretrained(tmp_path)
