@@ -393,7 +393,7 @@ def test_a_save_that_is_killed_leaves_the_model_before_it(tmp_path, monkeypatch)
     trainer = TTSTrainer(model, args, prepare=None)
     trainer.save_model()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert before.keys() == {"config.json", "model.safetensors", "training_args.bin"}
+    assert before.keys() >= {"config.json", "model.safetensors"}
     save = model.save_pretrained
 
     def killed(folder, **kwargs):
