@@ -387,6 +387,27 @@ def test_one_process_does_not_take_two_gpus(tmp_path):
         TTSTrainer(model, args, prepare=None)
 
 
+def test_a_save_that_is_killed_leaves_the_model_before_it(tmp_path, monkeypatch):
+    args = SpeechTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    model = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**MEL_VOICEBOX))
+    trainer = TTSTrainer(model, args, prepare=None)
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() >= {"config.json", "model.safetensors"}
+    save = model.save_pretrained
+
+    def killed(folder, **kwargs):
+        save(folder, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", killed)
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_clips_of_like_length_share_a_batch(tmp_path):
     lengths = list(range(64))
     args = SpeechTrainingArguments(

@@ -18,7 +18,7 @@ class MultiScaleMelLoss(nn.Module):
     L1 distance of log10 mel spectra, summed over resolutions (arXiv:2306.06546, section 3.4).
 
     Args:
-        sampling_rate: Of the waveforms, in hertz.
+        sampling_rate: Sampling rate of the waveforms, in hertz.
         num_mels: Mel bands of each resolution.
         window_lengths: Hann window of each, in samples; it moves on by a quarter.
     """

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainerCal
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..data.files import atomic_directory
 from .batches import EpochSampler, SeededExamples, SpeechDataArguments, with_seeds
 from .samples import write_samples
 
@@ -55,7 +56,7 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None) -> tuple[
 def fresh_config(config_class: type[PreTrainedConfig], overrides: str | None, **values: Any) -> PreTrainedConfig:
     """
     The configuration of a model to train from nothing: the defaults, with other values in their
-        place, at any depth.
+    place, at any depth.
 
     Args:
         config_class: The class of the configuration.
@@ -147,6 +148,13 @@ class SpeechTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         return None
 
+    # A training that is killed while it saves must not leave a part of a model.
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        with atomic_directory(output_dir or self.args.output_dir) as folder:
+            super()._save(str(folder), state_dict)
+
     # ******** end ********
 
 
@@ -177,8 +185,8 @@ class TimeLimit(TrainerCallback):
 
 def time_is_up(start: float, minutes: float | None) -> bool:
     """
-    Whether `minutes` have passed since `start` (of `time.monotonic`) on the first process, told to
-    all of them.
+    Whether `minutes` have passed since `start` (of `time.monotonic`). All processes get the answer
+    of the first one.
     """
     if minutes is None:
         return False
