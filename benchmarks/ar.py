@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import CompileConfig
 
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
-from flexicodec_hf.conversion.ar import PREFIX, convert_ar
+from flexicodec_hf.conversion import convert_ar
 from flexicodec_hf.cpu_flexicodec import optimize_for_cpu
 from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 
@@ -115,7 +115,9 @@ def main() -> None:
         print(f"reference  float32   1 stream   {base:6.2f} tokens/s ({len(expected)} tokens)", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "artts.safetensors"
-            save_file({PREFIX + name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, source)
+            save_file(
+                {f"transformer_lm.{name}": tensor.contiguous() for name, tensor in theirs.state_dict().items()}, source
+            )
             del theirs
             model = convert_ar(source, Path(folder) / "model")
 

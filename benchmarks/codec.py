@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel, optimize_for_cpu
-from flexicodec_hf.conversion.codec import convert_codec, released_feature_extractor
+from flexicodec_hf.conversion.convert import convert_codec, released_feature_extractor
 
 
 THRESHOLD = 0.91

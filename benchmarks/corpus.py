@@ -27,8 +27,9 @@ import torch
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel, optimize_for_cpu
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.codec import released_feature_extractor
-from flexicodec_hf.corpus import load_corpus, tokenize_corpus
+from flexicodec_hf.conversion.convert import released_feature_extractor
+from flexicodec_hf.data.sources import load_speech
+from flexicodec_hf.data.tokenization import tokenize_corpus
 
 
 def make_clips(folder: Path, count: int) -> float:
@@ -83,7 +84,7 @@ def work(rank: int, arguments: argparse.Namespace, work_folder: str, output: str
     ready.wait()
     start = time.process_time()
     tokenize_corpus(
-        load_corpus(str(folder / "clips")),
+        load_speech(folder / "clips"),
         output,
         codec,
         feature_extractor,
@@ -143,7 +144,7 @@ def main() -> None:
         codec, feature_extractor = load(folder / "codec", arguments.dtype)
         start, cpu_start = time.perf_counter(), time.process_time()
         tokenize_corpus(
-            load_corpus(str(folder / "clips")),
+            load_speech(folder / "clips"),
             folder / "one",
             codec,
             feature_extractor,

@@ -98,7 +98,7 @@ def load(
 
 
 def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
-    from flexicodec_hf.conversion.nar import convert_voicebox
+    from flexicodec_hf.conversion import convert_voicebox
     from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 
     device = arguments.device
@@ -137,7 +137,7 @@ def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def time_vocoder(reference: Any, arguments: argparse.Namespace) -> None:
-    from flexicodec_hf.conversion.nar import convert_vocoder
+    from flexicodec_hf.conversion import convert_vocoder
     from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 
     mel = torch.randn(1, round(50 * arguments.target), 128, device=arguments.device)

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.codec import released_feature_extractor
+from flexicodec_hf.conversion.convert import released_feature_extractor
 from flexicodec_hf.speech_lm import duration_lm_class
 
 

@@ -12,11 +12,11 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 import flexicodec_hf
 from conftest import AUDIO, assert_close
-from flexicodec_hf.audio_flexicodec import AudioClip
+from flexicodec_hf.audio_flexicodec import AudioError
 from flexicodec_hf.cli import main
-from flexicodec_hf.cli.common import load_codec_config
-from flexicodec_hf.cli.runner import CodecRunner
-from flexicodec_hf.conversion.codec import convert_codec
+from flexicodec_hf.cli.common import CommandError, user_errors
+from flexicodec_hf.conversion import convert_codec
+from flexicodec_hf.data.files import DataError
 
 
 CLIPS = [
@@ -42,7 +42,7 @@ def released(golden, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model(released, tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("model")
-    convert_codec(released / "12hz_v1_half.safetensors", directory, codec_config=released / "12hz_v1_half_config.yaml")
+    convert_codec(released / "12hz_v1_half.safetensors", directory, released / "12hz_v1_half_config.yaml")
     return str(directory)
 
 
@@ -191,17 +191,6 @@ def test_long_clips_are_processed_in_chunks(run, tmp_path):
     assert soundfile.info(tmp_path / "librivox_long.wav").frames == soundfile.info(long).frames
 
 
-def test_a_clip_is_in_chunks_from_a_minute_on(model):
-    def chunk(seconds: float, **options: float) -> float | None:
-        options = {"chunk_length_s": 30.0} | options
-        runner = CodecRunner(load_codec_config(model), model, "cpu", "float32", **options)
-        return runner.chunk_of(AudioClip(Path("a.wav"), np.zeros(round(seconds * 16_000)), 16_000, 16_000, 1))
-
-    assert chunk(60) is None
-    assert chunk(60.1) == 30
-    assert chunk(60.1, chunk_length_s=0.0) is None
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_runs(run, tmp_path, dtype):
     status, _, errors = run("reconstruct", AUDIO / "short_0p08s.wav", tmp_path / "a.flac", "--dtype", dtype)
@@ -234,7 +223,7 @@ def test_an_interrupted_run_leaves_no_half_file(run, tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flexicodec_hf.cli.tokens.Tokens.save", interrupt)
+    monkeypatch.setattr("flexicodec_hf.data.tokens.Tokens.save", interrupt)
     status, _, errors = run("encode", AUDIO / CLIPS[0], "-o", tmp_path)
     assert status == 130 and errors == "flexicodec-hf: error: interrupted"
     assert list(tmp_path.iterdir()) == []
@@ -244,11 +233,12 @@ def test_files_made_with_other_settings_are_not_taken_for_these(run, tmp_path):
     run("encode", AUDIO / "silence_2s.wav", "-o", tmp_path, "--target-frame-rate", 6.25, "--num-quantizers", 2)
     status, _, errors = run("encode", AUDIO / "silence_2s.wav", "-o", tmp_path)
     assert status == 1
-    assert "was made with other settings (num_quantizers 2, target_frame_rate 6.25): pass --overwrite" in errors
+    assert "was made with other settings (num_quantizers 2, not 5; target_frame_rate 6.25, not None; " in errors
+    assert errors.endswith(": pass --overwrite or another --output-dir.")
 
     run("encode", AUDIO / "silence_2s.wav", "-o", tmp_path, "--merging-threshold", 0.8, "--overwrite")
     status, _, errors = run("encode", AUDIO / "silence_2s.wav", "-o", tmp_path)
-    assert status == 1 and "other settings (merging_threshold 0.8)" in errors
+    assert status == 1 and "other settings (merging_threshold 0.8, not 0.91)" in errors
     assert run("encode", AUDIO / "silence_2s.wav", "-o", tmp_path, "--merging-threshold", 0.8)[0] == 0
 
 
@@ -282,19 +272,22 @@ def test_broken_files_are_reported_and_the_rest_go_on(run, tmp_path, batch_size)
     assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["librivox_austen_0880", "silence_2s"]
 
 
-def test_out_of_memory_is_reported(run, tmp_path, monkeypatch):
-    encode = flexicodec_hf.FlexiCodecModel.encode
+def test_out_of_memory_is_reported(run, device, tmp_path, monkeypatch):
+    encode_frames = flexicodec_hf.FlexiCodecModel.encode_frames
 
     def small_memory(self, input_values, **kwargs):
         if input_values.numel() > 20_000:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(self, input_values, **kwargs)
+        return encode_frames(self, input_values, **kwargs)
 
-    monkeypatch.setattr(flexicodec_hf.FlexiCodecModel, "encode", small_memory)
+    monkeypatch.setattr(flexicodec_hf.FlexiCodecModel, "encode_frames", small_memory)
     clips = [AUDIO / "short_0p08s.wav", AUDIO / "silence_2s.wav"]
     status, output, errors = run("encode", *clips, "-o", tmp_path, "--batch-size", 2)
     assert status == 1 and "1 file, 0.08 s" in output
-    assert errors.endswith("silence_2s.wav: out of memory on cpu: pass a smaller --chunk-length-s") or "cuda" in errors
+    [error] = errors.splitlines()
+    assert f"silence_2s.wav: out of memory on {device}" in error
+    assert error.endswith(": pass a smaller `chunk_length_s`.")
+    assert [path.stem for path in tmp_path.iterdir()] == ["short_0p08s"]
 
 
 def tokens_file(path: Path, codes=((0, 1), (2, 3)), lengths=(1, 1), dtype=torch.int32, **changes: str | None) -> Path:
@@ -311,7 +304,7 @@ def tokens_file(path: Path, codes=((0, 1), (2, 3)), lengths=(1, 1), dtype=torch.
     "make, message",
     [
         (lambda path: None, "there is no such file"),
-        (lambda path: path.write_text("no safetensors"), "not a file of tokens from `encode`: "),
+        (lambda path: path.write_text("no safetensors"), "not tokens from `encode` or `tokenize`: "),
         (lambda path: save_file({"weight": torch.zeros(2)}, path), "missing or malformed entry ('num_samples')"),
         (lambda path: tokens_file(path, num_samples="many"), "missing or malformed entry (invalid literal"),
         (
@@ -428,6 +421,21 @@ def test_output_directories(run, tmp_path):
     assert status == 1 and f"there is no directory {tmp_path / 'missing'}" in errors
 
 
+def test_a_recording_that_is_not_there_cannot_be_reconstructed(run, tmp_path):
+    status, _, errors = run("reconstruct", tmp_path / "gone.wav", tmp_path / "out.wav")
+    assert status == 1 and errors == f"flexicodec-hf: error: {tmp_path / 'gone.wav'}: there is no such file."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_the_package_are_for_users_and_faults_are_not_hidden():
+    for error in (DataError("no rows"), AudioError("no samples"), OSError("no space")):
+        with pytest.raises(CommandError, match=str(error)), user_errors():
+            raise error
+    with pytest.raises(ValueError, match="a fault") as caught, user_errors():
+        raise ValueError("a fault")
+    assert caught.type is ValueError
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--version"])
@@ -529,7 +537,7 @@ def test_convert_errors(released, tmp_path, capsys, monkeypatch):
         (["--repo", str(tmp_path / "empty")], "no file 12hz_v1_half.safetensors in the directory"),
         (["--codec", str(tmp_path / "missing.pt")], "There is no checkpoint file"),
         (["--codec", str(tmp_path / "half.pt")], "cannot be read as a PyTorch file"),
-        (["--codec", str(tmp_path / "stray.safetensors")], "Unknown (1): stray. Pass `--allow-partial`"),
+        (["--codec", str(tmp_path / "stray.safetensors")], "Unknown (1): stray. Pass --allow-partial"),
     ):
         assert main(["convert", *args, "-o", str(tmp_path / "out")]) == 1
         error = capsys.readouterr().err.splitlines()[-1]

@@ -11,7 +11,8 @@ from transformers import AutoModel, AutoModelForAudioTokenization
 
 from conftest import assert_close
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
-from flexicodec_hf.conversion.codec import _module_names, _source_name, _to_target
+from flexicodec_hf.conversion.checkpoint import SourceCheckpoint
+from flexicodec_hf.conversion.tables import CODEC
 from flexicodec_hf.modeling_flexicodec import FlexiCodecTransformerLayer, frame_to_token, mean_by_token
 
 
@@ -188,15 +189,15 @@ def test_semantic_encoder_matches_the_reference(golden, device, masked):
         }
     )
     encoder = AutoModel.from_config(config.semantic_model_config).eval()
-    source = fixture.weights
+    weights = {f"semantic_model.{name}": tensor for name, tensor in fixture.weights.items()}
+    source = SourceCheckpoint("sensevoice.safetensors", weights)
     for name, parameter in encoder.state_dict().items():
-        name = f"semantic_encoder.{name}"
-        parameter.copy_(_to_target(name, source[_source_name(name, _module_names(config))], config))
+        parameter.copy_(CODEC.read(source, f"semantic_encoder.{name}", config))
     encoder.to(device)
 
     run = "masked" if masked else "codec_path"
     features = fixture["in/speech"]
-    queries = source["embed.weight"][torch.tensor(config.semantic_query_ids)]
+    queries = fixture.weights["embed.weight"][torch.tensor(config.semantic_query_ids)]
     features = torch.cat([queries.expand(features.shape[0], -1, -1), features], dim=1)
     assert torch.equal(features, fixture["prepended"])
     lengths = fixture["in/speech_lengths"] + 4 if masked else torch.tensor([features.shape[1]] * len(features))
@@ -214,11 +215,9 @@ def test_semantic_encoder_matches_the_reference(golden, device, masked):
 
 def reference_gradient(golden, model: FlexiCodecModel, name: str) -> torch.Tensor:
     """The gradient that the reference's parameter would have, from ours and, for weight norm, the chain rule."""
-    config = model.config
-    modules = _module_names(config)
     base, _, leaf = name.rpartition(".")
     source_name = f"{base}.weight" if leaf in ("weight_g", "weight_v") else name
-    (ours,) = [key for key, _ in model.named_parameters() if _source_name(key, modules) == source_name]
+    (ours,) = [key for key, _ in model.named_parameters() if CODEC.source_names(key, model.config) == [source_name]]
     parameter = model.get_parameter(ours)
     if parameter.grad is None:
         return None

@@ -1,10 +1,11 @@
-"""Audio files: reading them as one channel at the model's rate, and writing them."""
+"""Reading audio files as one channel at the sampling rate of a model, and writing them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,25 +14,25 @@ import soundfile
 import soxr
 
 
-# Samples (of each channel) that are read at once: the channels are averaged before the next are read.
+# Samples of each channel that are read at once. Their channels are averaged before the next are read.
 _BLOCK = 1 << 20
 
 
 class AudioError(ValueError):
-    """An audio file that cannot be read or written. The message names the file and says why."""
+    """An audio file cannot be read or written. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class AudioClip:
     """
-    One channel of audio, and what its file held.
+    One channel of audio, and the format of its file.
 
     Args:
         path: The file.
-        waveform: `(num_samples,)`, float32, in [-1, 1] unless the file overshoots.
-        sampling_rate: Of `waveform`, in hertz.
-        file_sampling_rate: Of the file, in hertz.
-        num_channels: Of the file.
+        waveform: Samples of shape `(num_samples,)`, float32, in [-1, 1] unless the file has larger ones.
+        sampling_rate: Sampling rate of `waveform`, in hertz.
+        file_sampling_rate: Sampling rate of the file, in hertz.
+        num_channels: Number of channels of the file.
     """
 
     path: Path
@@ -50,7 +51,7 @@ class AudioClip:
 
     @property
     def changes(self) -> list[str]:
-        """What reading did to the audio, in words; empty if nothing."""
+        """What was done to the audio, in words. Empty if it is as in the file."""
         changes = []
         if self.num_channels > 1:
             changes.append(f"{self.num_channels} channels averaged")
@@ -61,16 +62,19 @@ class AudioClip:
 
 def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = None) -> AudioClip:
     """
-    Read an audio file: average its channels, and resample it to `sampling_rate`.
+    Read an audio file, average its channels, and resample it.
 
     Args:
-        path: Anything libsndfile reads: WAV, FLAC, Ogg, MP3, AIFF, ...
+        path: A file in a format that libsndfile reads: WAV, FLAC, Ogg, MP3, AIFF, ...
         sampling_rate: The rate to resample to, in hertz.
-        file: The open file, where it is none on disk; `path` is then its name in messages.
+        file: The open file, if it is not on disk. `path` is then its name in errors.
+
+    Returns:
+        The clip.
 
     Raises:
-        AudioError: There is no such file, it is no audio file or a damaged one, or it has no samples, or NaN or infinite
-            ones.
+        AudioError: The file does not exist, is not an audio file, is damaged, is empty, or has NaN or
+            infinite samples.
     """
     path = Path(path)
     with _open(path, file) as audio:
@@ -90,37 +94,57 @@ def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = Non
 
 
 def audio_seconds(path: str | Path, file: BinaryIO | None = None) -> float:
-    """How long an audio file lasts, from its header. Arguments and [`AudioError`] as for `read_audio`."""
+    """
+    The duration of an audio file in seconds, from its header.
+
+    Args:
+        path: A file in a format that libsndfile reads.
+        file: The open file, if it is not on disk. `path` is then its name in errors.
+
+    Raises:
+        AudioError: The file does not exist, is not an audio file, or is damaged.
+    """
     with _open(Path(path), file) as audio:
         return audio.frames / audio.samplerate
 
 
 def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """`(num_samples,)` at `source_rate` hertz to `(new_num_samples,)` at `target_rate`, both float32."""
+    """
+    Resample one channel of audio.
+
+    Args:
+        waveform: Samples of shape `(num_samples,)`, float32.
+        source_rate: Sampling rate of `waveform`, in hertz.
+        target_rate: Sampling rate of the result, in hertz.
+
+    Returns:
+        Samples of shape `(num_resampled,)`, float32. The waveform itself if the rates are equal.
+    """
     if source_rate == target_rate or len(waveform) == 0:
         return waveform
     return soxr.resample(waveform, source_rate, target_rate)
 
 
 def check_audio_format(path: str | Path) -> None:
-    """Raise [`AudioError`] if no audio can be written under this name."""
+    """Raise [`AudioError`] if the suffix of a file does not name a format that can be written."""
     path = Path(path)
-    # A headerless file would not be read again.
+    # A file without a header could not be read again.
     if path.suffix[1:].upper() not in soundfile.available_formats().keys() - {"RAW"}:
         raise AudioError(f"{path}: unknown audio format '{path.suffix}': use .wav, .flac, .ogg or .mp3.")
 
 
 def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> None:
     """
-    Write one channel of audio, in the format that the file's suffix names (16 bits for WAV and FLAC).
+    Write one channel of audio, in the format named by the suffix of the file (16 bits for WAV and FLAC).
 
     Args:
-        path: The file; one that exists is replaced.
-        waveform: `(num_samples,)`, floats in [-1, 1]; what lies beyond is clipped.
-        sampling_rate: In hertz.
+        path: The file. An existing one is replaced.
+        waveform: Samples of shape `(num_samples,)`, floats. Values outside of [-1, 1] are clipped.
+        sampling_rate: Sampling rate of `waveform`, in hertz.
 
     Raises:
-        AudioError: The suffix names no format, the samples are NaN or infinite, or the file cannot be written.
+        AudioError: The suffix does not name a format, samples are NaN or infinite, or the file cannot be
+            written.
     """
     path = Path(path)
     check_audio_format(path)
@@ -145,3 +169,90 @@ def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
             yield audio
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: not an audio file, or a damaged one: {error.error_string}") from error
+
+
+class AudioWriter:
+    """
+    An audio file of one channel that is written part by part, in the format that its suffix names.
+
+    Args:
+        path: The file. It is made by the first `write`; one that exists is replaced.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.num_samples = 0
+        self.sampling_rate = 0
+        self._file: soundfile.SoundFile | None = None
+
+    def __enter__(self) -> AudioWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of audio that were written."""
+        return self.num_samples / self.sampling_rate if self.num_samples else 0.0
+
+    def write(self, waveform: np.ndarray, sampling_rate: int) -> None:
+        """
+        Append a waveform.
+
+        Args:
+            waveform: `(num_samples,)`, floats in [-1, 1]; values beyond are clipped.
+            sampling_rate: In hertz, the same for all parts.
+
+        Raises:
+            AudioError: The samples are NaN or infinite.
+        """
+        if not np.isfinite(waveform).all():
+            raise AudioError("The audio has NaN or infinite samples, and is not written: compute it in float32.")
+        if self._file is None:
+            self.sampling_rate = sampling_rate
+            self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
+        self._file.write(waveform)
+        self.num_samples += len(waveform)
+
+
+def read_stretches(
+    path: str | Path, sampling_rate: int, max_length_s: float = 300.0, cut_s: float = 30.0
+) -> Iterator[np.ndarray]:
+    """
+    Read an audio file of any length in stretches that end in pauses, in memory bounded by one stretch.
+
+    Args:
+        path: Anything libsndfile reads. Its channels are averaged.
+        sampling_rate: The rate to resample to, in hertz.
+        max_length_s: Seconds of a stretch at most.
+        cut_s: A stretch ends where its last `cut_s` seconds are quietest.
+
+    Yields:
+        Waveforms `(num_samples,)`, float32. Together they are the whole recording.
+
+    Raises:
+        AudioError: The file is missing, or it is no audio file or a damaged one.
+    """
+    max_length = int(max_length_s * sampling_rate)
+    with _open(Path(path), None) as file:
+        resampler = soxr.ResampleStream(file.samplerate, sampling_rate, 1, dtype="float32")
+        held = np.zeros(0, dtype=np.float32)
+        blocks = file.blocks(file.samplerate * 10, dtype="float32", always_2d=True)
+        for block in chain(blocks, [None]):
+            mono = np.zeros(0, dtype=np.float32) if block is None else block.mean(axis=1)
+            held = np.concatenate([held, resampler.resample_chunk(mono, last=block is None)])
+            while len(held) > max_length:
+                cut = find_pause(held[:max_length], sampling_rate, cut_s)
+                yield held[:cut]
+                held = held[cut:]
+        yield held
+
+
+def find_pause(waveform: np.ndarray, sampling_rate: int, cut_s: float = 30.0) -> int:
+    """The index of the sample in the middle of the 80 ms of least energy in the last `cut_s` seconds of a waveform."""
+    frame = sampling_rate * 8 // 100
+    num_frames = min(int(cut_s * sampling_rate), len(waveform)) // frame
+    frames = waveform[len(waveform) - num_frames * frame :].reshape(num_frames, frame)
+    return len(waveform) - (num_frames - int(np.square(frames).sum(axis=1).argmin())) * frame + frame // 2

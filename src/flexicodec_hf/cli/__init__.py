@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from . import codec, convert, evaluate, speak, tokenize
-from .common import PROGRAM, CommandError, report_error
+from .common import PROGRAM, CommandError, report_error, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_commands(commands)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
-    except (CommandError, OSError) as error:
+        with user_errors():
+            return args.run(args)
+    except CommandError as error:
         report_error(error)
         return 1
     except KeyboardInterrupt:

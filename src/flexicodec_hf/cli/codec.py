@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,24 +12,27 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from .common import (
-    CommandError,
+    add_chunk_argument,
     add_model_arguments,
     check_output,
+    check_target_rates,
     choose_device,
     cosine,
     load_codec_config,
-    not_negative,
     positive_int,
     report_error,
     usage_error,
-    whole_file,
 )
 
 
 if TYPE_CHECKING:
+    from ..audio_flexicodec import AudioClip
     from ..configuration_flexicodec import FlexiCodecConfig
-    from .runner import CodecRunner
-    from .tokens import Tokens, TokensRow
+    from ..data.runner import CodecRunner
+    from ..data.tokens import Tokens, TokenSource
+
+    # What a batch gives for each item: the tokens, to be reported, and how to write its file; or what went wrong.
+    Result = tuple[Tokens, Callable[[Path], None]] | Exception
 
 
 def add_commands(commands: Any) -> None:
@@ -84,7 +87,7 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
         "--num-quantizers",
         type=positive_int,
         metavar="N",
-        help="rows of codes to use: 1 is the semantic row alone, 8 a good compromise (default: all)",
+        help="codebooks to use: 1 is the semantic one alone, 8 a good compromise (default: all)",
     )
     if encodes:
         rate = parser.add_mutually_exclusive_group()
@@ -108,40 +111,25 @@ def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = 
             metavar="N",
             help="files to process at once, of similar length: faster on a GPU, with the same results (default: 1)",
         )
-    parser.add_argument(
-        "--chunk-length-s",
-        type=not_negative,
-        default=30.0,
-        metavar="S",
-        help="process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does "
-        "(default: 30)",
-    )
+    add_chunk_argument(parser)
     add_model_arguments(parser)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A file, or a row of one, to read and the file to make of it."""
+    """What to read, and the file to make of it."""
 
-    source: Path | TokensRow
+    source: Path | TokenSource
     target: Path
-
-
-# What a batch gives: the tokens of each item, to be reported, and how to write its file.
-Result = tuple["Tokens", Callable[[Path], None]]
 
 
 @dataclass
 class Totals:
-    """What the summary says."""
+    """What the summary says: `done` has seconds, tokens and quantizers of each file."""
 
-    done: int = 0
+    done: list[tuple[float, int, int]] = field(default_factory=list)
     skipped: int = 0
     failed: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    bits: float = 0.0
-    num_quantizers: set[int] = field(default_factory=set)
 
     def fail(self, error: object) -> None:
         self.failed += 1
@@ -155,12 +143,14 @@ class Totals:
         """One line."""
         parts = []
         if runner is not None and self.done:
-            rows = " or ".join(str(rows) for rows in sorted(self.num_quantizers))
+            seconds, tokens = sum(item[0] for item in self.done), sum(item[1] for item in self.done)
+            bits = sum(tokens * runner.config.bits_per_token(quantizers) for _, tokens, quantizers in self.done)
+            quantizers = " or ".join(map(str, sorted({item[2] for item in self.done})))
             parts += [
-                f"{_count(self.done, 'file')}, {self.seconds:.2f} s of audio",
-                f"{_count(self.tokens, 'token')}, {self.tokens / self.seconds:.2f} per second",
-                f"{self.bits / self.seconds:.0f} bits per second ({_count(rows, 'quantizer')})",
-                f"real-time factor {runner.processing_seconds / self.seconds:.3f} on {runner.device}",
+                f"{_count(len(self.done), 'file')}, {seconds:.2f} s of audio",
+                f"{_count(tokens, 'token')}, {tokens / seconds:.2f} per second",
+                f"{bits / seconds:.0f} bits per second ({_count(quantizers, 'quantizer')})",
+                f"real-time factor {runner.processing_seconds / seconds:.3f} on {runner.codec.device}",
             ]
         parts += [f"{count} {name}" for name, count in (("skipped", self.skipped), ("failed", self.failed)) if count]
         return "; ".join(parts)
@@ -168,32 +158,30 @@ class Totals:
 
 def run_reconstruct(args: argparse.Namespace) -> int:
     """`reconstruct IN OUT`; returns the exit status."""
-    from ..audio_flexicodec import read_audio, write_audio
-
     check_output(args)
-    config = _codec_config(args)
+    config = load_codec_config(args.model)
+    settings = _settings(args, config)
 
-    def compute(runner: CodecRunner, clips: Sequence[Any]) -> list[Result]:
-        tokens = _encode(runner, args, clips)
-        waveforms = runner.decode(tokens)
+    def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip]) -> list[Result]:
+        encoded = _encode(runner, clips, settings)
         return [
-            (item, partial(write_audio, waveform=waveform, sampling_rate=config.sampling_rate))
-            for item, waveform in zip(tokens, waveforms, strict=True)
+            result
+            for item in encoded
+            for result in ([item] if isinstance(item, Exception) else _decode(runner, [item[0]]))
         ]
 
-    jobs = [Job(args.input, args.output)]
-    return _run(args, config, jobs, Totals(), partial(read_audio, sampling_rate=config.sampling_rate), compute)
+    return _run(args, [Job(args.input, args.output)], Totals(), _reader(config), reconstruct)
 
 
 def run_encode(args: argparse.Namespace) -> int:
     """`encode IN... -o DIR`; returns the exit status."""
-    from ..audio_flexicodec import audio_seconds, read_audio
-    from .runner import encode_settings
-    from .tokens import read_settings
+    from ..audio_flexicodec import audio_seconds
+    from ..data.files import DataError, check_same_settings
+    from ..data.tokens import TokenSource
 
     jobs = _plan(args, args.inputs, ".safetensors")
-    config = _codec_config(args)
-    settings = encode_settings(config, args.model, args.num_quantizers, args.merging_threshold, args.target_frame_rate)
+    config = load_codec_config(args.model)
+    settings = _settings(args, config)
     totals = Totals()
     todo = []
     for job in jobs:
@@ -201,114 +189,116 @@ def run_encode(args: argparse.Namespace) -> int:
             todo.append(job)
             continue
         try:
-            differences = _differences(read_settings(job.target), settings)
-        except CommandError as error:
+            found = TokenSource(job.target, job.target.stem).read().settings
+            check_same_settings(job.target, found, settings, "pass --overwrite or another --output-dir")
+        except DataError as error:
             totals.fail(error)
-            continue
-        if differences:
-            totals.fail(
-                f"{job.source}: {job.target} exists and was made with other settings ({', '.join(differences)}): pass "
-                "--overwrite or another --output-dir."
-            )
         else:
             totals.skip(job)
-
-    def compute(runner: CodecRunner, clips: Sequence[Any]) -> list[Result]:
-        return [(item, item.save) for item in _encode(runner, args, clips)]
-
-    read = partial(read_audio, sampling_rate=config.sampling_rate)
-    return _run(args, config, todo, totals, read, compute, seconds_of=audio_seconds)
+    return _run(args, todo, totals, _reader(config), partial(_encode, settings=settings), audio_seconds)
 
 
 def run_decode(args: argparse.Namespace) -> int:
     """`decode FILE... -o DIR`; returns the exit status."""
-    from ..audio_flexicodec import write_audio
-    from .tokens import parquet_rows, read_tokens
+    from ..data.files import DataError
+    from ..data.tokens import token_sources
 
     totals = Totals()
-    sources: list[Path | TokensRow] = []
+    sources: list[TokenSource] = []
     for path in args.inputs:
         try:
-            sources += parquet_rows(path) if path.suffix == ".parquet" else [path]
-        except CommandError as error:
+            sources += token_sources(path)
+        except DataError as error:
             totals.fail(error)
-    jobs = _plan(args, sources, ".wav")
-    config = _codec_config(args)
+    load_codec_config(args.model)
     todo = []
-    for job in jobs:
+    for job in _plan(args, sources, ".wav"):
         if args.overwrite or not job.target.exists():
             todo.append(job)
         else:
             totals.skip(job)
 
-    def read(source: Path | TokensRow) -> Tokens:
-        tokens = read_tokens(source)
+    def read(source: TokenSource) -> Tokens:
+        tokens = source.read()
         return replace(tokens, audio_codes=tokens.audio_codes[: args.num_quantizers])
 
-    def compute(runner: CodecRunner, tokens: Sequence[Any]) -> list[Result]:
-        return [
-            (item, partial(write_audio, waveform=waveform, sampling_rate=config.sampling_rate))
-            for item, waveform in zip(tokens, runner.decode(tokens), strict=True)
-        ]
-
-    return _run(args, config, todo, totals, read, compute, seconds_of=lambda source: read_tokens(source).seconds)
+    return _run(args, todo, totals, read, _decode, lambda source: source.read().seconds)
 
 
-def _differences(there: Mapping[str, str], asked: Mapping[str, str]) -> list[str]:
-    """The settings of a file of tokens that are not those asked for."""
-    names = ["model", "num_quantizers"]
-    # With a target, the threshold is found for each clip.
-    names.append("target_frame_rate" if "target_frame_rate" in {*there, *asked} else "merging_threshold")
-    return [f"{name} {there.get(name, 'not given')}" for name in names if there.get(name) != asked.get(name)]
-
-
-def _codec_config(args: argparse.Namespace) -> FlexiCodecConfig:
-    config = load_codec_config(args.model)
-    rate = getattr(args, "target_frame_rate", None)
-    lowest = config.frame_rate / config.max_frames_per_token
-    if rate is not None and not lowest <= rate <= config.frame_rate:
-        usage_error(
-            args,
-            f"argument --target-frame-rate: must be between {lowest} and {config.frame_rate} tokens per second, got {rate}",
-        )
-    return config
-
-
-def _plan(args: argparse.Namespace, inputs: Sequence[Path | TokensRow], suffix: str) -> list[Job]:
+def _plan(args: argparse.Namespace, inputs: Iterable[Path | TokenSource], suffix: str) -> list[Job]:
     """A target in the output directory for each input."""
-    sources: dict[Path, Path | TokensRow] = {}
+    jobs: dict[Path, Job] = {}
     for source in dict.fromkeys(inputs):
         target = args.output_dir / f"{source.stem}{suffix}"
-        if target in sources:
-            usage_error(args, f"{sources[target]} and {source} would both become {target}: use two output directories")
-        sources[target] = source
-    return [Job(source, target) for target, source in sources.items()]
+        if target in jobs:
+            usage_error(
+                args, f"{jobs[target].source} and {source} would both become {target}: use two output directories"
+            )
+        jobs[target] = Job(source, target)
+    return list(jobs.values())
 
 
-def _encode(runner: CodecRunner, args: argparse.Namespace, clips: Sequence[Any]) -> list[Tokens]:
-    return runner.encode(clips, args.num_quantizers, args.merging_threshold, args.target_frame_rate)
+def _settings(args: argparse.Namespace, config: FlexiCodecConfig) -> dict[str, Any]:
+    """What decides the codes of a clip, as the property `settings` of its tokens has it."""
+    settings = {
+        "model": args.model,
+        "num_quantizers": min(args.num_quantizers or config.num_quantizers, config.num_quantizers),
+    }
+    if args.target_frame_rate is not None:
+        check_target_rates(args, config, [args.target_frame_rate])
+        return settings | {"target_frame_rate": args.target_frame_rate}
+    threshold = config.merging_threshold if args.merging_threshold is None else args.merging_threshold
+    return settings | {"merging_threshold": threshold}
+
+
+def _reader(config: FlexiCodecConfig) -> Callable[[Path], AudioClip]:
+    from ..audio_flexicodec import read_audio
+
+    return partial(read_audio, sampling_rate=config.sampling_rate)
+
+
+def _encode(runner: CodecRunner, clips: Sequence[AudioClip], settings: Mapping[str, Any]) -> list[Result]:
+    from .. import __version__
+    from ..data.runner import RateSetting
+
+    rate = RateSetting(settings.get("merging_threshold"), settings.get("target_frame_rate"))
+    results: list[Result] = []
+    for clip, encoded in zip(clips, runner.encode(clips, [rate], settings["num_quantizers"]), strict=True):
+        if isinstance(encoded, Exception):
+            results.append(encoded)
+            continue
+        metadata = {"model": settings["model"], "source": clip.path.name, "flexicodec_hf_version": __version__}
+        tokens = replace(encoded[0], metadata=metadata)
+        results.append((tokens, tokens.save))
+    return results
+
+
+def _decode(runner: CodecRunner, tokens: Sequence[Tokens]) -> list[Result]:
+    from ..audio_flexicodec import write_audio
+
+    return [
+        waveform
+        if isinstance(waveform, Exception)
+        else (item, partial(write_audio, waveform=waveform, sampling_rate=item.sampling_rate))
+        for item, waveform in zip(tokens, runner.decode(tokens), strict=True)
+    ]
 
 
 def _run(
     args: argparse.Namespace,
-    config: FlexiCodecConfig,
     jobs: list[Job],
     totals: Totals,
     read: Callable[[Any], Any],
-    compute: Callable[[CodecRunner, Sequence[Any]], list[Result]],
+    process: Callable[[CodecRunner, Sequence[Any]], list[Result]],
     seconds_of: Callable[[Any], float] | None = None,
 ) -> int:
-    """Run the jobs in batches, report each and print the summary; returns the exit status.
-
-    A file that cannot be read is reported and left out. A batch that fails is run again file by file, so that only the
-    files at fault do.
-    """
+    """Run the jobs in batches, report each, and print the summary; returns the exit status."""
     runner = None
     if jobs:
-        from .runner import CodecRunner
+        from ..data.runner import CodecRunner
 
-        jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # of all of them
-        runner = CodecRunner(config, args.model, choose_device(args), args.dtype, args.chunk_length_s)
+        jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # the directory of all targets
+        runner = CodecRunner.from_pretrained(args.model, choose_device(args), args.dtype, args.chunk_length_s)
         if args.batch_size > 1 and seconds_of is not None:
             jobs = sorted(jobs, key=partial(_seconds, seconds_of=seconds_of))
         with tqdm(total=len(jobs), unit="file", disable=None if len(jobs) > 1 else True) as progress:
@@ -319,65 +309,38 @@ def _run(
                         batch.append((job, read(job.source)))
                     except (ValueError, OSError) as error:
                         totals.fail(error)
-                for group in _groups(batch, partial(_batch_key, runner)):
-                    _run_batch(runner, group, totals, compute)
+                for (job, item), result in zip(batch, process(runner, [item for _, item in batch]), strict=True):
+                    try:
+                        _finish(runner, args.model, job, item, result, totals)
+                    except (ValueError, OSError) as error:
+                        totals.fail(f"{job.source}: {error}")
                 progress.update(len(jobs[start : start + args.batch_size]))
     tqdm.write(totals.summary(runner))
     return 1 if totals.failed else 0
 
 
-def _run_batch(
-    runner: CodecRunner,
-    batch: list[tuple[Job, Any]],
-    totals: Totals,
-    compute: Callable[[CodecRunner, Sequence[Any]], list[Result]],
+def _finish(
+    runner: CodecRunner, model: str, job: Job, item: AudioClip | Tokens, result: Result, totals: Totals
 ) -> None:
-    import torch
+    """Write the result of a job and report it, or raise what went wrong."""
+    from ..data.files import atomic_file
 
-    try:
-        results = compute(runner, [item for _, item in batch])
-    except torch.OutOfMemoryError:
-        failure = f"out of memory on {runner.device}: pass a smaller --chunk-length-s"
-    except ValueError as error:
-        failure = str(error)
-    else:
-        for (job, item), (tokens, write) in zip(batch, results, strict=True):
-            try:
-                with whole_file(job.target) as path:
-                    write(path)
-            except (ValueError, OSError) as error:
-                totals.fail(f"{job.source}: {error}")
-                continue
-            num_quantizers, num_tokens = tokens.audio_codes.shape
-            totals.done += 1
-            totals.seconds += tokens.seconds
-            totals.tokens += num_tokens
-            totals.bits += num_tokens * runner.config.bits_per_token(num_quantizers)
-            totals.num_quantizers.add(num_quantizers)
-            tqdm.write(
-                f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *_notes(runner, item)])} -> {job.target} "
-                f"({_count(num_tokens, 'token')}, {num_tokens / tokens.seconds:.2f} per second)"
-            )
-        return
-    # Outside of the handlers: they keep the failed batch's memory.
-    if len(batch) > 1:
-        for one in batch:
-            _run_batch(runner, [one], totals, compute)
-    else:
-        totals.fail(f"{batch[0][0].source}: {failure}")
-
-
-def _notes(runner: CodecRunner, item: Any) -> list[str]:
-    """What was done to an item that its user did not ask for."""
-    from ..audio_flexicodec import AudioClip
-
-    if isinstance(item, AudioClip):
-        notes = item.changes
-    else:
-        model = item.settings.get("model")
-        notes = [] if model in (None, runner.name) else [f"encoded with the model {model}"]
-    chunk = runner.chunk_of(item)
-    return notes if chunk is None else [*notes, f"in chunks of {chunk:g} s"]
+    if isinstance(result, Exception):
+        raise result
+    tokens, write = result
+    with atomic_file(job.target) as path:
+        write(path)
+    num_quantizers, num_tokens = tokens.audio_codes.shape
+    totals.done.append((tokens.seconds, num_tokens, num_quantizers))
+    # What was done to the item that its user did not ask for.
+    made_with = tokens.metadata.get("model", model)
+    notes = getattr(item, "changes", [] if made_with == model else [f"encoded with the model {made_with}"])
+    if (chunk := runner.chunk_of(item)) is not None:
+        notes = [*notes, f"in chunks of {chunk:g} s"]
+    tqdm.write(
+        f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *notes])} -> {job.target} "
+        f"({_count(num_tokens, 'token')}, {num_tokens / tokens.seconds:.2f} per second)"
+    )
 
 
 def _seconds(job: Job, seconds_of: Callable[[Any], float]) -> float:
@@ -385,21 +348,6 @@ def _seconds(job: Job, seconds_of: Callable[[Any], float]) -> float:
         return seconds_of(job.source)
     except (ValueError, OSError):
         return 0.0  # reading it will say why
-
-
-def _batch_key(runner: CodecRunner, entry: tuple[Job, Any]) -> Hashable:
-    """Items run together if this is the same: in chunks or not, and the rows of their codes."""
-    _, item = entry
-    return runner.chunk_of(item), len(getattr(item, "audio_codes", ()))
-
-
-def _groups(
-    batch: Iterable[tuple[Job, Any]], key: Callable[[tuple[Job, Any]], Hashable]
-) -> list[list[tuple[Job, Any]]]:
-    groups: dict[Hashable, list[tuple[Job, Any]]] = {}
-    for entry in batch:
-        groups.setdefault(key(entry), []).append(entry)
-    return list(groups.values())
 
 
 def _count(number: int | str, name: str) -> str:

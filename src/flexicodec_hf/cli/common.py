@@ -1,9 +1,8 @@
-"""What the commands share: errors, whole files, the choice of device and model."""
+"""What the commands share: errors, arguments, the choice of device and model."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,14 +36,18 @@ def usage_error(args: argparse.Namespace, message: str) -> NoReturn:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to. It becomes `path` at the end: whoever sees `path` sees a complete file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """
+    Turn what a user can correct into [`CommandError`]: errors of files, the `ValueError` classes of
+    this package, and `kinds`.
+    """
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        ours = isinstance(error, ValueError) and type(error).__module__.split(".")[0] == __name__.split(".")[0]
+        if ours or isinstance(error, (OSError, *kinds)):
+            raise CommandError(error) from error
+        raise  # a fault of the program
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +95,36 @@ def cosine(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be between -1 and 1, got {text}")
     return value
+
+
+def positive_seconds(text: str) -> float:
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
+    return value
+
+
+def add_chunk_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--chunk-length-s",
+        type=not_negative,
+        default=30.0,
+        metavar="S",
+        help="process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does "
+        "(default: %(default)g)",
+    )
+
+
+def check_target_rates(args: argparse.Namespace, config: FlexiCodecConfig, rates: list[float]) -> None:
+    """Whether the value of `--target-frame-rate(s)` is in the range of the model."""
+    lowest = config.frame_rate / config.max_frames_per_token
+    for rate in rates:
+        if not lowest <= rate <= config.frame_rate:
+            option = "--target-frame-rates" if hasattr(args, "target_frame_rates") else "--target-frame-rate"
+            usage_error(
+                args,
+                f"argument {option}: must be between {lowest} and {config.frame_rate} tokens per second, got {rate}",
+            )
 
 
 def choose_device(args: argparse.Namespace) -> str:

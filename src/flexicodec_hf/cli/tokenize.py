@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from .common import (
-    CommandError,
+    add_chunk_argument,
     add_model_arguments,
+    check_target_rates,
     choose_device,
     cosine,
     load_codec_config,
-    not_negative,
     positive_int,
-    usage_error,
+    positive_seconds,
+)
+
+
+# Arguments of `tokenize_corpus` that are options of the same name.
+_TOKENIZE_ARGUMENTS = (
+    "merging_thresholds",
+    "target_frame_rates",
+    "num_quantizers",
+    "batch_seconds",
+    "clips_per_shard",
+    "chunk_length_s",
+    "num_workers",
 )
 
 
@@ -37,15 +49,18 @@ def add_commands(commands: Any) -> None:
         "-o", "--output-dir", type=Path, required=True, metavar="DIR", help="directory to write to; made if missing"
     )
     source = parser.add_argument_group("dataset")
-    source.add_argument("--name", help="configuration of a dataset on the Hub")
-    source.add_argument("--split", default="train", help="which part of the dataset (default: %(default)s)")
+    source.add_argument("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
+    source.add_argument("--split", help="which part of the dataset (default: train, or the only one)")
     source.add_argument("--revision", help="branch, tag or commit of a dataset on the Hub")
     source.add_argument(
-        "--streaming", action="store_true", help="read a dataset on the Hub as it comes, without downloading it first"
+        "--streaming",
+        action="store_true",
+        default=None,
+        help="read a dataset on the Hub as it comes, without downloading it first",
     )
     for name, default in (
         ("audio", "the one of this type, or of paths"),
-        ("text", "text, transcription, transcript, sentence, txt or json.text"),
+        ("text", "text, transcription, transcript, sentence, normalized_text, txt or json.text"),
         ("id", "id or __key__, else the name of the file"),
     ):
         source.add_argument(f"--{name}-column", metavar="NAME", help=f"column to take as {name} (default: {default})")
@@ -66,11 +81,11 @@ def add_commands(commands: Any) -> None:
         metavar="HZ",
         help="and at each of these tokens per second",
     )
-    rates.add_argument("--num-quantizers", type=positive_int, metavar="N", help="rows of codes to keep (default: all)")
+    rates.add_argument("--num-quantizers", type=positive_int, metavar="N", help="codebooks to keep (default: all)")
     work = parser.add_argument_group("work")
     work.add_argument(
         "--batch-seconds",
-        type=_positive,
+        type=positive_seconds,
         default=120.0,
         metavar="S",
         help="seconds of audio to encode at once (default: %(default)g)",
@@ -88,76 +103,46 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="threads that read audio (default: one for each processor, 8 at most)",
     )
-    work.add_argument(
-        "--chunk-length-s",
-        type=not_negative,
-        default=30.0,
-        metavar="S",
-        help="encode clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does "
-        "(default: %(default)g)",
-    )
+    add_chunk_argument(work)
     add_model_arguments(parser)
     parser.set_defaults(run=run_tokenize, parser=parser)
 
 
-def _positive(text: str) -> float:
-    value = not_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be more than 0 seconds")
-    return value
-
-
 def run_tokenize(args: argparse.Namespace) -> int:
     """`tokenize DATASET -o DIR`; returns the exit status."""
-    try:
-        from ..corpus import CorpusError, load_corpus, tokenize_corpus
-    except ModuleNotFoundError as error:
-        raise CommandError(f"`tokenize` needs {error.name}: pip install datasets.") from error
-    import torch
+    from ..data.files import require
 
-    from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
-    from ..modeling_flexicodec import FlexiCodecModel
+    require("datasets", "`tokenize`", "train")
+    from ..data.runner import CodecRunner
+    from ..data.sources import load_speech
+    from ..data.tokenization import tokenize_corpus
 
-    config = load_codec_config(args.model)
-    lowest = config.frame_rate / config.max_frames_per_token
-    for rate in args.target_frame_rates:
-        if not lowest <= rate <= config.frame_rate:
-            usage_error(
-                args,
-                f"argument --target-frame-rates: must be between {lowest} and {config.frame_rate} tokens per second, got {rate}",
-            )
+    check_target_rates(args, load_codec_config(args.model), args.target_frame_rates)
     device = choose_device(args)
     if device == "cuda":
+        import torch
+
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    codec = FlexiCodecModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
-    try:
-        manifest = tokenize_corpus(
-            load_corpus(
-                args.dataset,
-                name=args.name,
-                split=args.split,
-                revision=args.revision,
-                streaming=args.streaming,
-                audio_column=args.audio_column,
-            ),
-            args.output_dir,
-            codec,
-            FlexiCodecFeatureExtractor.from_pretrained(args.model),
-            merging_thresholds=args.merging_thresholds,
-            target_frame_rates=args.target_frame_rates,
-            num_quantizers=args.num_quantizers,
-            audio_column=args.audio_column,
-            text_column=args.text_column,
-            id_column=args.id_column,
-            source={"dataset": args.dataset, "name": args.name, "split": args.split, "revision": args.revision},
-            split=args.split,
-            batch_seconds=args.batch_seconds,
-            clips_per_shard=args.clips_per_shard,
-            chunk_length_s=args.chunk_length_s,
-            num_workers=args.num_workers,
-        )
-    except CorpusError as error:
-        raise CommandError(error) from error
+    runner = CodecRunner.from_pretrained(args.model, device, args.dtype)
+    columns = {name: getattr(args, name) for name in ("audio_column", "text_column", "id_column")}
+    dataset = load_speech(
+        args.dataset,
+        config_name=args.config_name,
+        split=args.split,
+        default_split="train",
+        revision=args.revision,
+        streaming=args.streaming,
+        **columns,
+    )
+    manifest = tokenize_corpus(
+        dataset,
+        args.output_dir,
+        runner.codec,
+        runner.feature_extractor,
+        source={name: getattr(args, name) for name in ("dataset", "config_name", "split", "revision")} | columns,
+        split=(args.split or "train").split("[")[0],
+        **{name: getattr(args, name) for name in _TOKENIZE_ARGUMENTS},
+    )
     if manifest is not None:
         print(_summary(args.output_dir, manifest))
     return 0

@@ -1,0 +1,148 @@
+"""What is written to disk: files and directories that are complete or absent, and settings of earlier runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class DataError(ValueError):
+    """Data that cannot be read, written or continued as asked. The message says why and what to do."""
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """
+    A path to write a file to, which is renamed to `path` at the end.
+
+    Whoever sees `path` sees a complete file. The temporary file lies hidden beside it and has the same
+    suffix. It is removed if the body raises.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{_process()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """
+    A directory to write files to, which becomes `path` at the end.
+
+    It is renamed if `path` does not exist. If it does, for example because `path` is a repository with
+    other files, the new files move into it, and the weights of models (`model*.safetensors*`) are
+    replaced: the old ones are removed first, the new ones move last. So `path` never holds incomplete
+    weights, or weights that belong to another configuration. The body may read files of `path`.
+
+    Raises:
+        FileExistsError: `path` is a file.
+    """
+    path = Path(path)
+    (path if path.exists() else path.parent).mkdir(parents=True, exist_ok=True)
+    # On the same file system as `path`, which may be a mount point.
+    temporary = (path if path.exists() else path.parent) / f".incomplete-{path.name}.{_process()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            _merge(temporary, path)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """
+    Check that a run continues with the settings it started with.
+
+    Args:
+        path: A JSON file with the settings of the first run; it is written if it does not exist.
+        settings: The settings of this run, in types that JSON has.
+
+    Raises:
+        DataError: Some settings differ; the message names them.
+    """
+    path = Path(path)
+    if path.exists():
+        check_same_settings(path.parent, json.loads(path.read_text(encoding="utf-8")), settings)
+        return
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_same_settings(
+    place: str | Path,
+    found: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    remedy: str = "use these settings again, or choose another output",
+) -> None:
+    """
+    Check settings that were found on disk against those of this run.
+
+    Args:
+        place: What was made with the settings that were found.
+        found: The settings that were found.
+        settings: The settings of this run, in types that JSON has.
+        remedy: What the error advises.
+
+    Raises:
+        DataError: Some settings differ; the message names them.
+    """
+    expected = json.loads(json.dumps(settings))  # lists for tuples, as `found` has them
+    differences = [
+        f"{name} {found.get(name)!r}, not {expected.get(name)!r}"
+        for name in dict.fromkeys([*found, *expected])
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        raise DataError(f"{place} was made with other settings ({'; '.join(differences)}): {remedy}.")
+
+
+def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
+    """
+    Import an optional package.
+
+    Args:
+        module: Name of the module.
+        purpose: What needs it, for the error.
+        extra: The extra of this package that installs it, for the error. By default the package is installed itself.
+
+    Raises:
+        DataError: The module cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        install = f"'flexicodec-hf[{extra}]'" if extra else module.split(".")[0].replace("_", "-")
+        raise DataError(f"{purpose} needs the package `{module}` ({error}): pip install {install}") from error
+
+
+def _process() -> str:
+    """A name that no other process has, also on other machines that share the file system."""
+    return f"{socket.gethostname()}.{os.getpid()}"
+
+
+def _merge(source: Path, target: Path) -> None:
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    for directory in {target / file.parent for file in files}:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("model*.safetensors*"):
+            old.unlink()
+    # Weights last, and last of all their index: once it is there, the directory looks complete.
+    for file in sorted(files, key=lambda file: (file.match("model*.safetensors*"), file.suffix == ".json", file)):
+        (source / file).replace(target / file)

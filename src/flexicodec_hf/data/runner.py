@@ -1,0 +1,228 @@
+"""The codec over batches of clips: waveforms to tokens and tokens to waveforms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..audio_flexicodec import AudioClip
+from ..configuration_flexicodec import FlexiCodecConfig
+from ..cpu_flexicodec import optimize_for_cpu
+from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
+from ..modeling_flexicodec import FlexiCodecModel
+from .files import DataError
+from .tokens import Tokens
+
+
+Item = TypeVar("Item", AudioClip, Tokens)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RateSetting:
+    """How frames are merged: at a threshold, or at the one that gives the tokens per second."""
+
+    merging_threshold: float | None = None
+    target_frame_rate: float | None = None
+
+    def __str__(self) -> str:
+        if self.target_frame_rate is not None:
+            return f"target_frame_rate={self.target_frame_rate}"
+        return f"merging_threshold={self.merging_threshold}"
+
+
+def rate_settings(
+    config: FlexiCodecConfig, merging_thresholds: Iterable[float] = (), target_frame_rates: Iterable[float] = ()
+) -> list[RateSetting]:
+    """
+    The settings for these numbers; the model's own threshold if there are none.
+
+    Raises:
+        DataError: A number is out of its range, or there twice.
+    """
+    lowest = config.frame_rate / config.max_frames_per_token
+    settings: list[RateSetting] = []
+    for name, values, low, high in (
+        ("merging_threshold", list(merging_thresholds), -1.0, 1.0),
+        ("target_frame_rate", list(target_frame_rates), lowest, config.frame_rate),
+    ):
+        if len(set(values)) < len(values) or not all(low <= value <= high for value in values):
+            raise DataError(f"`{name}s` must be different numbers between {low:g} and {high:g}, got {values}.")
+        settings += [RateSetting(**{name: float(value)}) for value in values]
+    return settings or [RateSetting(config.merging_threshold)]
+
+
+def chunk_length(seconds: float, chunk_length_s: float | None) -> float | None:
+    """
+    How to process a clip: in chunks if it is longer than twice `chunk_length_s`.
+
+    Args:
+        seconds: How long the clip is.
+        chunk_length_s: Seconds of a chunk; 0 or `None` never makes chunks.
+
+    Returns:
+        `chunk_length_s` for the codec, or `None` to process the clip in one piece.
+    """
+    return chunk_length_s if chunk_length_s and seconds > 2 * chunk_length_s else None
+
+
+class CodecRunner:
+    """
+    A codec that processes batches of clips of any lengths.
+
+    A batch that does not fit into memory, or in which the codec rejects a clip, is processed again in halves,
+    so that only the clips at fault fail.
+
+    Args:
+        codec: On the device and in the type to run in.
+        feature_extractor: The codec's.
+        chunk_length_s: Clips longer than twice this are processed in chunks of so many seconds; 0 never does.
+
+    Attributes:
+        processing_seconds: Time spent in `encode` and `decode`.
+    """
+
+    def __init__(
+        self, codec: FlexiCodecModel, feature_extractor: FlexiCodecFeatureExtractor, chunk_length_s: float = 30.0
+    ):
+        self.codec = codec
+        self.feature_extractor = feature_extractor
+        self.chunk_length_s = chunk_length_s
+        self.config = codec.config
+        self.processing_seconds = 0.0
+
+    @classmethod
+    def from_pretrained(cls, model: str, device: str, dtype: str, chunk_length_s: float = 30.0) -> CodecRunner:
+        """Load a codec from the Hub or a directory, with the kernels for CPUs if `device` is one."""
+        codec = FlexiCodecModel.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        if device == "cpu":
+            codec = optimize_for_cpu(codec)
+        return cls(codec, FlexiCodecFeatureExtractor.from_pretrained(model), chunk_length_s)
+
+    def chunk_of(self, item: AudioClip | Tokens) -> float | None:
+        """Seconds of the chunks in which an item is processed; `None` if in one piece."""
+        return chunk_length(item.seconds, self.chunk_length_s)
+
+    def encode(
+        self, clips: Sequence[AudioClip], rates: Sequence[RateSetting], num_quantizers: int | None = None
+    ) -> list[list[Tokens] | Exception]:
+        """
+        Encode clips. The encoders run once for all rates.
+
+        Args:
+            clips: At the sampling rate of the codec.
+            rates: How to merge frames.
+            num_quantizers: Codebooks to keep; all by default.
+
+        Returns:
+            For each clip the tokens at each rate, or what went wrong.
+        """
+        return self._run(clips, lambda clip: 0, lambda batch: self._encode_batch(batch, rates, num_quantizers))
+
+    def decode(self, tokens: Sequence[Tokens]) -> list[np.ndarray | Exception]:
+        """
+        Decode tokens.
+
+        Args:
+            tokens: Of any numbers of codebooks.
+
+        Returns:
+            For each item a waveform `(num_samples,)` that is as long as the clip was, or what went wrong.
+        """
+        return self._run(tokens, lambda item: len(item.audio_codes), self._decode_batch)
+
+    def _run(
+        self,
+        items: Sequence[Item],
+        key: Callable[[Item], int],
+        process: Callable[[Sequence[Item]], list[Result]],
+    ) -> list[Result | Exception]:
+        """The results in the order of the items. Items with the same key form a batch; one in chunks is alone."""
+        groups: dict[tuple[int, int | None], list[int]] = {}
+        for i, item in enumerate(items):
+            groups.setdefault((key(item), i if self.chunk_of(item) else None), []).append(i)
+        results: dict[int, Result | Exception] = {}
+        start = time.perf_counter()
+        for group in groups.values():
+            found = self._in_halves([items[i] for i in group], process)
+            results |= dict(zip(group, found, strict=True))
+        self.processing_seconds += time.perf_counter() - start
+        return [results[i] for i in range(len(items))]
+
+    @torch.inference_mode()
+    def _in_halves(
+        self, batch: Sequence[Item], process: Callable[[Sequence[Item]], list[Result]]
+    ) -> list[Result | Exception]:
+        failure: Exception
+        try:
+            return list(process(batch))
+        except torch.OutOfMemoryError:
+            failure = DataError(f"out of memory on {self.codec.device}: pass a smaller `chunk_length_s`.")
+        except ValueError as error:
+            failure = error.with_traceback(None)
+        # Outside of the handlers, which keep the memory of the failed batch.
+        if len(batch) == 1:
+            return [failure]
+        half = len(batch) // 2
+        return self._in_halves(batch[:half], process) + self._in_halves(batch[half:], process)
+
+    def _encode_batch(
+        self, clips: Sequence[AudioClip], rates: Sequence[RateSetting], num_quantizers: int | None
+    ) -> list[list[Tokens]]:
+        chunk = self.chunk_of(clips[0])
+        inputs = self.feature_extractor(
+            [clip.waveform for clip in clips],
+            sampling_rate=self.config.sampling_rate,
+            return_tensors="pt",
+            device=self.codec.device,
+        )
+        frames = self.codec.encode_frames(**inputs, num_quantizers=num_quantizers, chunk_length_s=chunk)
+        tokens: list[list[Tokens]] = [[] for _ in clips]
+        for rate in rates:
+            encoded = self.codec.quantize_frames(
+                frames, num_quantizers, rate.merging_threshold, rate.target_frame_rate, chunk_length_s=chunk
+            )
+            all_codes, all_lengths = (
+                encoded[name].to("cpu", torch.int32) for name in ("audio_codes", "token_lengths")
+            )
+            found = encoded["merging_threshold"].tolist()
+            for i, clip in enumerate(clips):
+                num_tokens = int((all_lengths[i] > 0).sum())
+                tokens[i].append(
+                    Tokens(
+                        all_codes[i, :, :num_tokens],
+                        all_lengths[i, :num_tokens],
+                        clip.num_samples,
+                        self.config.sampling_rate,
+                        self.config.frame_rate,
+                        found[i] if rate.merging_threshold is None else rate.merging_threshold,
+                        rate.target_frame_rate,
+                    )
+                )
+        return tokens
+
+    def _decode_batch(self, tokens: Sequence[Tokens]) -> list[np.ndarray]:
+        for item in tokens:
+            if (item.sampling_rate, item.frame_rate) != (self.config.sampling_rate, self.config.frame_rate):
+                raise DataError(
+                    f"tokens of a codec at {item.sampling_rate} Hz and {item.frame_rate} frames per second; the model "
+                    f"works at {self.config.sampling_rate} Hz and {self.config.frame_rate}."
+                )
+        codes = pad_sequence([item.audio_codes.T for item in tokens], batch_first=True).transpose(1, 2)
+        lengths = pad_sequence([item.token_lengths for item in tokens], batch_first=True)
+        device = self.codec.device
+        decoded = self.codec.decode(codes.to(device), lengths.to(device), chunk_length_s=self.chunk_of(tokens[0]))
+        waveforms = decoded.audio_values[:, 0].float().cpu().numpy()
+        return [_with_length(waveform, item.num_samples) for waveform, item in zip(waveforms, tokens, strict=True)]
+
+
+def _with_length(waveform: np.ndarray, num_samples: int) -> np.ndarray:
+    """Cut, or padded with silence (for up to two frames that the encoder dropped)."""
+    waveform = waveform[:num_samples]
+    return np.pad(waveform, (0, num_samples - len(waveform)))
