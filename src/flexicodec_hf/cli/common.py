@@ -37,7 +37,7 @@ def usage_error(args: argparse.Namespace, message: str) -> NoReturn:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what a user can mend, errors of files and the `ValueError` classes of this package, into [`CommandError`]."""
+    """Turn errors of files and the `ValueError` classes of this package, for users, into [`CommandError`]."""
     try:
         yield
     except (OSError, ValueError) as error:
