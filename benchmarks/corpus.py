@@ -5,7 +5,8 @@
 The plain loop encodes one file at a time, once for each threshold, with all threads. `tokenize_corpus`
 runs in one process with all threads, and in several that share them. The codec is half as deep as the
 released one in every part (`--full`: as deep). Times exclude the loading of the model; rows that differ
-from those of the loop are counted. CPU seconds are the sum over threads and processes: what to compare with `--threads 1 --processes 1` where the machine is not quiet.
+from those of the loop are counted. CPU seconds are the sum over threads and processes: what to
+compare with `--threads 1 --processes 1` where the machine is not quiet.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def main() -> None:
             differ = sum(rows[key] != codes for key, codes in expected.items())
             print(
                 f"{name:14}{took:8.1f} s {cpu:8.1f} CPU s   {base / took:.2f} times the loop "
-                f"({cpu_base / cpu:.2f} by CPU), {seconds / took:.1f} x real time; {differ} of {len(rows)} rows differ",
+                f"({cpu_base / cpu:.2f} by CPU), {seconds / took:.1f} x real time; "
+                f"{differ} of {len(rows)} rows differ",
                 flush=True,
             )
 
