@@ -1,18 +1,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build is a tenth of the CUDA one; set TORCH=torch to take the default build of the platform.
-TORCH ?= torch==2.13.0
+EXTRAS := [tts,convert,eval,train,dev]
 
-.PHONY: setup demo test style
+# The CPU build of PyTorch is a tenth of the size of the CUDA one. `make test TORCH=torch` takes the default build of the
+# platform instead: without the extra index, whose "+cpu" versions count as the newer ones.
+ifeq ($(origin TORCH),undefined)
+TORCH := torch==2.13.0
+TORCH_INDEX := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+# What `pytest` runs in test-lowest and test-latest; everything by default.
+TESTS ?=
+
+.PHONY: setup demo test style lock test-lowest test-latest
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+# The versions of constraints.txt, so that a clone behaves the same in a year. `make lock` renews them.
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[tts,eval,train,dev]"
+	$(BIN)/pip install --quiet $(TORCH_INDEX) --constraint constraints.txt "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".$(EXTRAS)"
 	touch $@
 
 demo: setup
@@ -27,3 +36,20 @@ test: setup
 style: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# PyTorch and its CUDA packages are left out: which build fits is the platform's choice.
+lock: setup
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-annotate --no-header \
+		--output-file constraints.txt pyproject.toml
+	sed -i.old -E '/^(torch|triton|nvidia-|cuda-)/d' constraints.txt && rm constraints.txt.old
+
+# The lowest versions that pyproject.toml allows, and the newest (pre-releases of transformers too), of all packages,
+# in environments of their own.
+test-lowest: RESOLUTION := --resolution lowest-direct
+test-latest: RESOLUTION := --upgrade "transformers>=0rc0"
+test-lowest test-latest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python $(RESOLUTION) --editable ".$(EXTRAS)"
+	.venv-$*/bin/python -m pytest $(TESTS)

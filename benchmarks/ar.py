@@ -1,8 +1,10 @@
 """Tokens per second of the autoregressive model on CPU, at full size with random weights.
 
-The prompt is 100 text ids and 150 speech tokens. A step must read every weight of the language model once, so
-one stream cannot be faster than memory bandwidth over the bytes of those weights: the share of that limit is
-printed. Where the PyPI package `flexicodec` is installed (see README.md here), it runs on the same weights.
+The prompt is 100 text ids and 150 speech tokens. A step must read every weight of the language
+model once, so
+one stream cannot be faster than memory bandwidth over the bytes of those weights: the share of that
+limit is printed. If the PyPI package `flexicodec` is installed (see README.md here), it runs on the
+same weights. Ours runs with `optimize_for_cpu`.
 
     python benchmarks/ar.py --dtype float32 bfloat16 --streams 1 8
 """
@@ -24,7 +26,8 @@ from safetensors.torch import save_file
 from transformers import CompileConfig
 
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
-from flexicodec_hf.conversion.ar import PREFIX, convert_ar
+from flexicodec_hf.conversion import convert_ar
+from flexicodec_hf.cpu_flexicodec import optimize_for_cpu
 from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 
 
@@ -112,10 +115,13 @@ def main() -> None:
         print(f"reference  float32   1 stream   {base:6.2f} tokens/s ({len(expected)} tokens)", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "artts.safetensors"
-            save_file({PREFIX + name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, source)
+            save_file(
+                {f"transformer_lm.{name}": tensor.contiguous() for name, tensor in theirs.state_dict().items()}, source
+            )
             del theirs
             model = convert_ar(source, Path(folder) / "model")
 
+    optimize_for_cpu(model)
     for dtype in arguments.dtype:
         model = model.to(getattr(torch, dtype))
         for streams in arguments.streams:

@@ -1,12 +1,14 @@
-"""Throughput of `tokenize_corpus` beside a plain loop over files, with the same random weights in the same run.
+"""Throughput of `tokenize_corpus` beside a plain loop over files, with the same random weights in
+the same run.
 
-    python benchmarks/corpus.py [--clips 128] [--merging-thresholds 1.0 0.91 0.86] [--threads 2] [--processes 2]
+    python benchmarks/corpus.py [--clips 128] [--merging-thresholds 1.0 0.91 0.86] [--threads 2] \
+        [--processes 2]
 
-The plain loop encodes one file at a time, once for each threshold, with all threads. `tokenize_corpus`
-runs in one process with all threads, and in several that share them. The codec is half as deep as the
-released one in every part (`--full`: as deep). Times exclude the loading of the model; rows that differ
-from those of the loop are counted. CPU seconds are the sum over threads and processes: what to
-compare with `--threads 1 --processes 1` where the machine is not quiet.
+The plain loop encodes one file at a time, once for each threshold, with all threads.
+`tokenize_corpus` runs in one process with all threads, and in several that share them. The codec is
+half as deep as the released one in every part (`--full`: as deep). Times exclude the loading of the
+model; rows that differ from those of the loop are counted. CPU seconds are the sum over threads and
+processes: compare these, with `--threads 1 --processes 1`, on a machine that is not quiet.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ import pyarrow.parquet as pq
 import soundfile
 import torch
 
-from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
+from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel, optimize_for_cpu
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.codec import released_feature_extractor
+from flexicodec_hf.conversion.convert import released_feature_extractor
 from flexicodec_hf.data.sources import load_speech
 from flexicodec_hf.data.tokenization import tokenize_corpus
 
@@ -58,7 +60,7 @@ def make_codec(folder: Path, full: bool) -> None:
 
 def load(folder: Path, dtype: str) -> tuple[FlexiCodecModel, FlexiCodecFeatureExtractor]:
     codec = FlexiCodecModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    return codec, FlexiCodecFeatureExtractor.from_pretrained(folder)
+    return optimize_for_cpu(codec), FlexiCodecFeatureExtractor.from_pretrained(folder)
 
 
 @torch.inference_mode()

@@ -3,8 +3,9 @@
     python benchmarks/nar.py                    # beside the reference, one run, same weights
     python benchmarks/nar.py --no-reference     # ours alone
 
-The reference package must be installed for the comparison (`benchmarks/requirements-reference.txt`). Its weights pass
-through the converters, so the outputs are compared too.
+The reference package must be installed for the comparison
+(`benchmarks/requirements-reference.txt`). Its weights go through the converters, so the outputs are
+compared too. On a CPU, ours runs with `optimize_for_cpu`.
 """
 
 import argparse
@@ -18,9 +19,11 @@ import torch
 
 
 def compare(contestants: dict[str, Callable[[int], torch.Tensor]], audio_seconds: float, arguments: Any) -> None:
-    """Run all in turn, several rounds, so that a busy machine harms none of them alone; report each one's best.
+    """Run all in turn, several rounds, so that a busy machine harms none of them alone; report each
+    one's best.
 
-    The first is what the others are measured by. Each takes a number of flow steps, and warms up with one.
+    The first is what the others are measured by. Each takes a number of flow steps, and warms up
+    with one.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     results = {}
@@ -73,11 +76,15 @@ def main() -> None:
 def load(
     model_class: Any, convert: Callable[..., None], weights: dict[str, torch.Tensor], arguments: Any
 ) -> list[Any]:
-    """Our model in every dtype asked for, with the reference's weights, or random ones without it."""
-    if not weights:
-        model = model_class(model_class.config_class()).eval()
-        return [model.to(arguments.device, getattr(torch, dtype)) for dtype in arguments.dtypes]
+    """Our model in every requested dtype, with the reference's weights, or random ones without it."""
     from safetensors.torch import save_file
+
+    from flexicodec_hf import optimize_for_cpu
+
+    optimize = optimize_for_cpu if arguments.device == "cpu" else lambda model: model
+    if not weights:
+        model = optimize(model_class(model_class.config_class()).eval())
+        return [model.to(arguments.device, getattr(torch, dtype)) for dtype in arguments.dtypes]
 
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "source.safetensors"), Path(folder, "converted")
@@ -85,19 +92,20 @@ def load(
         convert(source, output)
         source.unlink()
         return [
-            model_class.from_pretrained(output, dtype=dtype).to(arguments.device).eval() for dtype in arguments.dtypes
+            optimize(model_class.from_pretrained(output, dtype=dtype).to(arguments.device).eval())
+            for dtype in arguments.dtypes
         ]
 
 
 def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
-    from flexicodec_hf.conversion.nar import convert_voicebox
+    from flexicodec_hf.conversion import convert_voicebox
     from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 
     device = arguments.device
-    groups, prompt_groups = round(12.5 * arguments.target), round(12.5 * arguments.prompt)
-    codes = torch.randint(32768, (1, prompt_groups + groups), device=device)
-    prompt_mel = torch.randn(1, 4 * prompt_groups, 128, device=device)
-    noise = torch.randn(1, 4 * groups, 128, device=device)
+    num_tokens, num_prompt_tokens = round(12.5 * arguments.target), round(12.5 * arguments.prompt)
+    codes = torch.randint(32768, (1, num_prompt_tokens + num_tokens), device=device)
+    prompt_mel = torch.randn(1, 4 * num_prompt_tokens, 128, device=device)
+    noise = torch.randn(1, 4 * num_tokens, 128, device=device)
     contestants: dict[str, Callable[[int], torch.Tensor]] = {}
     weights = {}
     if reference is not None:
@@ -116,8 +124,8 @@ def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
 
         def run(steps: int, model: Any = model) -> torch.Tensor:
             return model.sample(
-                codes[:, prompt_groups:],
-                prompt_codes=codes[:, :prompt_groups],
+                codes[:, num_prompt_tokens:],
+                prompt_codes=codes[:, :num_prompt_tokens],
                 prompt_mel=prompt_mel,
                 noise=noise,
                 num_inference_steps=steps,
@@ -129,7 +137,7 @@ def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def time_vocoder(reference: Any, arguments: argparse.Namespace) -> None:
-    from flexicodec_hf.conversion.nar import convert_vocoder
+    from flexicodec_hf.conversion import convert_vocoder
     from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 
     mel = torch.randn(1, round(50 * arguments.target), 128, device=arguments.device)
@@ -138,10 +146,10 @@ def time_vocoder(reference: Any, arguments: argparse.Namespace) -> None:
     if reference is not None:
         theirs = reference.build_vocos(reference.VOCOS_FULL, seed=0).to(arguments.device)
         weights = dict(theirs.state_dict())
-        contestants["vocoder reference"] = lambda _: theirs(mel.transpose(1, 2))[:, 0]
+        contestants["vocoder reference"] = lambda _: theirs(mel.transpose(1, 2)).flatten()
     models = load(FlexiCodecVocoderModel, convert_vocoder, weights, arguments)
     for model, dtype in zip(models, arguments.dtypes, strict=True):
-        contestants[f"vocoder {dtype}"] = lambda _, model=model: model(mel).audio_values
+        contestants[f"vocoder {dtype}"] = lambda _, model=model: model(mel).audio_values.flatten()
     compare(contestants, arguments.target, arguments)
 
 

@@ -328,7 +328,7 @@ def build_vocos(config: dict[str, Any], seed: int | None = None) -> nn.Module:
 
 
 def mel_50hz(audio: torch.Tensor) -> torch.Tensor:
-    """Audio `(batch, samples)` at 24 kHz to the normalised mel `(batch, 128, samples // 480)`."""
+    """Audio `(batch, samples)` at 24 kHz to the normalized mel `(batch, 128, samples // 480)`."""
     module = importlib.import_module("flexicodec.nar_tts.voicebox_models")
     return module.extract_normalized_mel_spec_50hz(audio, device=str(audio.device))
 

@@ -1,12 +1,15 @@
-"""What the token rate costs a language model: sequence length, attention, and speed of training, on the same clips.
+"""What the token rate costs a language model: sequence length, attention, and speed of training, on
+the same clips.
 
-    python benchmarks/speech_lm.py [--clips DIR] [--codec DIR] [--window 20] [--rounds 3] [--threads 1] [--device cpu|cuda]
+    python benchmarks/speech_lm.py [--clips DIR] [--codec DIR] [--window 20] [--rounds 3] \
+        [--threads 1] [--device cpu|cuda]
 
-FlexiCodec at 12.5, 8.3 and 6.25 tokens per second (one position each, durations beside them) stands beside what other
-codecs give for the same seconds: 12.5 frames per second of 8 codes of 2,048, flattened, as Mimi has them, and 50 codes of
-65,536 per second, as X-Codec 2 has them. A small Llama with the vocabulary that each needs is trained on windows of the
-same seconds of speech; its weights, and the codec's if none is given, are random, which speed does not depend on. On a
-CPU the clock is the processor time of the process, so that neighbours on the machine matter little.
+FlexiCodec at 12.5, 8.3 and 6.25 tokens per second (one position each, durations beside them) stands
+beside what other codecs give for the same seconds: 12.5 frames per second of 8 codes of 2,048, flattened, as Mimi has
+them, and 50 codes of 65,536 per second, as X-Codec 2 has them. A small Llama with the vocabulary
+that each needs is trained on windows of the same seconds of speech; its weights, and the codec's if
+none is given, are random, which speed does not depend on. On a CPU the clock is the processor time
+of the process, so that neighbors on the machine matter little.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from transformers.utils import logging
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.codec import released_feature_extractor
+from flexicodec_hf.conversion.convert import released_feature_extractor
 from flexicodec_hf.speech_lm import duration_lm_class
 
 
@@ -158,14 +161,16 @@ def main() -> None:
 
     print(
         f"{len(clips)} clips, {seconds:.1f} s; sequences of {args.window:g} s, batches of {args.batch_size}, Llama of "
-        f"{args.layers} layers of {args.hidden_size}, {args.threads} threads, torch {torch.__version__}, {args.device}\n"
+        f"{args.layers} layers of {args.hidden_size}, {args.threads} threads, "
+        f"torch {torch.__version__}, {args.device}\n"
     )
     print("| tokens | positions per second | sequence | attention | trained per second |")
     print("| --- | --- | --- | --- | --- |")
     base = None
     for setting, batch, elapsed in zip(settings, batches, times, strict=True):
         length = batch["input_ids"].shape[1]
-        # Scores and weighted sums of causal attention: 2 products of half a square, 2 operations each.
+        # Scores and weighted sums of causal attention: 2 products of half a square, 2 operations
+        # each.
         attention = 2 * length**2 * args.hidden_size * args.layers
         speech = args.window * args.batch_size / statistics.median(elapsed)
         base = base or (attention, speech)

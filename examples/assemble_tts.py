@@ -1,6 +1,8 @@
-"""Put trained models together into one repository, which `AutoModel` and `pipeline("text-to-speech")` load.
+"""
+Put trained models together into one repository, which `AutoModel` and `pipeline("text-to-speech")`
+load.
 
-python examples/assemble_tts.py --codec codec/model --ar ar --output-dir mine --voice "me=me.wav:What I say in this recording."
+python examples/assemble_tts.py --codec codec/model --ar ar --output_dir mine --voice "me=me.wav:What I say."
 """
 
 import argparse
@@ -27,22 +29,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ar", type=Path, required=True, help="directory of train_ar.py")
     parser.add_argument("--voicebox", type=Path, help="directory of train_voicebox.py, for a second stage")
     parser.add_argument(
-        "--vocoder", type=Path, help="with a Voicebox of mel spectrograms: of train_vocoder.py's model"
+        "--vocoder", type=Path, help="directory of train_vocoder.py's model, for a Voicebox of mel spectrograms"
     )
-    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument(
         "--voice",
         type=voice,
         action="append",
         default=[],
         metavar="NAME=FILE:TEXT",
-        help="a recording to speak like, and what it says; the first one speaks when a call names none",
+        help="a recording of a voice and what it says; the first voice is the default",
     )
     parser.add_argument(
-        "--storage-dtype",
+        "--storage_dtype",
         choices=("float32", "float16"),
         default="float32",
-        help="what the files hold the weights in; they load as float32 (default: %(default)s)",
+        help="type of the weights in the files; they load as float32 (default: %(default)s)",
     )
     args = parser.parse_args(argv)
 

@@ -2,12 +2,13 @@
 
 python examples/make_synthetic_speech.py --text emma.txt persuasion.txt --output-dir speech --hours 3
 
-The text is plain text files, or the `Rdata.rdb` of an R package of books (`r-cran-janeaustenr` in Debian: Jane Austen's
-novels, in the public domain; reading it needs `pip install rdata`). The folder that comes out has the splits train,
-validation and test, each with FLAC files and a `metadata.jsonl` of file_name, text, speaker and seconds:
-`load_dataset("audiofolder", data_dir="speech")` reads it. No sentence is in two splits (with `--cut` no part of one is; other
-parts of the same sentence may be). An interrupted run goes on where it stopped, and a run with more hours adds to what
-is there.
+The text is plain text files, or the `Rdata.rdb` of an R package of books (`r-cran-janeaustenr` in
+Debian: Jane Austen's novels, in the public domain; reading it needs `pip install rdata`). The
+folder that comes out has the splits train, validation and test, each with FLAC files and a
+`metadata.jsonl` of file_name, text, speaker and seconds: `load_dataset("audiofolder",
+data_dir="speech")` reads it. No sentence is in two splits (with `--cut` no part of one is; other
+parts of the same sentence may be). An interrupted run goes on where it stopped, and a run with more
+hours adds to what is there.
 """
 
 import argparse
@@ -48,7 +49,10 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def sentences(lines: Iterator[str], min_words: int, max_words: int, cut: bool = False) -> Iterator[str]:
-    """The sentences of `min_words` to `max_words` plain words, as they are to be said; with `cut`, parts of longer ones."""
+    """
+    The sentences of `min_words` to `max_words` plain words, as they are to be said; with `cut`,
+    parts of longer ones.
+    """
     paragraph: list[str] = []
     for line in [*lines, ""]:
         if line.strip():
@@ -67,7 +71,10 @@ def sentences(lines: Iterator[str], min_words: int, max_words: int, cut: bool = 
 
 
 def cut_sentence(sentence: str, max_words: int) -> list[str]:
-    """A sentence of too many words as parts of `max_words` at most, between commas, semicolons and colons."""
+    """
+    A sentence of too many words as parts of `max_words` at most, between commas, semicolons and
+    colons.
+    """
     if len(sentence.split()) <= max_words:
         return [sentence]
     parts: list[str] = []

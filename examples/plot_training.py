@@ -2,8 +2,7 @@
 
 python examples/plot_training.py semantic-encoder codec ar -o curves.png
 
-Reads `metrics.jsonl` (train_semantic_encoder.py, train_codec.py, train_vocoder.py) or `trainer_state.json` (train_ar.py,
-train_voicebox.py) in each folder.
+Reads `trainer_state.json` in each folder, which all recipes write.
 """
 
 import argparse
@@ -14,29 +13,20 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 
-NOT_DRAWN = ("step", "group", "epoch", "grad_norm", "gradient_norm", "learning_rate", "codebook")
+NOT_DRAWN = ("step", "epoch", "grad_norm", "learning_rate", "codebook")
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 
 def read_curves(folder: Path) -> Curves:
-    """By measure, and by group (`train`, `validation`): steps and values."""
-    if (folder / "metrics.jsonl").exists():
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    else:
-        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        rows = [row | {"group": "validation" if "eval_loss" in row else "train"} for row in history]
-        rows = [
-            {name.removeprefix("eval_"): value for name, value in row.items()}
-            for row in rows
-            if "train_runtime" not in row
-        ]
+    """Steps and values, by measure and by group (`train`, `validation`)."""
     curves: Curves = {}
-    for row in rows:
-        for name, value in row.items():
+    for row in json.loads((folder / "trainer_state.json").read_text())["log_history"]:
+        for key, value in row.items():
+            name, group = key.removeprefix("eval_"), "validation" if key.startswith("eval_") else "train"
             drawn = not name.startswith("tokens_per_second") and not name.endswith(("runtime", "_per_second"))
-            if name not in NOT_DRAWN and drawn:
-                curves.setdefault(name, {}).setdefault(row["group"], []).append((row["step"], value))
+            if name not in NOT_DRAWN and drawn and "train_runtime" not in row:  # the row of times at the end
+                curves.setdefault(name, {}).setdefault(group, []).append((row["step"], value))
     return curves
 
 

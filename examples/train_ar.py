@@ -1,11 +1,13 @@
-"""Train the autoregressive text-to-speech model: text in, the semantic tokens of a codec and their durations out.
+"""
+Train the autoregressive text-to-speech model: from text to the semantic tokens of a codec and their
+durations.
 
-accelerate launch examples/train_ar.py --codec flexicodec --dataset my_speech --output_dir ar --do_train --do_eval \
+accelerate launch examples/train_ar.py --codec flexicodec --dataset my_speech --output_dir ar --do_eval \
     --per_device_train_batch_size 16 --learning_rate 1e-4 --warmup_steps 1000 --max_steps 100000 --bf16 \
     --eval_strategy steps --eval_steps 1000 --save_steps 1000 --report_to tensorboard
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,17 +19,21 @@ from transformers.utils import logging
 
 from flexicodec_hf import FlexiCodecARConfig, FlexiCodecARForConditionalGeneration, FlexiCodecModel
 from flexicodec_hf.text_flexicodec import encode_text, prepare_text
+from flexicodec_hf.training.batches import load_splits
+from flexicodec_hf.training.trainer import (
+    SpeechSamples,
+    SpeechTrainingArguments,
+    fresh_config,
+    parse_arguments,
+    run_training,
+)
 from flexicodec_hf.training.tts import (
     ARBatches,
     SpeechCollator,
     SpeechEncoder,
-    SpeechSamples,
+    TTSDataArguments,
     TTSTrainer,
     cache_splits,
-    fresh_config,
-    load_splits,
-    parse_arguments,
-    run_training,
     train_text_tokenizer,
 )
 
@@ -49,12 +55,12 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Sizes of a new model where they are not those of the released one: a JSON object or a file with one, "
+            "help": "Where a new model differs from the released one: a JSON object or a file with one, "
             'such as {"hidden_size": 256, "text_encoder_config": {"hidden_size": 256}}.'
         },
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "The text tokenizer (default: that of `model_name_or_path`)."}
+        default=None, metadata={"help": "The text tokenizer (default: the one of `model_name_or_path`)."}
     )
     tokenizer_vocab_size: int | None = field(
         default=None, metadata={"help": "Train a tokenizer of so many ids on the texts, for a new model."}
@@ -63,10 +69,10 @@ class ModelArguments:
     phonemes: bool = field(default=True, metadata={"help": "Read English as phonemes, which needs the `[tts]` extra."})
     sample_texts: list[str] = field(
         default_factory=lambda: ["The frame rate follows the speech.", "Good morning, how are you today?"],
-        metadata={"help": "What to speak along the way."},
+        metadata={"help": "Texts to speak along the way."},
     )
     sample_steps: int = field(
-        default=1000, metadata={"help": "Speak it every so many steps and at the end; 0: never."}
+        default=1000, metadata={"help": "Steps between samples; there is one at the end. 0: none."}
     )
     sample_tokens: int = field(default=200, metadata={"help": "Tokens of a sample at most."})
 
@@ -97,8 +103,8 @@ def load_model(model_args: ModelArguments, codec: FlexiCodecModel, tokenizer: An
     config = model.config
     if config.speech_vocab_size != codebook_size or config.num_durations <= codec.config.max_frames_per_token:
         raise ValueError(
-            f"The model speaks {config.speech_vocab_size} codes of up to {config.num_durations - 1} frames, the codec has "
-            f"{codebook_size} codes of up to {codec.config.max_frames_per_token}."
+            f"The model speaks {config.speech_vocab_size} codes of up to {config.num_durations - 1} frames, the codec "
+            f"has {codebook_size} codes of up to {codec.config.max_frames_per_token}."
         )
     if config.text_encoder_config.vocab_size < len(tokenizer):
         raise ValueError(
@@ -109,7 +115,10 @@ def load_model(model_args: ModelArguments, codec: FlexiCodecModel, tokenizer: An
 
 @dataclass
 class Speaker:
-    """Speaks texts along the way, each at every threshold that the model knows, from semantic tokens alone."""
+    """
+    Speaks texts along the way, at every threshold of the model. The codec decodes the semantic
+    tokens alone.
+    """
 
     model_args: ModelArguments
     tokenizer: Any
@@ -132,8 +141,10 @@ class Speaker:
                 yield f"{number}" if threshold is None else f"{number}-{threshold}", decoded.audio_values[0, 0]
 
 
-def main() -> None:
-    model_args, data_args, training_args = parse_arguments(ModelArguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    model_args, data_args, training_args = parse_arguments(
+        ModelArguments, TTSDataArguments, SpeechTrainingArguments, argv=argv
+    )
     with training_args.main_process_first(local=False):
         train_dataset, eval_dataset = load_splits(
             data_args, training_args.seed, evaluate=training_args.do_eval, needs_text=True
@@ -148,7 +159,8 @@ def main() -> None:
 
     speaker = Speaker(model_args, tokenizer, codec)
     samples = SpeechSamples(speaker, codec.config.sampling_rate, model_args.sample_steps)
-    # The tokenizer is saved as the collator's: as `processing_class` it would be made to share the model's special ids.
+    # The tokenizer is saved as the collator's: as `processing_class` it would be made to share the
+    # model's special ids.
     trainer = TTSTrainer(
         model,
         training_args,
@@ -156,9 +168,9 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         callbacks=[samples] if model_args.sample_steps else None,
-        prepare=ARBatches(model, encoder, training_args.seed),
+        prepare=ARBatches(model, encoder),
     )
-    run_training(trainer, data_args)
+    run_training(trainer, data_args, tasks="text-to-speech")
 
 
 if __name__ == "__main__":

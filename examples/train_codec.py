@@ -1,58 +1,89 @@
 """Train the codec to reconstruct speech.
 
-accelerate launch examples/train_codec.py --dataset speech --semantic-encoder semantic-encoder/model \
-    --config examples/flexicodec_tiny.json --output-dir codec                                     # from nothing
-accelerate launch examples/train_codec.py --dataset speech --init-from flexicodec --output-dir codec  # from a codec
+accelerate launch examples/train_codec.py --dataset speech --semantic_encoder semantic-encoder \
+    --config_overrides examples/flexicodec_tiny.json --output_dir codec  # from nothing
+accelerate launch examples/train_codec.py --dataset speech --model_name_or_path flexicodec \
+    --output_dir tuned  # from a codec
 
-The losses are those of the paper (arXiv:2510.00981): multi-scale mel spectra, discriminators that the codec has to fool and
-whose layers' features it has to match, the quantizers', and the distance of the decoded semantic tokens from the semantic
-encoder's features. The first `--fixed-rate-steps` merge nothing; after them each batch draws a merging threshold. On a small
-machine, `--discriminator-start` puts off the discriminators, which cost several times what the codec does.
+The losses are those of the paper (arXiv:2510.00981): multi-scale mel spectra, discriminators that
+the codec has to fool and whose layers' features it has to match, the quantizers' losses, and the
+distance of the decoded semantic tokens from the semantic encoder's features. The first
+`--fixed_rate_steps` merge nothing; after them each batch draws a merging threshold. On a small
+machine, `--discriminator_start` puts off the discriminators, which cost several times what the
+codec does.
 """
 
-import argparse
-import functools
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
-from flexicodec_hf.training.adversarial import (
-    ADVERSARIAL_WEIGHT,
-    FEATURE_WEIGHT,
-    add_adversarial_arguments,
-    make_adversary,
-)
-from flexicodec_hf.training.data import decode_audio, load_speech, random_crop, speech_loader, vary_voice
-from flexicodec_hf.training.ema import ExponentialMovingAverage
-from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
-from flexicodec_hf.training.losses import MultiScaleMelLoss
-from flexicodec_hf.training.samples import write_samples
+from flexicodec_hf.data.sources import decode_audio
+from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop, vary_voice
+from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
+from flexicodec_hf.training.trainer import fresh_config, parse_arguments
 
 
-MEL_WEIGHT = 15.0  # the others are in the codec's config
+# Seconds of a clip that are evaluated at most.
+EVAL_SECONDS = 10
+# What is evaluated: the merging threshold (None: the config's) and the number of quantizers (None:
+# all).
+SETTINGS = {"all_quantizers": (1.0, None), "semantic": (1.0, 1), "merged": (None, None), "merged_semantic": (None, 1)}
 
-# What is evaluated: the merging threshold (None is the config's) and the rows of codes.
-SETTINGS = {"all_rows": (1.0, None), "semantic": (1.0, 1), "merged": (None, None), "merged_semantic": (None, 1)}
+
+@dataclass
+class ModelArguments:
+    """The codec to start from: either `model_name_or_path`, or `semantic_encoder`."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A codec, a Hub id or a directory."})
+    keep_tokens: bool = field(
+        default=False,
+        metadata={"help": "Train only what decodes the tokens, so that tokens, and models of them, stay as they are."},
+    )
+    semantic_encoder: str | None = field(
+        default=None, metadata={"help": "The output of train_semantic_encoder.py, to train a new codec around."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Where a new codec differs from the released one: a JSON object or a file with one."},
+    )
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.semantic_encoder is None):
+            raise ValueError("pass either --model_name_or_path or --semantic_encoder")
+        if self.keep_tokens and self.model_name_or_path is None:
+            raise ValueError("--keep_tokens needs --model_name_or_path: there are no tokens to keep yet")
 
 
-def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
+@dataclass
+class CodecTrainingArguments(GANTrainingArguments):
+    """The training arguments of the codec."""
+
+    max_steps: int = field(default=800_000, metadata={"help": "Steps of the whole training."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Clips in a batch of each process."})
+    fixed_rate_steps: int = field(default=0, metadata={"help": "Steps at the start that merge nothing."})
+    merging_threshold_range: list[float] = field(
+        default_factory=lambda: [0.85, 1.0], metadata={"help": "Range of the merging thresholds after them."}
+    )
+    vary_voices: bool = field(
+        default=False, metadata={"help": "Play each clip at another speed, pitch and loudness in each epoch."}
+    )
+
+
+def new_codec(overrides: str | None, semantic_encoder: str) -> FlexiCodecModel:
     """A codec with random weights around a trained semantic encoder."""
     recognizer = SemanticEncoderForCTC.from_pretrained(semantic_encoder)
-    config = json.loads(config_file.read_text())
     recognizer.encoder.config._name_or_path = ""  # a folder of this machine
-    config["semantic_model_config"] = recognizer.encoder.config.to_dict()
-    codec = FlexiCodecModel(FlexiCodecConfig(**config, num_semantic_queries=1, semantic_query_ids=[0]))
-    # The model's own initialization, of a fixed width, fits layers as wide as the released ones; in narrow ones the signal
-    # would vanish. PyTorch's goes by the layer's size.
+    config = fresh_config(FlexiCodecConfig, overrides, num_semantic_queries=1, semantic_query_ids=[0])
+    config.semantic_model_config = recognizer.encoder.config
+    codec = FlexiCodecModel(config)
+    # The model's own initialization, of a fixed width, fits layers as wide as the released ones; in
+    # narrow ones the signal would vanish. PyTorch's goes by the layer's size.
     for module in codec.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)):
             module.reset_parameters()
@@ -61,197 +92,114 @@ def new_codec(config_file: Path, semantic_encoder: str) -> FlexiCodecModel:
     return codec
 
 
-def crop(
-    example: dict[str, Any], random: np.random.Generator, sampling_rate: int, num_samples: int, vary: bool
-) -> np.ndarray:
-    waveform = decode_audio(example["audio"], sampling_rate)
-    if vary:
-        waveform = np.clip(vary_voice(waveform, sampling_rate, random), -1, 1)
-    return random_crop(waveform, num_samples, random)
+def load_codec(model_args: ModelArguments) -> FlexiCodecModel:
+    if model_args.model_name_or_path is None:
+        return new_codec(model_args.config_overrides, model_args.semantic_encoder)
+    codec = FlexiCodecModel.from_pretrained(model_args.model_name_or_path)
+    if model_args.keep_tokens:
+        codec.requires_grad_(False)
+        codec.bottleneck.requires_grad_(True)
+        codec.acoustic_decoder.requires_grad_(True)
+    return codec
 
 
-def prepare(
-    waveforms: list[np.ndarray], feature_extractor: FlexiCodecFeatureExtractor, num_samples: int
-) -> dict[str, Tensor]:
-    inputs = feature_extractor(
-        waveforms,
-        sampling_rate=feature_extractor.sampling_rate,
-        padding="max_length",
-        max_length=num_samples,
-        return_tensors="pt",
-    )
-    return dict(inputs)
+@dataclass
+class CodecCollator:
+    """
+    Crops of examples, in other voices if `vary`, as the codec's inputs of `num_samples` samples.
+    """
+
+    feature_extractor: FlexiCodecFeatureExtractor
+    num_samples: int
+    vary: bool
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        waveforms, rate = [], self.feature_extractor.sampling_rate
+        for example in examples:
+            random = np.random.default_rng(example["seed"])
+            waveform = decode_audio(example["audio"], rate)
+            if self.vary:
+                waveform = np.clip(vary_voice(waveform, rate, random), -1, 1)
+            waveforms.append(random_crop(waveform, self.num_samples, random))
+        padding = {"padding": "max_length", "max_length": self.num_samples}
+        return dict(self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt", **padding))
 
 
-class CodecRecipe:
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.accelerator = make_accelerator(args)
-        source = args.init_from or args.semantic_encoder
-        self.feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(source)
-        if args.init_from:
-            codec = FlexiCodecModel.from_pretrained(args.init_from)
-            if args.keep_tokens:
-                codec.requires_grad_(False)
-                codec.bottleneck.requires_grad_(True)
-                codec.acoustic_decoder.requires_grad_(True)
-        else:
-            codec = new_codec(args.config, args.semantic_encoder)
-        codec.config.merging_threshold_range = list(args.merging_threshold_range)
-        self.config = codec.config
-        self.num_samples = round(args.crop_s * self.config.sampling_rate)
-
-        options = {"config_name": args.dataset_config, "streaming": args.streaming, "audio_column": args.audio_column}
-        self.dataset = load_speech(args.dataset, args.split, **options)
-        validation = load_speech(args.dataset, args.validation_split, **options).take(args.num_validation)
-        limit = 10 * self.config.sampling_rate
-        self.validation = [decode_audio(row["audio"], self.config.sampling_rate)[:limit] for row in validation]
-
-        self.mel_loss = MultiScaleMelLoss(self.config.sampling_rate).to(self.accelerator.device)
-        self.ema = ExponentialMovingAverage(codec.to(self.accelerator.device), args.ema_decay)
-        self.trained = TrainedModel(codec, args, self.accelerator)
-        self.accelerator.register_for_checkpointing(self.ema)
-        self.adversary = make_adversary(args, self.accelerator)
-
-    def batches(self, start: tuple[int, int]) -> DataLoader:
-        return speech_loader(
-            self.dataset,
-            functools.partial(
-                crop,
-                sampling_rate=self.config.sampling_rate,
-                num_samples=self.num_samples,
-                vary=self.args.vary_voices,
-            ),
-            functools.partial(prepare, feature_extractor=self.feature_extractor, num_samples=self.num_samples),
-            batch_size=self.args.batch_size,
-            seed=self.args.seed,
-            start=start,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            num_workers=self.args.num_workers,
-        )
-
-    def train_step(self, inputs: dict[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
-        self.trained.model.train()
-        inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
-        real = inputs["input_values"]
-        threshold, num_quantizers = self._draw(step)
-        output = self.trained.model(**inputs, merging_threshold=threshold, num_quantizers=num_quantizers)
-        fake = output.audio_values
-
-        losses = {
-            "mel": self.mel_loss(fake, real),
-            "commitment": output.commitment_loss,
-            "codebook": output.codebook_loss,
-        }
-        loss = (
-            MEL_WEIGHT * losses["mel"]
-            + self.config.commitment_loss_weight * losses["commitment"]
-            + self.config.codebook_loss_weight * losses["codebook"]
-        )
+class CodecTrainer(GANTrainer):
+    def generate(self, batch: dict[str, Tensor]) -> Generated:
+        config = self.trained.unwrapped.config
+        threshold, num_quantizers = self._draw()
+        output = self.trained.model(**batch, merging_threshold=threshold, num_quantizers=num_quantizers)
+        losses = {"commitment": output.commitment_loss, "codebook": output.codebook_loss}
+        num_tokens = output.audio_codes_mask.sum().float()
         if output.distillation_loss is not None:
             # A mean over tokens, of which processes have different numbers.
-            num_tokens = output.audio_codes_mask.sum().float()
             share = num_tokens / self.accelerator.reduce(num_tokens, "mean")
             losses["distillation"] = output.distillation_loss * share
-            loss = loss + self.config.distillation_loss_weight * losses["distillation"]
-        if self.adversary is not None and step >= self.args.discriminator_start:
-            losses["discriminator"] = self.adversary.train(real, fake)
-            losses["adversarial"], losses["feature"] = self.adversary.judge(real, fake)
-            loss = loss + ADVERSARIAL_WEIGHT * losses["adversarial"] + FEATURE_WEIGHT * losses["feature"]
+        rate = num_tokens / output.token_lengths.sum() * config.frame_rate
+        return Generated(batch["input_values"], output.audio_values, losses, {"tokens_per_second": rate})
 
-        norm = self.trained.update(loss)
-        self.ema.update()
-        duration = output.token_lengths.sum() / self.config.frame_rate
-        return {
-            "loss": loss.detach(),
-            **{name: value.detach() for name, value in losses.items()},
-            "gradient_norm": norm,
-            "tokens_per_second": output.audio_codes_mask.sum() / duration,
-            "learning_rate": self.trained.learning_rate,
-        }
-
-    def _draw(self, step: int) -> tuple[float, int | Tensor]:
-        """A merging threshold for the batch, and how many quantizers it uses: one, or a number for each item."""
-        random = np.random.default_rng((self.args.seed, step))
-        threshold = random.uniform(*self.config.merging_threshold_range)
-        if step < self.args.fixed_rate_steps:
+    def _draw(self) -> tuple[float, int | Tensor]:
+        """
+        A merging threshold for the batch, and how many quantizers it uses: one, or a number for
+        each item.
+        """
+        args, config = self.args, self.trained.unwrapped.config
+        random = np.random.default_rng((args.seed, self.state.global_step))
+        threshold = random.uniform(*args.merging_threshold_range)
+        if self.state.global_step < args.fixed_rate_steps:
             threshold = 1.0
-        if random.random() < self.config.quantizer_bypass_rate:
+        if random.random() < config.quantizer_bypass_rate:
             return threshold, 1
-        most = self.config.num_quantizers
-        counts = random.integers(min(2, most), most + 1, size=self.args.batch_size)
-        counts[random.random(self.args.batch_size) >= self.config.quantizer_dropout] = most
-        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        return threshold, torch.from_numpy(counts[mine])
+        # Drawn for the batch of all processes, so that their number changes nothing.
+        size, most = args.per_device_train_batch_size, config.num_quantizers
+        total = size * self.accelerator.num_processes
+        counts = random.integers(min(2, most), most + 1, size=total)
+        counts[random.random(total) >= config.quantizer_dropout] = most
+        start = size * self.accelerator.process_index
+        return threshold, torch.from_numpy(counts[start : start + size])
 
-    @torch.inference_mode()
-    def evaluate(self, step: int, writer: SummaryWriter | None) -> Mapping[str, float]:
-        if writer is None:
-            return {}
-        codec = self.trained.unwrapped.eval()
-        metrics: dict[str, list[float]] = {}
-        with self.ema.applied():
-            for number, waveform in enumerate(self.validation):
-                inputs = self.feature_extractor(
-                    waveform, sampling_rate=self.config.sampling_rate, return_tensors="pt"
-                ).to(codec.device)
-                sounds = {"original": waveform}
-                for name, (threshold, rows) in SETTINGS.items():
-                    output = codec(**inputs, merging_threshold=threshold, num_quantizers=rows)
-                    sounds[name] = output.audio_values[0, 0].cpu().numpy()
-                    mel = self.mel_loss(output.audio_values, inputs["input_values"])
-                    metrics.setdefault(f"mel_{name}", []).append(mel.item())
-                    rate = output.token_lengths.shape[1] / output.token_lengths.sum() * self.config.frame_rate
-                    metrics.setdefault(f"tokens_per_second_{name}", []).append(rate.item())
-                if number == 0:
-                    write_samples(writer, self.args.output_dir / "samples", step, sounds, self.config.sampling_rate)
-        return {name: float(np.mean(values)) for name, values in metrics.items()}
-
-    def save_pretrained(self, directory: Path) -> None:
-        with self.ema.applied():
-            self.trained.unwrapped.save_pretrained(directory)
-        self.feature_extractor.save_pretrained(directory)
+    def evaluate_clip(self, model: Any, waveform: np.ndarray) -> tuple[dict[str, float], dict[str, Tensor]]:
+        rate = self.sampling_rate
+        inputs = self.feature_extractor(waveform, sampling_rate=rate, return_tensors="pt").to(model.device)
+        metrics, sounds = {}, {}
+        for name, (threshold, num_quantizers) in SETTINGS.items():
+            output = model(**inputs, merging_threshold=threshold, num_quantizers=num_quantizers)
+            sounds[name] = output.audio_values[0, 0]
+            metrics[f"mel_{name}"] = self.mel_loss(output.audio_values, inputs["input_values"]).item()
+            tokens = output.token_lengths.shape[1] / output.token_lengths.sum() * model.config.frame_rate
+            metrics[f"tokens_per_second_{name}"] = tokens.item()
+        return metrics, sounds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the codec to reconstruct speech.")
-    add_loop_arguments(parser, max_steps=800_000, batch_size=32, learning_rate=1e-4)
-    model = parser.add_argument_group("model")
-    model.add_argument("--init-from", metavar="ID_OR_DIR", help="codec to start from")
-    model.add_argument(
-        "--keep-tokens",
-        action="store_true",
-        help="train what decodes the tokens alone, so that the tokens, and models that know them, stay as they are",
+    model_args, data_args, training_args = parse_arguments(
+        ModelArguments, SpeechDataArguments, CodecTrainingArguments, argv=argv
     )
-    model.add_argument("--config", type=Path, help="JSON of FlexiCodecConfig, to start from nothing")
-    model.add_argument("--semantic-encoder", metavar="ID_OR_DIR", help="from train_semantic_encoder.py, likewise")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--crop-s", type=float, default=5.0, help="seconds of a clip (default: %(default)s)")
-    recipe.add_argument(
-        "--fixed-rate-steps", type=int, default=0, help="steps that merge nothing (default: %(default)s)"
+    codec = load_codec(model_args)
+    config = codec.config
+    config.merging_threshold_range = list(training_args.merging_threshold_range)
+    feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(
+        model_args.model_name_or_path or model_args.semantic_encoder
     )
-    recipe.add_argument(
-        "--merging-threshold-range",
-        type=float,
-        nargs=2,
-        default=(0.85, 1.0),
-        help="of the thresholds after them (default: 0.85 1.0)",
+    train_dataset, eval_dataset = load_splits(data_args, training_args.seed)
+    num_samples = round(training_args.crop_s * config.sampling_rate)
+    longest = EVAL_SECONDS * config.sampling_rate
+    trainer = CodecTrainer(
+        codec,
+        feature_extractor,
+        training_args,
+        train_dataset,
+        CodecCollator(feature_extractor, num_samples, training_args.vary_voices),
+        [decode_audio(example["audio"], config.sampling_rate)[:longest] for example in eval_dataset or []],
     )
-    recipe.add_argument(
-        "--vary-voices", action="store_true", help="play each clip at another speed, pitch and loudness each time"
-    )
-    add_adversarial_arguments(recipe)
-    recipe.add_argument("--ema-decay", type=float, default=0.999, help="(default: %(default)s)")
-    recipe.add_argument("--num-validation", type=int, default=16, help="clips (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if bool(args.init_from) == bool(args.config and args.semantic_encoder):
-        parser.error("pass either --init-from, or --config and --semantic-encoder")
-    if args.keep_tokens and not args.init_from:
-        parser.error("--keep-tokens needs --init-from: there are no tokens to keep yet")
-
-    recipe = CodecRecipe(args)
-    TrainingLoop(args, recipe.accelerator, recipe).run()
+    trainer.loss_weights = {
+        **GANTrainer.loss_weights,
+        "commitment": config.commitment_loss_weight,
+        "codebook": config.codebook_loss_weight,
+        "distillation": config.distillation_loss_weight,
+    }
+    trainer.train()
 
 
 if __name__ == "__main__":

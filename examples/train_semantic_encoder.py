@@ -1,177 +1,178 @@
-"""Train a small semantic encoder: a SAN-M speech recogniser with a CTC loss over pieces of words.
+"""Train a small semantic encoder: a SAN-M speech recognizer with a CTC loss over pieces of words.
 
-accelerate launch examples/train_semantic_encoder.py --dataset speech --output-dir semantic-encoder
+accelerate launch examples/train_semantic_encoder.py --dataset speech --output_dir semantic-encoder \
+    --per_device_train_batch_size 32 --learning_rate 1e-3 --warmup_steps 1000 --max_steps 20000 \
+    --do_eval --eval_strategy steps --eval_steps 1000 --save_steps 1000
 
-A codec merges frames that its frozen semantic encoder finds alike, and its first code says what the encoder heard. The
-released codec uses SenseVoice-small; this recipe makes an encoder of any size from transcribed speech, so that all can be
-trained from nothing. `train_codec.py --semantic-encoder semantic-encoder/model` uses it.
+A codec merges frames that its frozen semantic encoder finds alike, and its first code describes the
+encoder's output. The released codec uses SenseVoice-small. This recipe trains an encoder of any
+size from transcribed speech, so that everything can be trained from nothing: pass its output
+directory to `train_codec.py` as `--semantic_encoder`.
 """
 
-import argparse
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jiwer
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerFast
+from transformers import EvalPrediction, PreTrainedTokenizerFast
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
+from transformers.utils import logging
 
 from flexicodec_hf import FlexiCodecFeatureExtractor
-from flexicodec_hf.training.data import decode_audio, load_speech, speech_loader, vary_voice
-from flexicodec_hf.training.loop import TrainedModel, TrainingLoop, add_loop_arguments, make_accelerator
-from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, decode_ctc, train_tokenizer
+from flexicodec_hf.data.sources import decode_audio
+from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, vary_voice
+from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, best_paths, decode_ctc, train_tokenizer
+from flexicodec_hf.training.trainer import SpeechTrainer, SpeechTrainingArguments, parse_arguments, run_training
 
+
+logger = logging.get_logger("transformers.train_semantic_encoder")
 
 # Examples that the normalization of the features and the pieces of words are taken from.
 NUM_EXAMPLES_FOR_STATISTICS = 500
 NUM_EXAMPLES_FOR_TOKENIZER = 20_000
 
 
+@dataclass
+class ModelArguments:
+    """Sizes of the encoder."""
+
+    hidden_size: int = field(default=192, metadata={"help": "Width of the encoder."})
+    intermediate_size: int = field(default=768, metadata={"help": "Width of its feed-forward layers."})
+    num_hidden_layers: int = field(default=8, metadata={"help": "Number of its layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Number of its attention heads."})
+    vocab_size: int = field(default=512, metadata={"help": "Pieces of words to recognize."})
+
+
+@dataclass
+class SemanticTrainingArguments(SpeechTrainingArguments):
+    """The training arguments, with the defaults of this recipe."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "The schedule of the rate."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "The second beta of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "The weight decay of AdamW."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Clips of similar length share a batch, or `random`."}
+    )
+
+
 def augment(waveform: np.ndarray, sampling_rate: int, random: np.random.Generator) -> np.ndarray:
-    """Another speed and pitch, loudness and noise, so that the encoder does not hang on those."""
+    """
+    Change speed, pitch and loudness and add noise, so that the encoder does not depend on them.
+    """
     waveform = vary_voice(waveform, sampling_rate, random)
     noise = np.sqrt(np.mean(waveform**2)) * 10 ** (-random.uniform(15, 60) / 20)
     waveform = waveform + noise * random.standard_normal(len(waveform))
     return np.clip(waveform, -1, 1).astype(np.float32)
 
 
-def read(example: dict[str, Any], random: np.random.Generator, sampling_rate: int) -> tuple[np.ndarray, str]:
-    return augment(decode_audio(example["audio"], sampling_rate), sampling_rate, random), example["text"]
+@dataclass
+class CTCCollator:
+    """
+    Examples to a batch of features and labels. Those that have a seed, the training examples, are
+    augmented.
+    """
+
+    feature_extractor: FlexiCodecFeatureExtractor
+    tokenizer: PreTrainedTokenizerFast
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rate = self.feature_extractor.sampling_rate
+        waveforms = [decode_audio(example["audio"], rate) for example in examples]
+        if "seed" in examples[0]:
+            randoms = [np.random.default_rng(example["seed"]) for example in examples]
+            waveforms = [augment(waveform, rate, random) for waveform, random in zip(waveforms, randoms, strict=True)]
+        inputs = self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt")
+        labels = self.tokenizer([example["text"] for example in examples], padding=True, return_tensors="pt")
+        return {
+            "input_features": inputs.input_features,
+            "input_features_mask": inputs.input_features_mask,
+            "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
+        }
 
 
-def prepare(
-    items: list[tuple[np.ndarray, str]],
-    feature_extractor: FlexiCodecFeatureExtractor,
-    tokenizer: PreTrainedTokenizerFast,
-) -> dict[str, Tensor]:
-    waveforms, texts = zip(*items, strict=True)
-    inputs = feature_extractor(list(waveforms), sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
-    labels = tokenizer(list(texts), padding=True, return_tensors="pt")
-    return {
-        "input_features": inputs.input_features,
-        "input_features_mask": inputs.input_features_mask,
-        "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
-    }
+class CTCTrainer(SpeechTrainer):
+    """
+    Keeps the likeliest path of each clip in evaluations. A further loss goes into `compute_loss`,
+    what it needs into the collator.
+    """
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, best_paths(logits, inputs["input_features_mask"].to(logits.device)), labels
 
 
-class SemanticEncoderRecipe:
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.accelerator = make_accelerator(args)
-        load = functools.partial(
-            load_speech,
-            args.dataset,
-            config_name=args.dataset_config,
-            streaming=args.streaming,
-            audio_column=args.audio_column,
-            text_column=args.text_column,
+def load_inputs(output_dir: Path, dataset: Dataset | IterableDataset, vocab_size: int) -> CTCCollator:
+    """
+    The feature extractor, which normalizes, and the tokenizer: those of an earlier run, or new
+    ones.
+    """
+    if (output_dir / "preprocessor_config.json").exists():  # written last
+        return CTCCollator(
+            FlexiCodecFeatureExtractor.from_pretrained(output_dir), PreTrainedTokenizerFast.from_pretrained(output_dir)
         )
-        self.dataset = load(split=args.split)
-        self.validation = list(load(split=args.validation_split).take(args.num_validation))
-        with self.accelerator.main_process_first():
-            self._prepare_inputs(args.output_dir / "model")
-
-        config = FunAsrNanoEncoderConfig(
-            hidden_size=args.hidden_size,
-            intermediate_size=args.intermediate_size,
-            num_hidden_layers=args.num_layers,
-            num_attention_heads=args.num_heads,
-            num_timestamp_prediction_layers=0,
-            max_position_embeddings=10_006,  # ten minutes
-            vocab_size=len(self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        self.trained = TrainedModel(SemanticEncoderForCTC(config), args, self.accelerator, betas=(0.9, 0.98))
-
-    def _prepare_inputs(self, directory: Path) -> None:
-        """The feature extractor, which normalizes, and the tokenizer: those in `directory`, or new ones."""
-        if (directory / "tokenizer.json").exists():
-            self.feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(directory)
-            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-            return
-        texts = self.dataset.take(NUM_EXAMPLES_FOR_TOKENIZER)["text"]
-        self.tokenizer = train_tokenizer(list(texts), self.args.vocab_size)
-        plain = FlexiCodecFeatureExtractor()
-        features = []
-        for example in self.dataset.take(NUM_EXAMPLES_FOR_STATISTICS):
-            waveform = decode_audio(example["audio"], plain.sampling_rate)
-            features.append(plain(waveform, plain.sampling_rate, return_tensors="np").input_features[0])
-        mean, std = np.concatenate(features).mean(axis=0), np.concatenate(features).std(axis=0)
-        self.feature_extractor = FlexiCodecFeatureExtractor(cmvn_shift=-mean, cmvn_scale=1 / np.maximum(std, 1e-3))
-        self.tokenizer.save_pretrained(directory)
-        self.feature_extractor.save_pretrained(directory)
-
-    def batches(self, start: tuple[int, int]) -> DataLoader:
-        lengths = None
-        if isinstance(self.dataset, Dataset):
-            lengths = [len(text) for text in self.dataset["text"]]  # about as long as the speech
-        return speech_loader(
-            self.dataset,
-            functools.partial(read, sampling_rate=self.feature_extractor.sampling_rate),
-            functools.partial(prepare, feature_extractor=self.feature_extractor, tokenizer=self.tokenizer),
-            batch_size=self.args.batch_size,
-            seed=self.args.seed,
-            start=start,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            num_workers=self.args.num_workers,
-            lengths=lengths,
-        )
-
-    def train_step(self, inputs: dict[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
-        self.trained.model.train()
-        inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
-        loss = self.trained.model(**inputs).loss
-        norm = self.trained.update(loss)
-        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": self.trained.learning_rate}
-
-    @torch.inference_mode()
-    def evaluate(self, step: int, writer: SummaryWriter | None) -> Mapping[str, float]:
-        if writer is None:
-            return {}
-        model = self.trained.unwrapped.eval()
-        losses, texts, heard = [], [], []
-        for start in range(0, len(self.validation), self.args.batch_size):
-            examples = self.validation[start : start + self.args.batch_size]
-            clips = [decode_audio(example["audio"], self.feature_extractor.sampling_rate) for example in examples]
-            pairs = [(clip, example["text"]) for clip, example in zip(clips, examples, strict=True)]
-            inputs = prepare(pairs, self.feature_extractor, self.tokenizer)
-            output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-            losses += [output.loss.item()] * len(examples)
-            heard += decode_ctc(self.tokenizer, output.logits, inputs["input_features_mask"])
-            texts += [self.tokenizer.decode(row[row != -100]) for row in inputs["labels"]]
-        writer.add_text(
-            "heard", "\n\n".join(f"{text} | {words}" for text, words in zip(texts, heard, strict=True)), step
-        )
-        return {"loss": float(np.mean(losses)), "wer": jiwer.wer(texts, heard), "cer": jiwer.cer(texts, heard)}
-
-    def save_pretrained(self, directory: Path) -> None:
-        self.trained.unwrapped.save_pretrained(directory)
-        self.feature_extractor.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+    texts = (example["text"] for example in dataset.remove_columns("audio").take(NUM_EXAMPLES_FOR_TOKENIZER))
+    tokenizer = train_tokenizer(texts, vocab_size)
+    plain = FlexiCodecFeatureExtractor()
+    features = []
+    for example in dataset.take(NUM_EXAMPLES_FOR_STATISTICS):
+        waveform = decode_audio(example["audio"], plain.sampling_rate)
+        features.append(plain(waveform, plain.sampling_rate, return_tensors="np").input_features[0])
+    mean, std = np.concatenate(features).mean(axis=0), np.concatenate(features).std(axis=0)
+    feature_extractor = FlexiCodecFeatureExtractor(cmvn_shift=-mean, cmvn_scale=1 / np.maximum(std, 1e-3))
+    tokenizer.save_pretrained(output_dir)
+    feature_extractor.save_pretrained(output_dir)
+    return CTCCollator(feature_extractor, tokenizer)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a small semantic encoder with CTC.")
-    add_loop_arguments(parser, max_steps=20_000, batch_size=32, learning_rate=1e-3, warmup_steps=1000)
-    model = parser.add_argument_group("model")
-    model.add_argument("--hidden-size", type=int, default=192, help="(default: %(default)s)")
-    model.add_argument("--intermediate-size", type=int, default=768, help="(default: %(default)s)")
-    model.add_argument("--num-layers", type=int, default=8, help="(default: %(default)s)")
-    model.add_argument("--num-heads", type=int, default=4, help="(default: %(default)s)")
-    model.add_argument("--vocab-size", type=int, default=512, help="pieces of words (default: %(default)s)")
-    parser.add_argument("--num-validation", type=int, default=100, help="clips (default: %(default)s)")
-    args = parser.parse_args(argv)
+    model_args, data_args, training_args = parse_arguments(
+        ModelArguments, SpeechDataArguments, SemanticTrainingArguments, argv=argv
+    )
+    with training_args.main_process_first(local=False):
+        train_dataset, eval_dataset = load_splits(
+            data_args, training_args.seed, evaluate=training_args.do_eval, needs_text=True
+        )
+        collator = load_inputs(Path(training_args.output_dir), train_dataset, model_args.vocab_size)
+    tokenizer = collator.tokenizer
+    if isinstance(train_dataset, Dataset):  # about as long as the speech
+        train_dataset = train_dataset.add_column("length", [len(text) for text in train_dataset["text"]])
 
-    recipe = SemanticEncoderRecipe(args)
-    TrainingLoop(args, recipe.accelerator, recipe).run()
+    config = FunAsrNanoEncoderConfig(
+        hidden_size=model_args.hidden_size,
+        intermediate_size=model_args.intermediate_size,
+        num_hidden_layers=model_args.num_hidden_layers,
+        num_attention_heads=model_args.num_attention_heads,
+        num_timestamp_prediction_layers=0,
+        max_position_embeddings=10_006,  # ten minutes
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+    def word_errors(prediction: EvalPrediction) -> dict[str, float]:
+        texts = [tokenizer.decode(row[row >= 0]) for row in prediction.label_ids]
+        recognized = decode_ctc(tokenizer, torch.from_numpy(prediction.predictions))
+        for text, words in zip(texts[:5], recognized[:5], strict=True):
+            logger.info(f"{text} | {words}")
+        return {"wer": jiwer.wer(texts, recognized), "cer": jiwer.cer(texts, recognized)}
+
+    trainer = CTCTrainer(
+        SemanticEncoderForCTC(config),
+        training_args,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        compute_metrics=word_errors,
+    )
+    run_training(trainer, data_args, tasks="automatic-speech-recognition")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ Train a language model on speech: FlexiCodec's tokens, with their durations, thr
     flexicodec-hf tokenize recordings -o tokens --model flexicodec --target-frame-rates 8.3
     python examples/train_speech_lm.py --tokens tokens --codec flexicodec --output_dir speech_lm --max_steps 1000
 
-`--tokens` is a directory (or Hub id) that `datasets` loads, with the columns `audio_codes`, `token_lengths`, `duration` and
-`frame_rate`, and `text` where `--parts` names it. Without `--model_name_or_path` the model is a small Llama that reads
-bytes; with it, any causal language model learns to speak. A run that was interrupted goes on from its last checkpoint.
-At the end it reports bits per second of held-out speech and how many durations it would have got right, and continues the
-beginning of a held-out clip to `continuation.wav`. Every option of `TrainingArguments` is one here.
+`--tokens` is a directory (or Hub id) that `datasets` loads, with the columns `audio_codes`,
+`token_lengths`, `duration` and `frame_rate`, and `text` if `--parts` names it. Without
+`--model_name_or_path` the model is a small Llama that reads bytes; with it, any causal language
+model learns to speak. An interrupted run continues from its last checkpoint. At the end the script
+reports bits per second of held-out speech and the share of durations that the model would have got
+right, and writes a held-out clip that the model continues to `continuation.wav`.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
@@ -31,31 +31,31 @@ from transformers import (
     AutoModelForTextToWaveform,
     AutoTokenizer,
     EvalPrediction,
-    HfArgumentParser,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from flexicodec_hf.audio_flexicodec import write_audio
 from flexicodec_hf.speech_lm import FlexiCodecSpeechVocabulary, SpeechTextCollator, duration_lm_class
+from flexicodec_hf.training.trainer import SpeechTrainingArguments, last_checkpoint, parse_arguments
 
 
 @dataclass
 class SpeechArguments:
     tokens: str = field(metadata={"help": "Dataset of tokens: a directory or a Hub id."})
     codec: str = field(metadata={"help": "The codec that made them: a directory or a Hub id."})
-    split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    num_eval_rows: int = field(
-        default=100, metadata={"help": "Rows to hold out, at most a tenth of all (one at least)."}
+    train_split: str = field(default="train", metadata={"help": "The split to train on, and to hold out clips of."})
+    num_eval_examples: int = field(
+        default=100, metadata={"help": "Clips to hold out, at most a tenth of all (one at least)."}
     )
-    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are left out, and counted."})
+    max_duration_s: float = field(default=30.0, metadata={"help": "Leave out clips longer than this, in seconds."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "A causal language model to start from."})
-    layout: str = field(default="parallel", metadata={"help": "Of the vocabulary: parallel, separate or joint."})
+    layout: str = field(
+        default="parallel", metadata={"help": "Layout of the vocabulary: parallel, separate or joint."}
+    )
     parts: list[str] = field(
         default_factory=lambda: ["speech"], metadata={"help": "'speech', or 'text speech' to learn to speak a text."}
     )
@@ -63,7 +63,7 @@ class SpeechArguments:
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the small Llama."})
     prompt_seconds: float = field(default=1.5, metadata={"help": "How much of a held-out clip to continue."})
     max_new_seconds: float = field(default=5.0, metadata={"help": "How long to go on, if speech does not end before."})
-    temperature: float = field(default=0.8, metadata={"help": "Of the continuation."})
+    temperature: float = field(default=0.8, metadata={"help": "Temperature of the continuation."})
     voice_stage: str | None = field(
         default=None, metadata={"help": "A FlexiCodec text-to-speech model whose voice speaks the continuation."}
     )
@@ -113,13 +113,15 @@ def make_model(
 
 def load_rows(arguments: SpeechArguments) -> tuple[Dataset, Dataset]:
     """Rows to train on, and rows held out."""
-    rows = load_dataset(arguments.tokens, split=arguments.split)
-    kept = [index for index, seconds in enumerate(rows["duration"]) if seconds <= arguments.max_seconds]
+    rows = load_dataset(arguments.tokens, split=arguments.train_split)
+    kept = [index for index, seconds in enumerate(rows["duration"]) if seconds <= arguments.max_duration_s]
     if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} clips are longer than {arguments.max_seconds} s and left out.")
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} clips are longer than {arguments.max_duration_s} s and left out."
+        )
     if len(kept) < 2:
         raise SystemExit(f"{arguments.tokens} has {len(kept)} clips to use: at least 2 are needed.")
-    num_eval = max(1, min(arguments.num_eval_rows, len(kept) // 10))
+    num_eval = max(1, min(arguments.num_eval_examples, len(kept) // 10))
     return rows.select(kept[:-num_eval]), rows.select(kept[-num_eval:])
 
 
@@ -132,8 +134,9 @@ class SpeechMetrics:
 
     def scores(self, logits: Tensor | tuple[Tensor, Tensor], labels: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """
-        What of the logits the metrics need, on the device, so that the logits need not be kept: nats of each label and
-        of each duration label, and the best guesses of both, `(batch_size, length, 4)`.
+        What of the logits the metrics need, on the device, so that the logits need not be kept:
+        nats of each label and of each duration label, and the best guesses of both, `(batch_size,
+        length, 4)`.
         """
         columns = []
         if not self.vocabulary.is_parallel:
@@ -183,7 +186,10 @@ def continue_speech(
     arguments: SpeechArguments,
     frame_rate: float,
 ) -> tuple[Tensor, Tensor, float]:
-    """Codes and durations of a clip's beginning and of what the model says next, and the seconds of the beginning."""
+    """
+    Codes and durations of a clip's beginning and of what the model says next, and the seconds of
+    the beginning.
+    """
     lengths = torch.tensor(row["token_lengths"])
     num_tokens = max(int((lengths.cumsum(dim=0) <= arguments.prompt_seconds * frame_rate).sum()), 1)
     codes = torch.tensor(row["audio_codes"])[:, :num_tokens]
@@ -214,23 +220,22 @@ def continue_speech(
 
 @torch.inference_mode()
 def speak(codes: Tensor, lengths: Tensor, arguments: SpeechArguments) -> tuple[np.ndarray, int]:
-    """The waveform of tokens and its sampling rate: from the codec, or in the voice of a text-to-speech model."""
+    """
+    The waveform of tokens and its sampling rate: from the codec, or in the voice of a
+    text-to-speech model.
+    """
     if arguments.voice_stage is not None:
         voice_stage = AutoModelForTextToWaveform.from_pretrained(arguments.voice_stage)
         speech = voice_stage.decode_speech(codes[None], lengths[None])
-        return speech.audio[0].numpy(), speech.sampling_rate
+        return speech.audio[0, 0].numpy(), int(speech.sampling_rate[0])
     codec = AutoModel.from_pretrained(arguments.codec)
     return codec.decode(codes[None], lengths[None]).audio_values[0, 0].numpy(), codec.config.sampling_rate
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    parser = HfArgumentParser((SpeechArguments, TrainingArguments), description=__doc__.split("\n\n")[0])
-    arguments, training = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
-    training.remove_unused_columns = False  # the collator reads the rows
-
+    arguments, training = parse_arguments(SpeechArguments, SpeechTrainingArguments, argv=argv)
     codec_config = AutoConfig.from_pretrained(arguments.codec)
     rows, eval_rows = load_rows(arguments)
-    torch.manual_seed(training.seed)
     model, vocabulary = make_model(arguments, codec_config)
     training.label_names = ["labels", "duration_labels"] if vocabulary.is_parallel else ["labels"]
     metrics = SpeechMetrics(vocabulary, codec_config.frame_rate)
@@ -244,10 +249,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.scores,
     )
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint is None and Path(training.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(training.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()
 
     result = trainer.evaluate()

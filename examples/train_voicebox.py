@@ -1,11 +1,13 @@
-"""Train the Voicebox: semantic tokens of a codec and a voice prompt in, a mel spectrogram out (or the codec's latents).
+"""
+Train the Voicebox: from semantic tokens of a codec and a voice prompt to a mel spectrogram (or the
+codec's latents).
 
-accelerate launch examples/train_voicebox.py --codec flexicodec --dataset my_speech --output_dir voicebox --do_train \
-    --do_eval --per_device_train_batch_size 16 --learning_rate 1e-4 --warmup_steps 1000 --max_steps 100000 --bf16 \
+accelerate launch examples/train_voicebox.py --codec flexicodec --dataset my_speech --output_dir voicebox --do_eval \
+    --per_device_train_batch_size 16 --learning_rate 1e-4 --warmup_steps 1000 --max_steps 100000 --bf16 \
     --eval_strategy steps --eval_steps 1000 --save_steps 1000 --report_to tensorboard --vocoder vocoder
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +21,21 @@ from flexicodec_hf import (
     FlexiCodecVoiceboxConfig,
     FlexiCodecVoiceboxModel,
 )
+from flexicodec_hf.training.batches import load_splits, with_seeds
+from flexicodec_hf.training.trainer import (
+    SpeechSamples,
+    SpeechTrainingArguments,
+    fresh_config,
+    parse_arguments,
+    run_training,
+)
 from flexicodec_hf.training.tts import (
     SpeechCollator,
     SpeechEncoder,
-    SpeechSamples,
+    TTSDataArguments,
     TTSTrainer,
     VoiceboxBatches,
     cache_splits,
-    fresh_config,
-    load_splits,
-    parse_arguments,
-    run_training,
 )
 
 
@@ -44,15 +50,16 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Sizes of a new model where they are not those of the released one: a JSON object or a file with one, "
-            'such as {"hidden_size": 256, "num_hidden_layers": 6, "repa_layer_index": 2}. With "repa_layer_index": null '
-            "there is no alignment loss."
+            "help": "Where a new model differs from the released one: a JSON object or a file with one, "
+            'such as {"hidden_size": 256, "num_hidden_layers": 6, "repa_layer_index": 2}. There is no alignment loss '
+            'with "repa_layer_index": null.'
         },
     )
     predict_latents: bool = field(
         default=False,
         metadata={
-            "help": "A new model predicts the codec's decoder latents at 12.5 Hz, not a mel spectrogram: it needs no vocoder."
+            "help": "A new model predicts the codec's decoder latents at 12.5 Hz instead of a mel spectrogram. It needs no "
+            "vocoder."
         },
     )
     merging_thresholds: list[float] = field(
@@ -63,9 +70,9 @@ class ModelArguments:
         default=None, metadata={"help": "A vocoder, a Hub id or a directory, to hear mel spectrograms along the way."}
     )
     sample_steps: int = field(
-        default=1000, metadata={"help": "Speak clips of the evaluation every so many steps and at the end; 0: never."}
+        default=1000, metadata={"help": "Steps between samples of evaluation clips; there is one at the end. 0: none."}
     )
-    num_samples: int = field(default=3, metadata={"help": "So many, in the voice of the one after each."})
+    num_samples: int = field(default=3, metadata={"help": "Clips to speak, each in the voice of the next one."})
 
 
 def load_model(model_args: ModelArguments, codec: FlexiCodecModel, statistics: Any) -> Any:
@@ -101,8 +108,8 @@ def load_mel_feature_extractor(model_args: ModelArguments, config: Any, codec_co
     mel_rate = extractor.sampling_rate / extractor.hop_length
     if mel_rate != codec_config.frame_rate * config.upsample_factor:
         raise ValueError(
-            f"The mel spectrogram has {mel_rate} frames a second, but the model makes {config.upsample_factor} for each "
-            f"of the codec's {codec_config.frame_rate}: set `upsample_factor`."
+            f"The mel spectrogram has {mel_rate} frames a second, but the model makes {config.upsample_factor} for "
+            f"each of the codec's {codec_config.frame_rate}: set `upsample_factor`."
         )
     return extractor
 
@@ -117,7 +124,7 @@ class Speaker:
     vocoder: FlexiCodecVocoderModel | None
 
     def __call__(self, model: Any) -> Iterator[tuple[str, Tensor]]:
-        inputs, _ = self.batches(self.batch, 0)
+        inputs, _ = self.batches(self.batch)
         num_clips = len(inputs["audio_codes"])
         for clip in range(num_clips):
             voice = slice((clip + 1) % num_clips, (clip + 1) % num_clips + 1)
@@ -132,7 +139,7 @@ class Speaker:
             if model.config.predicts_latent:
                 audio = self.codec.decode(latents=output.mel.transpose(1, 2)).audio_values[0, 0]
             else:
-                audio = self.vocoder(output.mel).audio_values[0]
+                audio = self.vocoder(output.mel).audio_values.flatten()
             yield str(clip), audio
 
 
@@ -150,13 +157,16 @@ def make_sampler(
     if not batches.model.config.predicts_latent:
         vocoder = FlexiCodecVocoderModel.from_pretrained(model_args.vocoder).to(codec.device)
         sampling_rate = vocoder.config.sampling_rate
-    batch = collator(list(dataset.take(model_args.num_samples)))
+    clips = with_seeds(dataset.take(model_args.num_samples), 0)
+    batch = collator([clips[clip] for clip in range(len(clips))])
     batch = {name: value.to(codec.device) for name, value in batch.items()}
     return SpeechSamples(Speaker(batches, batch, codec, vocoder), sampling_rate, model_args.sample_steps)
 
 
-def main() -> None:
-    model_args, data_args, training_args = parse_arguments(ModelArguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    model_args, data_args, training_args = parse_arguments(
+        ModelArguments, TTSDataArguments, SpeechTrainingArguments, argv=argv
+    )
     with training_args.main_process_first(local=False):
         train_dataset, eval_dataset = load_splits(
             data_args, training_args.seed, evaluate=training_args.do_eval, needs_text=False
@@ -173,7 +183,7 @@ def main() -> None:
     if not model.config.predicts_latent:
         mel_feature_extractor = load_mel_feature_extractor(model_args, model.config, codec.config)
     collator = SpeechCollator(feature_extractor, mel_feature_extractor=mel_feature_extractor)
-    batches = VoiceboxBatches(model, encoder, training_args.seed)
+    batches = VoiceboxBatches(model, encoder)
     sampler = make_sampler(model_args, batches, collator, eval_dataset)
     trainer = TTSTrainer(
         model,
@@ -185,7 +195,7 @@ def main() -> None:
         callbacks=[] if sampler is None else [sampler],
         prepare=batches,
     )
-    run_training(trainer, data_args)
+    run_training(trainer, data_args, tasks="text-to-speech")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ from flexicodec_hf import (
     save_repository,
 )
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.ar import convert_ar
-from flexicodec_hf.conversion.codec import convert_codec
-from flexicodec_hf.conversion.nar import convert_vocoder, convert_voicebox
+from flexicodec_hf.conversion import convert_ar, convert_codec, convert_vocoder, convert_voicebox
 from whisper_files import write_vocabulary_and_merges
 
 
@@ -115,7 +113,7 @@ def codec_dir(golden, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tts_parts(golden, tmp_path_factory):
-    """The reference's text-to-speech files of the fixture `tts`, converted: a directory with codec, ar, voicebox, vocoder."""
+    """The text-to-speech files of the fixture `tts`, converted: a directory with codec, ar, voicebox, vocoder."""
     fixture, folder = golden("tts"), tmp_path_factory.mktemp("tts")
     sources = {}
     for name in ("artts", "nartts", "vocos"):
@@ -123,7 +121,7 @@ def tts_parts(golden, tmp_path_factory):
         sources[name] = folder / f"{name}.safetensors"
         save_file(tensors, sources[name])
     (folder / "codec.yaml").write_text(yaml.safe_dump(fixture.spec["codec_config"]))
-    convert_codec(sources["artts"], folder / "codec", codec_config=folder / "codec.yaml")
+    convert_codec(sources["artts"], folder / "codec", folder / "codec.yaml")
     convert_ar(sources["artts"], folder / "ar", fixture.spec["ar_config"])
     convert_voicebox(sources["nartts"], folder / "voicebox", fixture.spec["voicebox_config"])
     convert_vocoder(sources["vocos"], folder / "vocoder", fixture.spec["vocos_config"])
@@ -144,7 +142,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tts_repository(tts_parts, codec_dir, tmp_path_factory):
     """A whole repository: another codec at the root, the fixture `tts` in `tts/`, and two voices.
 
-    The text vocabulary of the autoregressive model is enlarged for `byte_tokenizer`; the first 120 ids are the fixture's.
+    The text vocabulary of the autoregressive model is enlarged for `byte_tokenizer`; the first 120
+    ids are those of the fixture.
     """
     ar = FlexiCodecARForConditionalGeneration.from_pretrained(tts_parts / "ar")
     encoder, vocabulary = ar.model.text_encoder, 300

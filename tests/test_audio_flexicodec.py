@@ -5,9 +5,12 @@ import soundfile
 from conftest import AUDIO
 from flexicodec_hf.audio_flexicodec import (
     AudioError,
+    AudioWriter,
     audio_seconds,
     check_audio_format,
+    find_pause,
     read_audio,
+    read_stretches,
     resample,
     write_audio,
 )
@@ -124,3 +127,31 @@ def test_broken_audio_is_not_written(tmp_path):
     with pytest.raises(AudioError, match="cannot be written"):
         write_audio(tmp_path / "missing" / "a.wav", np.zeros(10), RATE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["librivox_long.flac", "stereo_44k.flac", "short_0p02s.wav"])
+def test_stretches_lose_nothing(name):
+    whole = read_audio(AUDIO / name, 16_000).waveform
+    parts = list(read_stretches(AUDIO / name, 16_000, max_length_s=7.0, cut_s=2.0))
+    assert max(map(len, parts)) <= 7 * 16_000 and (len(parts) > 1) == (len(whole) > 7 * 16_000)
+    assert min(map(len, parts[:-1]), default=5 * 16_000) >= 5 * 16_000
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
+
+
+def test_a_stretch_ends_in_a_pause():
+    draw = np.random.default_rng(0)
+    waveform = draw.normal(size=10 * 16_000).astype(np.float32)
+    waveform[6 * 16_000 : 7 * 16_000] = 0
+    assert 6 * 16_000 < find_pause(waveform, 16_000) < 7 * 16_000
+    # If all of it is equally quiet, a stretch is not empty.
+    assert 0 < find_pause(np.zeros(16_000, dtype=np.float32), 16_000) <= 16_000
+
+
+def test_audio_is_written_in_parts(tmp_path):
+    waveform = read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform
+    with AudioWriter(tmp_path / "parts.flac") as writer:
+        assert writer.seconds == 0
+        for part in np.array_split(waveform, 3):
+            writer.write(part, 16_000)
+    assert writer.seconds == len(waveform) / 16_000
+    np.testing.assert_allclose(read_audio(writer.path, 16_000).waveform, waveform, atol=1 / 32_768)

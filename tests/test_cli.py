@@ -15,7 +15,7 @@ from conftest import AUDIO, assert_close
 from flexicodec_hf.audio_flexicodec import AudioError
 from flexicodec_hf.cli import main
 from flexicodec_hf.cli.common import CommandError, user_errors
-from flexicodec_hf.conversion.codec import convert_codec
+from flexicodec_hf.conversion import convert_codec
 from flexicodec_hf.data.files import DataError
 
 
@@ -42,7 +42,7 @@ def released(golden, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model(released, tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("model")
-    convert_codec(released / "12hz_v1_half.safetensors", directory, codec_config=released / "12hz_v1_half_config.yaml")
+    convert_codec(released / "12hz_v1_half.safetensors", directory, released / "12hz_v1_half_config.yaml")
     return str(directory)
 
 
@@ -537,7 +537,7 @@ def test_convert_errors(released, tmp_path, capsys, monkeypatch):
         (["--repo", str(tmp_path / "empty")], "no file 12hz_v1_half.safetensors in the directory"),
         (["--codec", str(tmp_path / "missing.pt")], "There is no checkpoint file"),
         (["--codec", str(tmp_path / "half.pt")], "cannot be read as a PyTorch file"),
-        (["--codec", str(tmp_path / "stray.safetensors")], "Unknown (1): stray. Pass `--allow-partial`"),
+        (["--codec", str(tmp_path / "stray.safetensors")], "Unknown (1): stray. Pass --allow-partial"),
     ):
         assert main(["convert", *args, "-o", str(tmp_path / "out")]) == 1
         error = capsys.readouterr().err.splitlines()[-1]

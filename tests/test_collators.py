@@ -24,7 +24,7 @@ def make(layout: str = "parallel", num_quantizers: int = 1, **kwargs) -> FlexiCo
 
 
 def make_rows(vocabulary: FlexiCodecSpeechVocabulary, num_rows: int = 3) -> list[dict]:
-    """Rows as `datasets` gives them: lists, with more rows of codes than the vocabulary uses."""
+    """Rows as `datasets` gives them: lists, with more codebooks than the vocabulary uses."""
     rng = random.Random(0)
     rows = []
     for index in range(num_rows):
@@ -39,7 +39,7 @@ def make_rows(vocabulary: FlexiCodecSpeechVocabulary, num_rows: int = 3) -> list
     return rows
 
 
-def learnt_text(vocabulary: FlexiCodecSpeechVocabulary, batch: dict, row: int) -> str:
+def labeled_text(vocabulary: FlexiCodecSpeechVocabulary, batch: dict, row: int) -> str:
     """What has labels, as the names of tokens."""
     return vocabulary.tokenizer.decode(batch["labels"][row][batch["labels"][row] != -100])
 
@@ -69,8 +69,8 @@ def test_batches_hold_the_parts_and_label_what_is_asked(layout, parts, labels_on
         sections = {"text": row["text"], "speech": vocabulary.tokenizer.decode(speech["input_ids"])}
         expected = "".join(sections[part] for part in parts) + "<|endoftext|>"
         assert vocabulary.tokenizer.decode(batch["input_ids"][index, :length]) == expected
-        learnt = "".join(sections[part] for part in parts if part in labels_on)
-        assert learnt_text(vocabulary, batch, index) == learnt + "<|endoftext|>" * (parts[-1] in labels_on)
+        labeled = "".join(sections[part] for part in parts if part in labels_on)
+        assert labeled_text(vocabulary, batch, index) == labeled + "<|endoftext|>" * (parts[-1] in labels_on)
         if layout == "parallel":
             durations = batch["token_lengths"][index]
             assert durations[durations > 0].tolist() == row["token_lengths"]
@@ -137,16 +137,16 @@ def test_conversations_are_laid_out_by_the_chat_template(layout):
     batch = SpeechChatCollator(vocabulary, pad_to_multiple_of=8)([{"messages": messages}, {"messages": messages[2:]}])
     length = int(batch["attention_mask"][0].sum())
     assert vocabulary.tokenizer.decode(batch["input_ids"][0, :length]) == expected
-    assert learnt_text(vocabulary, batch, 0) == f"This:{names[1]}!<|endoftext|>{names[2]}<|endoftext|>"
-    assert learnt_text(vocabulary, batch, 1) == f"{names[2]}<|endoftext|>"
+    assert labeled_text(vocabulary, batch, 0) == f"This:{names[1]}!<|endoftext|>{names[2]}<|endoftext|>"
+    assert labeled_text(vocabulary, batch, 1) == f"{names[2]}<|endoftext|>"
     if layout == "parallel":
         labels = batch["duration_labels"][0]
         assert labels[labels != -100].tolist() == rows[1]["token_lengths"] + rows[2]["token_lengths"]
 
     batch = SpeechChatCollator(vocabulary, labels_on=("speech",))([{"messages": messages}])
-    assert learnt_text(vocabulary, batch, 0) == names[1] + names[2]
+    assert labeled_text(vocabulary, batch, 0) == names[1] + names[2]
     batch = SpeechChatCollator(vocabulary, labels_on=("text",), roles=("assistant",))([{"messages": messages}])
-    assert learnt_text(vocabulary, batch, 0) == "This:!<|endoftext|><|endoftext|>"
+    assert labeled_text(vocabulary, batch, 0) == "This:!<|endoftext|><|endoftext|>"
 
     prompt = SpeechChatCollator(vocabulary).prompt(messages[:1])
     assert (
@@ -190,5 +190,5 @@ def test_wrong_rows_are_refused():
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    with pytest.raises(ValueError, match="The chat template does not put message 1 behind"):
+    with pytest.raises(ValueError, match="The chat template does not append message 1"):
         chat([{"messages": messages}])

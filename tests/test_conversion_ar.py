@@ -6,9 +6,11 @@ from safetensors.torch import save_file
 
 from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
-from flexicodec_hf.conversion.ar import PREFIX, convert_ar
-from flexicodec_hf.conversion.checkpoint import CheckpointError
+from flexicodec_hf.conversion import CheckpointError, convert_ar
 from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
+
+
+PREFIX = "transformer_lm."
 
 
 @pytest.fixture
@@ -92,14 +94,33 @@ def test_unknown_and_missing_tensors_are_named(golden, source, tmp_path, caplog)
     assert_close(model.lm_head.weight, golden("ar").weights[f"{PREFIX}llm_decoder.weight"], atol=0)
 
 
+def test_of_tensors_that_become_one_the_missing_is_named(golden, source, tmp_path, caplog):
+    layer = "llm.encoders.0.self_attn"
+    path = source(without=(f"{layer}.linear_k.weight",))
+    with pytest.raises(CheckpointError, match=rf"Missing \(1\): {PREFIX}{layer}\.linear_k\.weight\. Pass"):
+        convert_ar(path, tmp_path / "model")
+    model = convert_ar(path, tmp_path / "model", allow_partial=True)
+    assert f"Missing (1): {PREFIX}{layer}.linear_k.weight." in caplog.text
+    attention = model.model.decoder.layers[0].self_attn
+    expected = torch.cat([golden("ar").weights[f"{PREFIX}{layer}.linear_{part}.bias"] for part in "qkv"])
+    assert_close(attention.qkv_proj.bias, expected, atol=0)
+    assert 0 < attention.qkv_proj.weight.std() < 0.05  # freshly initialized
+
+
 @pytest.mark.parametrize(
     ("ar_config", "message"),
     [
-        ({"llm_num_blocks": 5}, "llm_num_blocks=5, but the tensors say 3"),
-        ({"text_encoder_macaron_style": True}, "text_encoder_macaron_style=True, but this model only has False"),
-        ({"llm_blocks": 3}, r"unknown keys \['llm_blocks'\]"),
-        ({"flex_framerate_options": [0.9]}, r"has 2 merging thresholds, flex_framerate_options is \[0.9\]"),
-        ({"llm_positional_dropout_rate": 0.3}, "llm_positional_dropout_rate=0.3 must equal llm_dropout_rate=0.1"),
+        ({"llm_num_blocks": 5}, "`llm_num_blocks: 5`; the tensors show 3"),
+        (
+            {"text_encoder_macaron_style": True},
+            "`text_encoder_macaron_style: True`; only `text_encoder_macaron_style: False`",
+        ),
+        ({"llm_blocks": 3}, "unknown settings llm_blocks; known are"),
+        ({"flex_framerate_options": [0.9]}, r"has 2 merging thresholds, `flex_framerate_options` is \[0.9\]"),
+        (
+            {"llm_positional_dropout_rate": 0.3},
+            "`llm_positional_dropout_rate`; only the value of `llm_dropout_rate`, 0.1, is supported",
+        ),
     ],
 )
 def test_a_config_that_contradicts_is_refused(source, tmp_path, ar_config, message):
@@ -116,10 +137,12 @@ def test_the_config_fills_what_tensors_do_not_tell(source, tmp_path):
 
 def test_wrong_shapes_and_files(source, tmp_path):
     path = source({f"{PREFIX}llm_decoder.bias": torch.zeros(7)})
-    with pytest.raises(CheckpointError, match=r"lm_head.bias \(7,\), expected \(61,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"llm_decoder.bias' \(7,\), which does not make a `lm_head.bias` of shape \(61,\)"
+    ):
         convert_ar(path, tmp_path / "model")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="holds no tensor named 'transformer_lm"):
+    with pytest.raises(CheckpointError, match="has no tensor 'transformer_lm"):
         convert_ar(tmp_path / "other.safetensors", tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="There is no checkpoint file"):
         convert_ar(tmp_path / "nothing.safetensors", tmp_path / "model")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from conftest import assert_close
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
-from flexicodec_hf.conversion.checkpoint import CheckpointError, SourceCheckpoint, written_whole
-from flexicodec_hf.conversion.codec import _module_names, _source_name, convert_codec, infer_config
+from flexicodec_hf.conversion import CheckpointError, convert_codec
+from flexicodec_hf.conversion.checkpoint import SourceCheckpoint
+from flexicodec_hf.conversion.convert import infer_config
+from flexicodec_hf.conversion.tables import CODEC
+from flexicodec_hf.data.files import atomic_directory
 
 
 RUN = "b1_thr_mid_nq5"
@@ -33,7 +37,7 @@ def options(golden) -> dict:
 
 @pytest.fixture
 def convert(tmp_path, options):
-    """`convert(tensors)` saves and converts them with the small codec's YAML, and returns the repository's directory."""
+    """`convert(tensors)` saves and converts them with the small codec's YAML, and returns the directory."""
 
     def run(tensors: dict | Path, yaml_options: dict | None = options, **kwargs) -> Path:
         source = tensors
@@ -185,7 +189,7 @@ def test_semantic_file_comes_before_the_encoder_inside(weights, convert, tmp_pat
 
 def test_semantic_encoder_is_nowhere(weights, convert):
     codec, _ = split_semantic(weights)
-    with pytest.raises(CheckpointError, match=r"does not hold the semantic encoder.*model.pt.*`--semantic`"):
+    with pytest.raises(CheckpointError, match=r"does not hold the semantic encoder.*model.pt.*`semantic`"):
         convert(codec)
 
 
@@ -238,7 +242,7 @@ def test_yaml_completes_what_tensors_do_not_show(weights, convert, options):
 )
 def test_yaml_contradicts_the_tensors(weights, convert, options, option, value, found):
     options[option] = value
-    with pytest.raises(CheckpointError, match=rf"`{option}: .*`; the tensors show {found}\."):
+    with pytest.raises(CheckpointError, match=rf"`{option}: .*`; the tensors show {found} "):
         convert(weights, options)
 
 
@@ -255,7 +259,7 @@ def test_yaml_contradicts_the_tensors(weights, convert, options, option, value, 
 )
 def test_unsupported_variants(weights, convert, options, option, value):
     options[option] = value
-    with pytest.raises(CheckpointError, match=rf"asks for `{option}: .*only `{option}: .*is supported"):
+    with pytest.raises(CheckpointError, match=rf"says `{option}: .*only `{option}: .*is supported"):
         convert(weights, options)
 
 
@@ -265,15 +269,15 @@ def test_unusable_yaml(weights, convert, options, tmp_path):
             convert(weights, options | {"similarity_threshold": value})
     with pytest.raises(CheckpointError, match=r"(?s)do not agree: .*attention heads an even size"):
         convert(weights, options | {"transformer_num_heads": 5})
-    with pytest.raises(CheckpointError, match=r"project_in.weight' of .* has the shape"):
+    with pytest.raises(CheckpointError, match=r"project_in.weight' .*does not make"):
         convert(weights, options | {"fsq_config": {"levels": [8, 8]}})
     source, config = tmp_path / "source.safetensors", tmp_path / "bad.yaml"
     for content, message in (
         (b"a: [1", "is not a YAML file"),
         (b"\xff\xfe\x00\x01\x02", "is not a YAML file"),
-        (b"- 1\n- 2", "a mapping of option names to values is expected"),
-        (b"", "a mapping of option names to values is expected"),
-        (b"model: 3", "a mapping of option names to values is expected"),
+        (b"- 1\n- 2", "must hold a mapping of names of settings to values"),
+        (b"", "must hold a mapping of names of settings to values"),
+        (b"model: 3", "must hold a mapping of names of settings to values"),
         (b"!!python/object/apply:os.mkdir [owned]", "is not a YAML file"),
     ):
         config.write_bytes(content)
@@ -284,32 +288,35 @@ def test_unusable_yaml(weights, convert, options, tmp_path):
     assert not (tmp_path / "converted").exists() and not Path("owned").exists()
 
 
+def test_a_json_configuration_needs_no_yaml(weights, options, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    save_file(weights, tmp_path / "source.safetensors")
+    (tmp_path / "source.json").write_text(json.dumps({"model": options}))
+    model = convert_codec(tmp_path / "source.safetensors", config=tmp_path / "source.json")
+    assert model.config.num_bottleneck_attention_heads == 4
+    with pytest.raises(ValueError, match=r"source.yaml needs the package `yaml` .*flexicodec-hf\[convert\]"):
+        convert_codec(tmp_path / "source.safetensors", config=tmp_path / "source.yaml")
+    # Nothing was saved.
+    assert {path.name for path in tmp_path.iterdir()} == {"source.safetensors", "source.json"}
+
+
 def test_released_sizes_give_the_default_configuration():
-    """Names and shapes of the released file, from the default model on no device; the way back to the reference's names."""
-    config = FlexiCodecConfig()
-    modules, shapes = _module_names(config), {}
+    """Names and shapes of the released file, from the default model on no device."""
+    config, shapes = FlexiCodecConfig(), {}
     with torch.device("meta"):
         model = FlexiCodecModel(config)
     for name, tensor in model.state_dict().items():
-        inside = name.startswith(("semantic_encoder.", "semantic_query_embedding."))
+        (source_name,) = CODEC.source_names(name, config)
         packed = 3 if any(f".{part}_proj." in name for part in "qkv") else 1
-        shapes["semantic_model." * inside + _source_name(name, modules)] = (
-            packed * tensor.shape[0],
-            *tensor.shape[1:],
-        )
+        shapes[source_name] = (packed * tensor.shape[0], *tensor.shape[1:])
     # The released names of some tensors, spelt out.
     assert shapes["bottleneck_transformer.transformer.layers.31.self_attn.in_proj_weight"] == (1536, 512)
     assert shapes["semantic_model.encoder.encoders.48.self_attn.linear_q_k_v.weight"] == (1536, 512)
     assert shapes["dac.encoder.block.5.block.4.weight"] == (1024, 512, 4)
     assert shapes["dac.quantizer.quantizers.23.codebook.weight"] == (4096, 8)
 
-    class Shapes(SourceCheckpoint):
-        def __init__(self, prefix: str = ""):
-            self.path, self.prefix, self._used = Path("released"), prefix, set()
-            self._tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            self._names = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
-
-    assert infer_config(Shapes(), Shapes("semantic_model.")).to_dict() == config.to_dict()
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert infer_config(SourceCheckpoint("released", tensors), CODEC).to_dict() == config.to_dict()
 
 
 # ------------------------------------------------------------------------------------------- missing, unknown, wrong
@@ -332,7 +339,7 @@ def test_missing_and_unknown_tensors(weights, golden, convert):
     message = str(raised.value)
     assert f"Missing (4): {', '.join(listed)}." in message
     assert "Unknown (3): another.stray, convnext_decoder.2.weight_v, semantic_model.stray." in message
-    assert "Pass `--allow-partial`" in message
+    assert "Pass `allow_partial=True`" in message
 
     directory = convert(weights, allow_partial=True)
     model, loading = AutoModel.from_pretrained(directory, output_loading_info=True)
@@ -376,7 +383,7 @@ def test_files_of_something_else(weights, convert, name):
 )
 def test_wrong_shapes(weights, convert, name, shape):
     weights[name] = torch.zeros(shape)
-    with pytest.raises(CheckpointError, match=rf"'{name}' of .* has the shape \({shape[0]}, ?.*which does not make"):
+    with pytest.raises(CheckpointError, match=rf"has '{name}' \({shape[0]}, ?.*, which does not make"):
         convert(weights)
 
 
@@ -505,7 +512,7 @@ def test_an_interrupted_conversion_leaves_nothing(weights, convert, monkeypatch,
         patch.setattr("flexicodec_hf.feature_extraction_flexicodec.FlexiCodecFeatureExtractor.save_pretrained", fail)
         with pytest.raises(KeyboardInterrupt):
             convert(weights)
-    assert not list((tmp_path / "converted").iterdir())
+    assert not (tmp_path / "converted").exists()
     directory = convert(weights)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     with monkeypatch.context() as patch:
@@ -535,7 +542,7 @@ def test_a_killed_conversion_leaves_no_weights_of_another_model(tmp_path, monkey
 
     monkeypatch.setattr(Path, "replace", replace)
     if (child := os.fork()) == 0:
-        with written_whole(tmp_path) as folder:
+        with atomic_directory(tmp_path) as folder:
             for name in ("model.safetensors", "config.json"):
                 (folder / name).write_text("new")
             if moment == "writing":
@@ -549,5 +556,5 @@ def test_output_directory_is_a_file(weights, convert, tmp_path):
     (tmp_path / "converted").write_text("a file")
     with pytest.raises(FileExistsError):
         convert(weights)
-    with pytest.raises(FileExistsError), written_whole(tmp_path / "converted"):
+    with pytest.raises(FileExistsError), atomic_directory(tmp_path / "converted"):
         pass

@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
 from flexicodec_hf.configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
-from flexicodec_hf.conversion.checkpoint import CheckpointError
-from flexicodec_hf.conversion.nar import convert_vocoder, convert_voicebox, read_vocoder, read_voicebox
+from flexicodec_hf.conversion import CheckpointError, convert_vocoder, convert_voicebox
 from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 
@@ -79,12 +78,14 @@ def test_default_sizes_are_the_released_ones():
 
 
 def test_what_shapes_do_not_tell_is_as_released(nar, vocos, tmp_path):
-    vocoder = read_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]))
-    assert vocoder.config.to_dict() == read_vocoder(tmp_path / "vocos.safetensors", vocos[1]).config.to_dict()
+    vocoder = convert_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]))
+    assert (
+        vocoder.config.to_dict() == convert_vocoder(tmp_path / "vocos.safetensors", config=vocos[1]).config.to_dict()
+    )
     wide = FlexiCodecVoiceboxModel(tiny_config()).state_dict()
     assert wide["norm.to_weight.weight"].shape == (128, 128)
     source = write(tmp_path / "wide.safetensors", {released_name(k): v.contiguous() for k, v in wide.items()})
-    config = read_voicebox(source).config
+    config = convert_voicebox(source).config
     assert (config.num_attention_heads, config.upsample_factor, config.sigma_min) == (2, 4, 1e-5)
     assert config.repa_layer_index is None  # no projection in the file
 
@@ -115,7 +116,7 @@ def released_name(name: str) -> str:
 
 def test_half_precision_sources_and_targets(nar, vocos, tmp_path):
     source = write(tmp_path / "nartts.safetensors", {k: v.half() for k, v in nar[0].items()})
-    assert read_voicebox(source, nar[1]).dtype == torch.float32
+    assert convert_voicebox(source, config=nar[1]).dtype == torch.float32
     convert_voicebox(source, tmp_path / "out", nar[1], dtype=torch.bfloat16)
     model = FlexiCodecVoiceboxModel.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16
@@ -134,7 +135,7 @@ def test_training_settings_are_understood(nar, tmp_path):
         "ssl_feature_dim": 12,
         "use_repa_loss": True,
     }
-    config = read_voicebox(source, settings).config
+    config = convert_voicebox(source, config=settings).config
     assert (config.sigma_min, config.unconditional_probability, config.repa_loss_weight) == (1e-4, 0.1, 0.5)
     assert config.repa_layer_index == 1
 
@@ -142,66 +143,70 @@ def test_training_settings_are_understood(nar, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 3}, "says num_layers = 3, but the tensors say 2"),
-        ({"cond_codebook_size": 65}, "says cond_codebook_size = 65, but the tensors say 64"),
-        ({"time_scheduler": "linear"}, "`time_scheduler` = 'linear' is not supported"),
-        ({"use_cond_code": False}, "`use_cond_code` = False is not supported"),
-        ({"use_repa_loss": False}, "`use_repa_loss` = False is not supported"),
-        ({"layers": 2}, "Unknown settings layers; known are"),
+        ({"num_layers": 3}, "says `num_layers: 3`; the tensors show 2"),
+        ({"cond_codebook_size": 65}, "says `cond_codebook_size: 65`; the tensors show 64"),
+        ({"time_scheduler": "linear"}, "`time_scheduler: linear`; only `time_scheduler: cos`"),
+        ({"use_cond_code": False}, "`use_cond_code: False`; only `use_cond_code: True`"),
+        ({"use_repa_loss": False}, "`use_repa_loss: False`; the tensors show True"),
+        ({"layers": 2}, "unknown settings layers; known are"),
     ],
 )
 def test_contradicting_settings_are_refused(nar, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
-        read_voicebox(write(tmp_path / "nartts.safetensors", nar[0]), nar[1] | change)
+        convert_voicebox(write(tmp_path / "nartts.safetensors", nar[0]), config=nar[1] | change)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": 25}, "says dim = 25, but the tensors say 24"),
-        ({"padding": "center"}, "`padding` = 'center' is not supported"),
-        ({"hop": 16}, "Unknown settings hop; known are"),
+        ({"dim": 25}, "says `dim: 25`; the tensors show 24"),
+        ({"padding": "center"}, "`padding: center`; only `padding: same`"),
+        ({"hop": 16}, "unknown settings hop; known are"),
     ],
 )
 def test_contradicting_vocoder_settings_are_refused(vocos, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
-        read_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]), vocos[1] | change)
+        convert_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]), config=vocos[1] | change)
 
 
 def test_heads_that_nobody_knows_are_asked_for(nar, tmp_path):
     with pytest.raises(CheckpointError, match="width 32 is not a multiple of 64: say `num_heads`"):
-        read_voicebox(write(tmp_path / "nartts.safetensors", nar[0]), {"repa_layer_idx": 1})
+        convert_voicebox(write(tmp_path / "nartts.safetensors", nar[0]), config={"repa_layer_idx": 1})
 
 
 def test_missing_and_unknown_tensors_are_named(nar, tmp_path, caplog):
     tensors, settings = nar
     tensors["voicebox_model.extra"] = tensors.pop("voicebox_model.diff_estimator.norm.to_weight.bias")
     source = write(tmp_path / "nartts.safetensors", tensors)
-    missing = r"missing tensors: voicebox_model.diff_estimator.norm.to_weight.bias; "
-    with pytest.raises(CheckpointError, match=f"{missing}unknown tensors: voicebox_model.extra"):
+    missing = r"Missing \(1\): voicebox_model.diff_estimator.norm.to_weight.bias. "
+    with pytest.raises(CheckpointError, match=rf"{missing}Unknown \(1\): voicebox_model.extra. "):
         convert_voicebox(source, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
     with caplog.at_level(logging.WARNING):
         convert_voicebox(source, tmp_path / "out", settings, allow_partial=True)
-    assert "missing tensors" in caplog.text and "voicebox_model.extra" in caplog.text
+    assert "Missing (1)" in caplog.text and "voicebox_model.extra" in caplog.text
     assert FlexiCodecVoiceboxModel.from_pretrained(tmp_path / "out").norm.to_weight.bias.shape == (32,)
 
 
 def test_wrong_shapes_and_wrong_files_are_refused(nar, vocos, tmp_path):
     vocos[0]["head.out.bias"] = torch.zeros(65)
-    with pytest.raises(CheckpointError, match=r"'head.out.bias' .* has shape \(65,\), expected \(66,\)"):
-        read_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]), vocos[1])
+    with pytest.raises(
+        CheckpointError, match=r"'head.out.bias' \(65,\), which does not make a `head.linear.bias` of shape \(66,\)"
+    ):
+        convert_vocoder(write(tmp_path / "vocos.safetensors", vocos[0]), config=vocos[1])
     with pytest.raises(CheckpointError, match=r"has no tensor 'voicebox_model\.cond_emb\.weight'"):
-        read_voicebox(tmp_path / "vocos.safetensors")
+        convert_voicebox(tmp_path / "vocos.safetensors")
     with pytest.raises(CheckpointError, match=r"has no tensor 'backbone\.embed\.weight'"):
-        read_vocoder(write(tmp_path / "nartts.safetensors", nar[0]))
+        convert_vocoder(write(tmp_path / "nartts.safetensors", nar[0]))
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
-        read_vocoder(tmp_path / "nothing.safetensors")
+        convert_vocoder(tmp_path / "nothing.safetensors")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "must hold a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not a JSON file"), ("[1]", "must hold a mapping of names of settings to values")]
+)
 def test_bad_settings_files_are_refused(nar, tmp_path, text, message):
     settings = tmp_path / "settings.json"
     settings.write_text(text)
     with pytest.raises(CheckpointError, match=message):
-        read_voicebox(write(tmp_path / "nartts.safetensors", nar[0]), settings)
+        convert_voicebox(write(tmp_path / "nartts.safetensors", nar[0]), config=settings)

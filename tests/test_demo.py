@@ -14,7 +14,7 @@ def test_demo_reconstructs_speaks_and_draws(tmp_path, monkeypatch, capsys):
     assert "librivox_austen_0880.flac: 2.99 s" in output
     header, *lines = output[output.index("tokens/s") :].splitlines()
     rows = [line.split() for line in lines if line.strip() and line.strip()[0].isdigit()]
-    assert header.split()[:5] == ["tokens/s", "rows", "bits/s", "STOI", "PESQ"]
+    assert header.split()[:5] == ["tokens/s", "codebooks", "bits/s", "STOI", "PESQ"]
     assert [row[1] for row in rows] == ["1", "8"] * 3
     # 37 frames, each a token: semantic codes of 11 bits, acoustic ones of 8, lengths of 3.
     assert rows[0][:3] == [f"{37 / 2.99:.2f}", "1", f"{37 / 2.99 * 14:.0f}"]
@@ -25,7 +25,7 @@ def test_demo_reconstructs_speaks_and_draws(tmp_path, monkeypatch, capsys):
     assert "'Good morning.': " in output
 
     sounds = {path.name: soundfile.info(path) for path in (tmp_path / "demo").glob("*.wav")}
-    assert len(sounds) == 8 and {"original.wav", "8.3_tokens_1_rows.wav", "spoken.wav"} <= sounds.keys()
+    assert len(sounds) == 8 and {"original.wav", "8.3_tokens_1_codebooks.wav", "spoken.wav"} <= sounds.keys()
     spoken = sounds.pop("spoken.wav")
     assert spoken.samplerate == 16_000 and 0.3 < spoken.duration < 5
     for info in sounds.values():

@@ -144,7 +144,7 @@ def test_flexicodec_names_its_sizes_as_mimi_does(repository):
         5,
         64,
     )
-    # Row 0 has a vocabulary of its own, larger than that of the others.
+    # Codebook 0 has more codes than the others.
     assert config.semantic_codebook_size == 32_768
     assert config.merging_threshold == 1.0
     assert AutoModel.from_pretrained(folder, merging_threshold=0.91).config.merging_threshold == 0.91

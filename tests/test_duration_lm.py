@@ -121,6 +121,41 @@ def test_durations_are_drawn_on_request(device):
         model.generate(prompt["input_ids"])
 
 
+@pytest.mark.parametrize("duration_top_k", [0, 1, 3])
+def test_greedy_durations_are_the_most_likely_for_every_top_k(device, duration_top_k):
+    vocabulary = make()
+    model = build(vocabulary, device)
+    prompt = vocabulary.pad([vocabulary.encode([[1, 2]], [1, 2], markers=False)], padding_side="left")
+    prompt = {name: value.to(device) for name, value in prompt.items()}
+    others = [[i] for i in range(vocabulary.first_code_id)]
+    settings = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "bad_words_ids": others}
+    expected = model.generate(**prompt, **settings)
+    assert (expected.token_lengths[:, :-1] > 0).all()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        output = model.generate(**prompt, **settings, duration_top_k=duration_top_k, duration_temperature=5.0)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output.token_lengths, expected.token_lengths)
+
+
+def test_with_generators_a_row_is_the_same_in_any_batch(device):
+    vocabulary = make()
+    model = build(vocabulary, device)
+    clips = [vocabulary.encode([codes], [1] * len(codes), markers=False) for codes in ([1, 2], [3])]
+    settings = {"max_new_tokens": 8, "do_sample": True, "duration_top_k": 0, "return_dict_in_generate": True}
+
+    def generate(streams, *seeds):
+        prompt = {name: value.to(device) for name, value in vocabulary.pad(streams, padding_side="left").items()}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        output = model.generate(**prompt, **settings, generator=generators)
+        return output.sequences[:, -8:], output.token_lengths[:, -8:]
+
+    together = generate(clips, 1, 2)
+    for row in range(2):
+        for both, alone in zip(together, generate(clips[row : row + 1], row + 1), strict=True):
+            assert torch.equal(both[row], alone[0])
+
+
 def test_saves_and_loads(model_and_vocabulary, device, tmp_path):
     model, vocabulary = model_and_vocabulary
     model.save_pretrained(tmp_path)
@@ -134,7 +169,7 @@ def test_wrong_configurations_are_refused():
     vocabulary = make()
     with pytest.raises(ValueError, match="`layout` must be 'parallel', got 'joint'"):
         duration_lm_class(LlamaConfig(), make("joint"))
-    with pytest.raises(ValueError, match="must be that of a causal language model, got a T5Config"):
+    with pytest.raises(ValueError, match="must belong to a causal language model, got a T5Config"):
         duration_lm_class(T5Config(), vocabulary)
     with pytest.raises(ValueError, match="lacks `flexicodec_speech`"):
         duration_lm_class(LlamaConfig())(LlamaConfig(vocab_size=10, **SIZES))

@@ -80,7 +80,7 @@ def test_a_missing_rate_is_warned_of(extractor, caplog):
         (np.zeros(2000), 16_000, "`sampling_rate` is 16000, but the spectrogram is defined at 24000 Hz: resample"),
         (np.zeros((2, 2000)), 24_000, r"Clip 0 of `raw_speech` has shape \(2, 2000\), expected one dimension"),
         ([np.zeros(2000), np.zeros((1, 2000))], 24_000, r"Clip 1 of `raw_speech` has shape \(1, 2000\)"),
-        (np.zeros(720), 24_000, r"Clip 0 of `raw_speech` has 720 samples, .* more than 720 \(30 ms\)"),
+        (np.zeros(720), 24_000, r"Clip 0 of `raw_speech` has 720 samples, but must have more than 720 \(30 ms\)"),
         ([], 24_000, "Clip 0 of `raw_speech` has 0 samples"),
     ],
 )

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from conftest import assert_close
 from flexicodec_hf.compatibility_flexicodec import CACHE
-from flexicodec_hf.conversion.ar import convert_ar
+from flexicodec_hf.conversion import convert_ar
 from flexicodec_hf.generation_flexicodec_ar import PromptVocabularyLogitsProcessor, RowSampler
 from test_modeling_flexicodec_ar import fixture_model, mask_of, tiny_model  # noqa: F401
 
@@ -207,7 +207,7 @@ def test_limits_are_each_rows_own(device):
     output = generate(model, inputs, max_new_tokens=14, min_new_tokens=None, max_token_text_ratio=2.5)
     new = output.sequences[:, inputs["input_ids"].shape[1] :]
     assert (new < model.config.end_token_id).sum(dim=1).tolist() == [14, 12]
-    with pytest.raises(ValueError, match="min_token_text_ratio=3 is above max_token_text_ratio=2"):
+    with pytest.raises(ValueError, match="`min_token_text_ratio` is 3, above `max_token_text_ratio`, which is 2"):
         generate(model, inputs, min_token_text_ratio=3, max_token_text_ratio=2)
 
 
@@ -232,6 +232,47 @@ def test_sampling_follows_the_seed_and_the_duration_settings(device):
     assert scores.gather(-1, drawn.token_lengths[:, start:, None]).isfinite().all()
     cold = sample(duration_top_k=0, duration_temperature=1e-4)
     assert torch.equal(torch.stack(cold.duration_scores, 1).argmax(-1), cold.token_lengths[:, start:])
+
+
+@pytest.mark.parametrize("duration_top_k", [0, 1, 3])
+def test_greedy_durations_are_the_most_likely_for_every_top_k(device, duration_top_k):
+    model = tiny_model(device)
+    inputs = prompts(model, device)
+    expected = generate(model, inputs)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        output = generate(model, inputs, duration_top_k=duration_top_k, duration_temperature=5.0)
+        assert torch.equal(output.token_lengths, expected.token_lengths)
+
+
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_a_weight_changed_in_place_counts_at_the_next_call(device, cache_implementation):
+    """Adapters are merged in this way; PyTorch's version counter does not see it."""
+    model = tiny_model(device)
+    inputs = prompts(model, device)
+
+    def logits():
+        output = generate(model, inputs, output_logits=True, cache_implementation=cache_implementation)
+        return torch.stack(output.logits)
+
+    before = logits()
+    weight = model.model.decoder.layers[0].self_attn.relative_k_proj.weight
+    weight.data += 0.5
+    after = logits()
+    assert not torch.allclose(before, after, atol=1e-3)
+    weight.data -= 0.5
+    assert_close(logits(), before.cpu(), atol=1e-4)
+
+
+def test_generation_goes_beyond_the_keys_of_the_prompt(device):
+    model = tiny_model(device)
+    inputs = prompts(model, device)
+    output = generate(model, inputs, max_new_tokens=300, min_new_tokens=300, max_token_text_ratio=100)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 300), value=1)
+    with torch.no_grad():
+        whole = model(output.sequences, output.token_lengths, mask)
+    whole.logits[..., model.config.end_token_id] = -torch.inf
+    assert torch.equal(whole.logits[:, -2].argmax(-1), output.sequences[:, -1])
 
 
 def test_with_generators_a_row_is_the_same_in_any_batch(device):
@@ -391,8 +432,8 @@ def test_static_step_compiles_to_one_graph(device, batch_size):
     assert torch.equal(output.token_lengths, expected.token_lengths)
 
 
-def test_compiled_forward_needs_nothing_kept(device):
-    """A step compiled by hand: no relative keys are passed, and one graph serves all steps."""
+def test_a_step_compiled_by_hand_needs_no_relative_keys(device):
+    """One graph serves all steps."""
     torch.compiler.reset()
     model = tiny_model(device)
     inputs = prompts(model, device, batch_size=1)
@@ -427,9 +468,13 @@ def test_what_is_not_supported_is_refused(device):
     inputs = prompts(model, device)
     with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*(BEAM_SEARCH|beam_search)'"):
         generate(model, inputs, num_beams=2)
-    with pytest.raises(ValueError, match=r"only supports .*but got generation mode '.*ASSISTED_GENERATION'"):
+    with pytest.raises(
+        ValueError, match=r"only supports .*but got generation mode '.*(ASSISTED_GENERATION|assisted_generation)'"
+    ):
         generate(model, inputs, prompt_lookup_num_tokens=2)
-    with pytest.raises(ValueError, match="holds speech tokens but token_lengths is missing"):
+    with pytest.raises(ValueError, match="holds speech tokens but `token_lengths` is missing"):
         model.generate(inputs["input_ids"])
     with pytest.raises(ValueError, match="duration_topk"):
         generate(model, inputs, duration_topk=3)
+    with pytest.raises(ValueError, match="`inputs` is missing"):
+        model.generate()

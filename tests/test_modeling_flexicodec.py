@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import AutoModel, AutoModelForAudioTokenization
 
 from conftest import assert_close
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
-from flexicodec_hf.conversion.codec import _module_names, _source_name, _to_target
+from flexicodec_hf.conversion.checkpoint import SourceCheckpoint
+from flexicodec_hf.conversion.tables import CODEC
 from flexicodec_hf.modeling_flexicodec import FlexiCodecTransformerLayer, frame_to_token, mean_by_token
 
 
@@ -116,10 +118,11 @@ def test_stages_match_the_reference(golden, load, device, name, run):
     hooks = [record(stages, module, key, inputs) for key, (module, inputs) in channels_last.items()]
     hooks += [record(stages, module, key) for key, module in as_is.items()]
     options = {"merging_threshold": spec["threshold"], "num_quantizers": spec["num_quantizers"]}
-    try:  # with gradients, so that modules run as modules: without, a CPU takes the residual units tile by tile
-        encoded = model.encode(**clip(golden, name, device), **options)
-        semantic_stages = dict(stages)
-        decoded = model.decode(**encoded)
+    try:
+        with torch.no_grad():
+            encoded = model.encode(**clip(golden, name, device), **options)
+            semantic_stages = dict(stages)
+            decoded = model.decode(**encoded)
     finally:
         for hook in hooks:
             hook.remove()
@@ -186,15 +189,15 @@ def test_semantic_encoder_matches_the_reference(golden, device, masked):
         }
     )
     encoder = AutoModel.from_config(config.semantic_model_config).eval()
-    source = fixture.weights
+    weights = {f"semantic_model.{name}": tensor for name, tensor in fixture.weights.items()}
+    source = SourceCheckpoint("sensevoice.safetensors", weights)
     for name, parameter in encoder.state_dict().items():
-        name = f"semantic_encoder.{name}"
-        parameter.copy_(_to_target(name, source[_source_name(name, _module_names(config))], config))
+        parameter.copy_(CODEC.read(source, f"semantic_encoder.{name}", config))
     encoder.to(device)
 
     run = "masked" if masked else "codec_path"
     features = fixture["in/speech"]
-    queries = source["embed.weight"][torch.tensor(config.semantic_query_ids)]
+    queries = fixture.weights["embed.weight"][torch.tensor(config.semantic_query_ids)]
     features = torch.cat([queries.expand(features.shape[0], -1, -1), features], dim=1)
     assert torch.equal(features, fixture["prepended"])
     lengths = fixture["in/speech_lengths"] + 4 if masked else torch.tensor([features.shape[1]] * len(features))
@@ -212,11 +215,9 @@ def test_semantic_encoder_matches_the_reference(golden, device, masked):
 
 def reference_gradient(golden, model: FlexiCodecModel, name: str) -> torch.Tensor:
     """The gradient that the reference's parameter would have, from ours and, for weight norm, the chain rule."""
-    config = model.config
-    modules = _module_names(config)
     base, _, leaf = name.rpartition(".")
     source_name = f"{base}.weight" if leaf in ("weight_g", "weight_v") else name
-    (ours,) = [key for key, _ in model.named_parameters() if _source_name(key, modules) == source_name]
+    (ours,) = [key for key, _ in model.named_parameters() if CODEC.source_names(key, model.config) == [source_name]]
     parameter = model.get_parameter(ours)
     if parameter.grad is None:
         return None
@@ -273,12 +274,26 @@ def test_training_forward_matches_the_reference(golden, load, device, run):
 def test_threshold_one_never_merges(codec, device):
     """Bit-identical frames have a cosine that float32 may round past 1: they still keep a token each."""
     features = torch.randn(1, 1, 560, generator=torch.Generator().manual_seed(1)).expand(4, 50, -1).contiguous()
-    similarities = codec._frame_similarities(features.to(device), [50] * 4)
+    merger, frame_mask = codec.frame_merger, torch.ones(4, 50, dtype=torch.bool, device=device)
+    similarities = merger.similarities(features.to(device), frame_mask)
     assert similarities.max() <= 1
-    token_lengths, mask = codec._merge(similarities, torch.ones(4, device=device), [50] * 4)
-    assert mask.all() and token_lengths.shape == (4, 50) and (token_lengths == 1).all()
-    token_lengths, _ = codec._merge(similarities, torch.full((4,), 0.99, device=device), [50] * 4)
+    token_lengths = merger.segment(similarities, torch.ones(4, device=device), frame_mask)
+    assert token_lengths.shape == (4, 50) and (token_lengths == 1).all()
+    token_lengths = merger.segment(similarities, torch.full((4,), 0.99, device=device), frame_mask)
     assert token_lengths[0].tolist() == [8] * 6 + [2]
+
+
+def test_padding_is_no_token(codec, device):
+    """Segmentation by hand: similarities above the threshold merge, within the frames of each item."""
+    merger = codec.frame_merger
+    similarities = torch.tensor([[0.9, 0.5, 0.9, 0.9, 0.5], [0.9, 0.9, 0.0, 0.0, 0.0]], device=device)
+    frame_mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3], device=device)
+    token_lengths = merger.segment(similarities, torch.tensor([0.8, -1.0], device=device), frame_mask)
+    assert token_lengths.tolist() == [[2, 3, 1], [3, 0, 0]]
+    segments = merger(torch.ones(2, 6, 4, device=device), torch.tensor([6, 3]), merging_threshold=[0.8, 1.0])
+    assert segments.token_lengths.tolist() == [[6, 0, 0], [1, 1, 1]]
+    assert torch.equal(segments.token_mask, segments.token_lengths > 0)
+    assert torch.equal(segments.frame_mask, frame_mask)
 
 
 @pytest.mark.parametrize("rate", [1.5625, 2.0, 3.3, 6.25, 8.0, 12.4, 12.5])
@@ -290,8 +305,9 @@ def test_target_frame_rate_is_as_near_as_any_threshold_gets(codec, device, rate)
         num_frames = int(encoded.token_lengths[i].sum())
         wanted = rate / 12.5 * num_frames
         similarities = encoded.frame_similarities[i : i + 1, : num_frames - 1]
+        frame_mask = torch.ones(1, num_frames, dtype=torch.bool, device=device)
         counts = {
-            codec._merge(similarities, torch.tensor([t], device=device), [num_frames])[0].shape[1]
+            codec.frame_merger.segment(similarities, torch.tensor([t], device=device), frame_mask).shape[1]
             for t in [-1.0, *similarities[0].tolist()]
         }
         num_tokens = int(encoded.audio_codes_mask[i].sum())
@@ -315,7 +331,7 @@ def test_semantic_codes_need_no_acoustic_encoder(codec, device, monkeypatch, chu
 
     frames = codec.encode_frames(**batch, num_quantizers=1, chunk_length_s=chunk)
     assert frames.acoustic_frames is None
-    with pytest.raises(ValueError, match="`num_quantizers=1`: there is nothing to make 5 rows of"):
+    with pytest.raises(ValueError, match="`num_quantizers=1`, which leaves nothing to make 5 codebooks of"):
         codec.quantize_frames(frames)
 
 
@@ -329,7 +345,7 @@ def test_tokens_can_be_segmented_by_the_caller(codec, device, chunk):
     assert torch.equal(again.audio_codes, merged.audio_codes) and torch.equal(again.latents, merged.latents)
     assert again.merging_threshold is None
 
-    lengths = [[3] * (num_frames // 3) + [num_frames % 3] * (num_frames % 3 > 0) for num_frames in frames.num_frames]
+    lengths = [[3] * (n // 3) + [n % 3] * (n % 3 > 0) for n in frames.num_frames.tolist()]
     padded = torch.tensor([row + [0] * (len(lengths[0]) - len(row)) for row in lengths], device=device)
     encoded = codec.quantize_frames(frames, token_lengths=padded, chunk_length_s=chunk)
     assert torch.equal(encoded.token_lengths, padded) and torch.equal(encoded.audio_codes_mask, padded > 0)
@@ -343,14 +359,14 @@ def test_tokens_can_be_segmented_by_the_caller(codec, device, chunk):
 def test_errors_of_segmentation(codec, device):
     _, batch = noise_batch(device, [12_800, 6_400])
     frames = codec.encode_frames(**batch)
-    assert frames.num_frames == [9, 5]
+    assert frames.num_frames.tolist() == [9, 5]
     for lengths, message in (
         ([[5, 5]], r"integers of the shape \(batch_size, num_tokens\) = \(2, num_tokens\), got .* of \(1, 2\)"),
         ([[5.0, 5.0], [5.0, 0.0]], "got torch.float32"),
         ([[5, 4], [5, 1]], r"must cover \[9, 5\] frames, one number an item, and cover \[9, 6\]"),
-        ([[9, 0], [5, 0]], "must be 1 to 8, with 0 only behind"),
-        ([[5, 4], [0, 5]], "must be 1 to 8, with 0 only behind"),
-        ([[8, 2, -1], [5, 0, 0]], "must be 1 to 8, with 0 only behind"),
+        ([[9, 0], [5, 0]], "must be 1 to 8, with 0 only after"),
+        ([[5, 4], [0, 5]], "must be 1 to 8, with 0 only after"),
+        ([[8, 2, -1], [5, 0, 0]], "must be 1 to 8, with 0 only after"),
     ):
         with pytest.raises(ValueError, match=message):
             codec.quantize_frames(frames, token_lengths=torch.tensor(lengths))
@@ -417,7 +433,7 @@ def test_a_batch_gives_each_item_what_it_gets_alone(codec, device, seed):
 
 
 def test_training_losses_of_a_batch_ignore_padding(load, device):
-    """One item, alone and beside a shorter copy of nothing: the losses of a padded batch are means over valid tokens."""
+    """The losses of a padded batch are means over valid tokens."""
     model = copy.deepcopy(load("codec_tiny", device)).train()
     singles, batch = noise_batch(device, [40_000, 12_000])
     options = {"merging_threshold": 0.9, "num_quantizers": 5}
@@ -468,11 +484,10 @@ def test_chunks_with_full_context_equal_the_whole(codec, device):
 def test_convolutions_are_exact_in_chunks(codec, device):
     """The context covers the receptive field of the acoustic encoder, so that only attention sees the seams."""
     singles, _ = noise_batch(device, [16_000 * 9])
-    arguments = (singles[0]["input_values"], singles[0]["input_features"], None, None)
-    _, whole, _ = codec._encode_frames(*arguments, chunk=None)
-    _, chunked, _ = codec._encode_frames(*arguments, chunk=codec._chunk(1.0, 2.1))
+    whole = codec.encode_frames(**singles[0]).acoustic_frames
+    chunked = codec.encode_frames(**singles[0], chunk_length_s=1.0, chunk_context_s=2.1).acoustic_frames
     assert_close(chunked, whole.cpu(), atol=5e-5)
-    _, cut, _ = codec._encode_frames(*arguments, chunk=codec._chunk(1.0, 0.0))
+    cut = codec.encode_frames(**singles[0], chunk_length_s=1.0, chunk_context_s=0.0).acoustic_frames
     assert (cut - whole).abs().max() > 1e-3
 
 
@@ -517,8 +532,9 @@ def test_fresh_weights_are_initialised():
     """Models are built on the meta device: nothing may be left as it was in memory."""
     config = FlexiCodecConfig(
         semantic_model_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32},
-        hidden_size=32, encoder_hidden_size=2, decoder_hidden_size=32, num_aggregator_layers=1, num_bottleneck_layers=1,
-        aggregator_hidden_size=32, bottleneck_hidden_size=32, convnext_hidden_size=8, num_convnext_layers=1,
+        hidden_size=32, encoder_hidden_size=2, decoder_hidden_size=32, num_aggregator_layers=1,
+        num_bottleneck_layers=1, aggregator_hidden_size=32, bottleneck_hidden_size=32,
+        convnext_hidden_size=8, num_convnext_layers=1,
     )  # fmt: skip
     model = FlexiCodecModel(config)
     with torch.device("meta"):
@@ -530,15 +546,62 @@ def test_fresh_weights_are_initialised():
     for module in hollow.modules():
         module._is_hf_initialized = False
     hollow.init_weights()
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in [*hollow.named_parameters(), *hollow.named_buffers()]:
         assert tensor.isfinite().all(), name
-        assert tensor.shape == model.get_parameter(name).shape if name in dict(model.named_parameters()) else True
+        assert tensor.shape == tensors.pop(name).shape, name
+    assert not tensors
     assert torch.equal(hollow.semantic_quantizer.fsq.levels, torch.tensor([8] * 5))
     assert all(
         (layer.mlp_layer_scale == 0.01).all()
         for layer in hollow.modules()
         if isinstance(layer, FlexiCodecTransformerLayer)
     )
+
+
+@torch.no_grad()
+def test_hooks_run_on_every_module(load, golden, device):
+    """Nothing goes round the modules, not even without gradients."""
+    model = load("codec_tiny", device)
+    called = set()
+    modules = {name: module for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList)}
+    hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in modules.items()]
+    model(**clip(golden, "codec_tiny", device))
+    model.decode(model.encode(**clip(golden, "codec_tiny", device)).audio_codes)
+    for hook in hooks:
+        hook.remove()
+    # The projections into the small spaces of the quantizers run in float32, on the weights alone.
+    small = re.compile(r"semantic_quantizer.fsq.project_in|acoustic_quantizer.quantizers.\d+.in_proj")
+    missing = {name for name in modules.keys() - called if not small.fullmatch(name)}
+    assert not missing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    ["semantic_encoder.layers.0.mlp.fc1", "acoustic_encoder.block.0.res_unit1.conv2", "bottleneck.layers.0.fc1"],
+)
+def test_a_replaced_layer_takes_effect(load, golden, device, name):
+    """What quantization libraries do: put another module in the place of a layer."""
+
+    class Quantized(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden_states):
+            return (self.layer(hidden_states) * 4).round() / 4
+
+    model = copy.deepcopy(load("codec_tiny", device))
+    inputs = clip(golden, "codec_tiny", device)
+    frames = model.encode_frames(**inputs)
+    audio_values = model(**inputs).audio_values
+    model.set_submodule(name, Quantized(model.get_submodule(name)))
+    changed = model.encode_frames(**inputs)
+    for before, after in zip(frames[:2], changed[:2], strict=True):
+        where = "semantic_encoder" if before is frames[0] else "acoustic_encoder"
+        assert torch.equal(before, after) is not name.startswith(where)
+    assert not torch.equal(model(**inputs).audio_values, audio_values)
 
 
 def test_outputs_as_tuples(codec, golden, device):
@@ -675,7 +738,7 @@ def test_decode_without_lengths_is_a_frame_each(codec, device):
         ({"num_quantizers": 0}, "at least 1, got 0"),
         ({"merging_threshold": 1.5}, "between -1 and 1, got 1.5"),
         ({"merging_threshold": [0.9, 0.8]}, "one number or one for each of the 1 items"),
-        ({"target_frame_rate": 20.0}, "between 1.5625 and 12.5 tokens a second, got 20.0"),
+        ({"target_frame_rate": 20.0}, "between 1.5625 and 12.5 tokens per second, got 20.0"),
         ({"target_frame_rate": 6.25, "merging_threshold": 0.9}, "not both"),
         ({"chunk_length_s": -1.0}, "`chunk_length_s` must be positive"),
     ],
@@ -696,10 +759,10 @@ CODES = torch.zeros(1, 5, 4, dtype=torch.long)
         ({}, "needs `audio_codes` or `latents`"),
         ({"audio_codes": CODES[0]}, r"must have the shape \(batch_size, num_quantizers, num_tokens\).*\(5, 4\)"),
         ({"audio_codes": CODES.float()}, "must be integers, got torch.float32"),
-        ({"audio_codes": CODES.repeat(1, 2, 1)}, "1 to 5 rows.*got 10"),
-        ({"audio_codes": CODES + 64}, "between 0 and 63 in an acoustic row, got values from 64 to 64"),
-        ({"audio_codes": CODES[:, :1] + 32768}, "between 0 and 32767 in the semantic row"),
-        ({"audio_codes": CODES - 1}, "between 0 and 32767 in the semantic row, got values from -1"),
+        ({"audio_codes": CODES.repeat(1, 2, 1)}, "1 to 5 codebooks.*got 10"),
+        ({"audio_codes": CODES + 64}, "between 0 and 63 in an acoustic codebook, got values from 64 to 64"),
+        ({"audio_codes": CODES[:, :1] + 32768}, "between 0 and 32767 in the semantic codebook"),
+        ({"audio_codes": CODES - 1}, "between 0 and 32767 in the semantic codebook, got values from -1"),
         ({"audio_codes": CODES, "token_lengths": torch.ones(1, 3).long()}, r"`token_lengths`.*\(1, 4\), got \(1, 3\)"),
         ({"audio_codes": CODES, "token_lengths": torch.ones(1, 4)}, "`token_lengths` must be integers"),
         ({"audio_codes": CODES, "token_lengths": torch.tensor([[3, -1, 1, 1]])}, "must not be negative, got -1"),

@@ -1,6 +1,7 @@
 """The whole text-to-speech system, on the reference's tiny models."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -30,7 +31,8 @@ from flexicodec_hf import (
     save_repository,
 )
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxSampleOutput
+from flexicodec_hf.chunking_flexicodec import fade_in
+from flexicodec_hf.generation_flexicodec_voicebox import FlexiCodecVoiceboxSampleOutput
 
 
 TEXTS = ["Hello there.", "Good morning to all of you!"]
@@ -61,11 +63,16 @@ def speak(model, inputs, **kwargs):
 
 def assert_same_speech(one, other, row=0, other_row=0):
     """Item `row` of an output says what item `other_row` of another does, up to padding."""
-    for mask, names in (("audio_codes_mask", ("token_lengths", "audio_codes")), ("audio_mask", ("audio",))):
+    for mask, names in (("audio_codes_mask", ("token_lengths", "audio_codes")), ("padding_mask", ("audio",))):
         size = int(one[mask][row].sum())
         assert size == int(other[mask][other_row].sum()) > 0
         for name in names:
             assert_close(one[name][row, ..., :size], other[name][other_row, ..., :size].cpu(), atol=1e-5)
+
+
+def waveform(output, row=0):
+    """Item `row` of an output without padding."""
+    return output.audio[row, 0, output.padding_mask[row]].cpu()
 
 
 def test_parity_with_the_reference(golden, tts_parts, device):
@@ -96,15 +103,15 @@ def test_parity_with_the_reference(golden, tts_parts, device):
     )
     assert output.audio_codes[:, 0].tolist() == fixture["ar/speech_tokens"].tolist()
     assert output.token_lengths.tolist() == fixture["ar/duration_classes"].tolist()
-    assert output.sampling_rate == 16_000
-    assert_close(output.audio[:, None], fixture["ar/codec_only_audio"])
+    assert output.sampling_rate.tolist() == [16_000]
+    assert_close(output.audio, fixture["ar/codec_only_audio"])
 
-    # The reference's second stage cuts the first frame of its target for the 65th of the prompt; 4 frames are a token's.
+    # The reference's second stage cuts the first frame of its target for the 65th of the prompt.
     spoken = model.decode_speech(
         output.audio_codes, output.token_lengths, voice=voice, merging_threshold=fixture.spec["nar_framerate"], seed=0
     )
-    assert spoken.sampling_rate == 24_000
-    assert spoken.audio.shape[1] == fixture["nar/audio_24k"].shape[0] + 480
+    assert spoken.sampling_rate.tolist() == [24_000]
+    assert spoken.audio.shape[2] == fixture["nar/audio_24k"].shape[0] + 480
 
 
 def test_second_stage_is_voicebox_and_vocoder(model, processor):
@@ -123,7 +130,7 @@ def test_second_stage_is_voicebox_and_vocoder(model, processor):
         generator=[torch.Generator().manual_seed(numbers[1])],
     )
     assert_close(output.audio, model.vocoder(sampled.mel).audio_values.detach().cpu(), atol=1e-5)
-    assert output.audio.shape[1] == 1920 * int(output.token_lengths.sum())
+    assert output.audio.shape == (1, 1, 1920 * int(output.token_lengths.sum()))
 
 
 @pytest.mark.parametrize("use_nar", [True, False])
@@ -134,8 +141,9 @@ def test_batch_equals_single_items(model, processor, use_nar, do_sample):
     together = speak(model, processor(TEXTS), voice=voices, **options)
     for item, (text, voice) in enumerate(zip(TEXTS, voices, strict=True)):
         assert_same_speech(speak(model, processor(text), voice=voice, **options), together, 0, item)
-    assert together.audio_mask.shape == together.audio.shape
-    assert not together.audio[~together.audio_mask].any()
+    assert together.padding_mask.shape == together.audio[:, 0].shape
+    assert not together.audio[:, 0][~together.padding_mask].any()
+    assert together.sampling_rate.tolist() == [24_000 if use_nar else 16_000] * 2
 
 
 def test_a_reference_is_the_voice_encoded_from_it(model, processor, tmp_path):
@@ -176,7 +184,7 @@ def test_tokens_decode_later_as_at_once(model, processor):
     codes = output.audio_codes.repeat(1, 2, 1) % 16
     rich, plain = (model.decode_speech(c, output.token_lengths, use_nar=False) for c in (codes, codes[:, :1]))
     assert not torch.equal(rich.audio, plain.audio)
-    assert rich.sampling_rate == 16_000
+    assert rich.sampling_rate.tolist() == [16_000] * 2
     rich, plain = (model.decode_speech(c, output.token_lengths, seed=0) for c in (codes, codes[:, :1]))
     assert torch.equal(rich.audio, plain.audio)
 
@@ -237,12 +245,12 @@ def test_an_item_may_say_nothing(model, processor):
         "min_new_tokens": 0,
     }
     output = speak(model, processor(TEXTS), **silence)
-    assert output.audio_mask.sum(dim=1).tolist()[0] == 0 and output.token_lengths[0].sum() == 0
+    assert output.padding_mask.sum(dim=1).tolist()[0] == 0 and output.token_lengths[0].sum() == 0
     assert_same_speech(output, speak(model, processor(TEXTS[1]), min_new_tokens=0), 1, 0)
     nothing = speak(model, processor(TEXTS[0]), **silence)
-    assert nothing.audio.shape == (1, 0) and nothing.sampling_rate == 24_000
+    assert nothing.audio.shape == (1, 1, 0) and nothing.sampling_rate.tolist() == [24_000]
     spoken = model.decode_speech(torch.ones(2, 1, 3).long(), torch.tensor([[0, 0, 0], [2, 0, 0]]), use_nar=False)
-    assert spoken.audio_mask.sum(dim=1).tolist() == [0, 2544]
+    assert spoken.padding_mask.sum(dim=1).tolist() == [0, 2544]
 
 
 def test_a_model_without_second_stage(tts_parts, device, processor):
@@ -250,7 +258,7 @@ def test_a_model_without_second_stage(tts_parts, device, processor):
     assert model.config.sampling_rate == 16_000
     assert model.voicebox is None and model.vocoder is None
     output = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, return_dict_in_generate=True)
-    assert output.sampling_rate == 16_000
+    assert output.sampling_rate.tolist() == [16_000]
     with pytest.raises(ValueError, match="has no Voicebox: pass `use_nar=False`"):
         model.decode_speech(output.audio_codes, output.token_lengths, use_nar=True)
     with pytest.raises(ValueError, match="no Voicebox, which gives speech the voice"):
@@ -269,8 +277,8 @@ def test_the_default_threshold_is_one_that_the_model_knows(tts_parts, device, pr
         assert model.config.default_merging_threshold == model.generation_config.merging_threshold == default
         options = {"max_new_tokens": 4, "seed": 0, "voice": "anna"}
         assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, merging_threshold=default))
-    # Told nothing, the model may still speak like a voice at another rate.
-    assert model.generate(ids, **options, merging_threshold=1.0).shape[1] > 0
+    # Without a condition, the model may still speak like a voice at another rate.
+    assert model.generate(ids, **options, merging_threshold=1.0).shape[2] > 0
 
 
 def source(processor):
@@ -301,7 +309,7 @@ def test_long_speech_is_decoded_in_bounded_chunks(model, processor, monkeypatch)
     assert frames == [50, 75, 62, 37]
     whole = model.convert_voice(**inputs, voice=["anna", "ben"], seed=2, chunk_length_s=None)
     assert together.audio.shape == whole.audio.shape
-    assert torch.equal(together.audio_mask, whole.audio_mask)
+    assert torch.equal(together.padding_mask, whole.padding_mask)
     assert together.audio.isfinite().all()
     alone = processor.feature_extractor(clips[1], sampling_rate=16_000, return_tensors="pt").to(model.device)
     assert_same_speech(model.convert_voice(**alone, voice="ben", seed=2, chunk_length_s=2), together, 0, 1)
@@ -363,8 +371,8 @@ def test_latents_are_decoded_by_the_codec(latent_model, latent_processor):
         generator=[torch.Generator().manual_seed(numbers[1])],
     )
     decoded = model.codec.decode(latents=sampled.mel.transpose(1, 2), audio_codes_mask=sampled.mel_mask)
-    assert_close(output.audio, decoded.audio_values[:, 0].cpu(), atol=1e-5)
-    assert output.sampling_rate == model.config.sampling_rate == 16_000
+    assert_close(output.audio, decoded.audio_values.cpu(), atol=1e-5)
+    assert output.sampling_rate.tolist() == [model.config.sampling_rate] == [16_000]
     semantic = speak(model, processor(TEXTS[0]), seed=5, use_nar=False)
     assert semantic.audio.shape == output.audio.shape and not torch.equal(semantic.audio, output.audio)
 
@@ -374,7 +382,7 @@ def test_latents_in_batches(latent_model, latent_processor):
     said = "However little known the feelings may be."
     short = CLIPS[1] | {"array": CLIPS[1]["array"][:8_000]}
     together = speak(model, processor(TEXTS, audio=[CLIPS[0], short], reference_text=[said, "Good."]), seed=[3, 4])
-    assert not together.audio[~together.audio_mask].any()
+    assert not together.audio[:, 0][~together.padding_mask].any()
     voice = model.encode_voice(**processor(audio=short, reference_text="Good.").to(model.device))
     assert_same_speech(speak(model, processor(TEXTS[1]), voice=voice, seed=4), together, 0, 1)
     later = model.decode_speech(
@@ -402,24 +410,25 @@ def test_latents_in_bounded_chunks(latent_model, latent_processor, monkeypatch):
     assert frames == [50, 75, 62, 37]
     assert_same_speech(model.convert_voice(**alone, seed=2, chunk_length_s=2), together, 0, 1)
     whole = model.convert_voice(**inputs, seed=2, chunk_length_s=None)
-    assert torch.equal(together.audio_mask, whole.audio_mask)
+    assert torch.equal(together.padding_mask, whole.padding_mask)
     for item in range(2):
         assert_same_speech(model.convert_voice(**inputs, seed=2), whole, item, item)
 
 
 def test_chunks_of_latents_fade_into_each_other(latent_model, device, monkeypatch):
-    windows = iter([0.0, 1.0])
+    windows, decoded = iter([0.0, 1.0]), []
+    decode = latent_model.codec.decode
 
     def sample(codes, *args, **kwargs):
         size = latent_model.config.voicebox_config.num_mel_bins
         return FlexiCodecVoiceboxSampleOutput(mel=torch.full((*codes.shape, size), next(windows), device=device))
 
-    made = []
     monkeypatch.setattr(latent_model.voicebox, "sample", sample)
-    monkeypatch.setattr(latent_model, "_to_waveform", lambda mel, mask, *_: made.append(mel) or (mel[..., 0], mask))
+    monkeypatch.setattr(latent_model.codec, "decode", lambda **kwargs: decoded.append(kwargs) or decode(**kwargs))
     latent_model.decode_speech(torch.ones(1, 1, 30, device=device).long(), chunk_length_s=2.0)
-    expected = torch.tensor([0.0] * 25 + [1 / 3, 2 / 3] + [1.0] * 3)
-    assert_close(made[0][0], expected[:, None].expand(30, 32), atol=1e-6)
+    expected = torch.tensor([0.0] * 25 + fade_in(2).tolist() + [1.0] * 3)
+    assert 0 < expected[25] < expected[26] < 1
+    assert_close(decoded[0]["latents"][0].T, expected[:, None].expand(30, 32), atol=1e-6)
 
 
 def test_a_system_of_latents_is_saved_whole(latent_model, latent_processor, tmp_path, device):
@@ -438,7 +447,7 @@ def test_the_stock_pipeline_speaks_by_latents(latent_repository, latent_model, l
     ):
         spoken = pipe(text, generate_kwargs={"seed": 1})
         assert spoken["sampling_rate"] == 16_000
-        assert_close(torch.from_numpy(spoken["audio"]), speak(latent_model, inputs).audio[0].cpu(), atol=1e-5)
+        assert_close(torch.from_numpy(spoken["audio"]), speak(latent_model, inputs).audio[0, 0].cpu(), atol=1e-5)
 
 
 def test_parts_of_other_kinds_do_not_fit(latent_model, latent_processor, model):
@@ -527,11 +536,15 @@ def test_one_repository_for_codec_and_speech(tts_repository, tmp_path):
             assert list(same.voices) == ["anna", "ben"]
     # The codec needs nothing of the system, whose codec is another.
     codec = AutoModel.from_pretrained(tmp_path)
-    assert codec.config.hidden_size != 0 and codec.num_parameters() != speech.codec.num_parameters()
+    assert codec.config.to_dict() != speech.codec.config.to_dict()
+    assert {name: tensor.shape for name, tensor in codec.state_dict().items()} == {
+        name: torch.Size(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
     shutil.rmtree(tmp_path / "tts")
     assert type(AutoModel.from_pretrained(tmp_path)) is type(codec)
-    with pytest.raises(OSError, match=r"cannot speak: it holds the codec alone, there is no tts/config.json"):
-        AutoModelForTextToWaveform.from_pretrained(tmp_path)
+    for speaker_class in (AutoModelForTextToWaveform, FlexiCodecForTextToSpeech):
+        with pytest.raises(OSError, match=r"cannot speak: it holds the codec alone, there is no tts/config.json"):
+            speaker_class.from_pretrained(tmp_path)
 
 
 def test_a_codec_in_both_roles_is_stored_once(latent_repository, latent_model, latent_processor, tmp_path, device):
@@ -576,12 +589,15 @@ def test_weights_can_be_stored_in_half_the_size(latent_model, latent_processor, 
     assert AutoModel.from_pretrained(tmp_path).dtype == torch.float32
 
 
-def test_voices_that_are_missing_are_left_out(tts_repository, tmp_path, caplog):
+def test_voices_that_are_missing_are_left_out(tts_repository, tmp_path, caplog, monkeypatch):
     shutil.copytree(tts_repository / "tts", tmp_path / "alone")
+    monkeypatch.setattr(logging.getLogger("flexicodec_hf"), "propagate", True)
     model = FlexiCodecForTextToSpeech.from_pretrained(tmp_path / "alone")
     assert model.voices == {}
-    # Nobody's voice then.
-    assert model.generate(torch.tensor([[257, 72, 105]]), seed=0).shape[1] > 0
+    for name in ("anna", "ben"):
+        assert f"The voice '{name}' of {tmp_path / 'alone'} has no file in voices/: it is left out." in caplog.messages
+    # The model invents a voice.
+    assert model.generate(torch.tensor([[257, 72, 105]]), seed=0).shape[2] > 0
 
 
 def test_voice_files(model, tmp_path):
@@ -640,6 +656,31 @@ def test_wrong_use_says_what_to_do(model, processor):
             call()
 
 
+def test_unknown_settings_are_refused(model):
+    codes = torch.ones(1, 1, 3).long()
+    with pytest.raises(TypeError, match=r"Unexpected arguments \['temperature'\]: the settings are \['num_inference"):
+        model.decode_speech(codes, temperature=0.5)
+    assert model.decode_speech(codes, num_inference_steps=None, seed=None).audio.shape == (1, 1, 3 * 1920)
+
+
+def test_a_call_overrides_the_generation_config(model):
+    codes, steps = torch.ones(1, 1, 3).long(), []
+    sample = model.voicebox.sample
+    model.voicebox.sample = lambda *args, **kwargs: (
+        steps.append(kwargs["num_inference_steps"]) or sample(*args, **kwargs)
+    )
+    before = model.generation_config
+    try:
+        model.decode_speech(codes)
+        model.decode_speech(codes, num_inference_steps=3)
+        model.generation_config = GenerationConfig()
+        model.decode_speech(codes)
+    finally:
+        model.generation_config = before
+        del model.voicebox.sample
+    assert steps == [2, 3, 15]
+
+
 def test_parts_keep_their_weights(tts_parts):
     ar = FlexiCodecARForConditionalGeneration.from_pretrained(tts_parts / "ar")
     rows = torch.ones(300, ar.config.text_encoder_config.hidden_size)
@@ -676,18 +717,18 @@ def test_the_stock_pipeline_speaks(tts_repository, model, processor, device):
 
     def same(spoken, item=0, output=expected):
         assert spoken["sampling_rate"] == 24_000
-        assert_close(torch.from_numpy(spoken["audio"]), output.audio[item][output.audio_mask[item]].cpu(), atol=1e-5)
+        assert_close(torch.from_numpy(spoken["audio"]), waveform(output, item), atol=1e-5)
 
     same(pipe(TEXTS[0], generate_kwargs={"seed": 1}))
     torch.manual_seed(0)
     first = pipe(TEXTS[0])["audio"]
     torch.manual_seed(0)
-    assert_close(torch.from_numpy(first), model.generate(**processor(TEXTS[0]).to(device))[0].cpu(), atol=1e-5)
+    assert_close(torch.from_numpy(first), model.generate(**processor(TEXTS[0]).to(device))[0, 0].cpu(), atol=1e-5)
     for item, spoken in enumerate(pipe(TEXTS, generate_kwargs={"seed": 1})):
         same(spoken, item)
     # In a batch the stock pipeline leaves the padding on.
     for item, spoken in enumerate(pipe(TEXTS, batch_size=2, generate_kwargs={"seed": 1})):
-        assert_close(torch.from_numpy(spoken["audio"]), expected.audio[item].cpu(), atol=1e-5)
+        assert_close(torch.from_numpy(spoken["audio"]), expected.audio[item, 0].cpu(), atol=1e-5)
 
     options = {"voice": "ben", "do_sample": False, "seed": 1}
     same(pipe(TEXTS[0], generate_kwargs=options), output=speak(model, processor(TEXTS[0]), **options))

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
-from flexicodec_hf.conversion.nar import read_vocoder
+from flexicodec_hf.conversion import convert_vocoder
 from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 
 
@@ -18,7 +18,7 @@ def converted(golden, tmp_path_factory):
     fixture = golden("vocos")
     path = tmp_path_factory.mktemp("vocoder") / "vocos.safetensors"
     save_file(fixture.weights, path)
-    return read_vocoder(path, fixture.spec["config"])
+    return convert_vocoder(path, config=fixture.spec["config"])
 
 
 @pytest.fixture
@@ -53,13 +53,13 @@ def test_stages_match_the_reference(model, mel, golden, device):
     for name, actual in outputs.items():
         expected = fixture[name]
         assert_close(actual.transpose(1, 2) if name.startswith("convnext") else actual, expected)
-    assert_close(audio, fixture["audio"][:, 0])
-    assert audio.shape == (2, 11 * 16)
+    assert_close(audio, fixture["audio"])
+    assert audio.shape == (2, 1, 11 * 16)
 
 
 @torch.no_grad()
 def test_a_single_frame_matches_the_reference(model, mel, golden):
-    assert_close(model(mel[:1, :1]).audio_values, golden("vocos")["audio_T1"][:, 0])
+    assert_close(model(mel[:1, :1]).audio_values, golden("vocos")["audio_T1"])
 
 
 @torch.no_grad()
@@ -67,9 +67,9 @@ def test_released_sizes_of_the_transform_match_the_reference(golden, tmp_path, d
     fixture = golden("tts")
     path = tmp_path / "vocos.safetensors"
     save_file({k.removeprefix("vocos/"): v for k, v in fixture.weights.items() if k.startswith("vocos/")}, path)
-    model = read_vocoder(path, fixture.spec["vocos_config"]).to(device)
+    model = convert_vocoder(path, config=fixture.spec["vocos_config"]).to(device)
     audio = model(fixture["nar/predicted_mel"].to(device)).audio_values
-    assert_close(audio[0], fixture["nar/audio_24k"])
+    assert_close(audio[0, 0], fixture["nar/audio_24k"])
 
 
 @torch.no_grad()
@@ -78,11 +78,12 @@ def test_items_of_a_batch_equal_single_runs(model, device):
     lengths = [23, 9, 1]
     mask = torch.arange(23, device=device) < torch.tensor(lengths, device=device)[:, None]
     together = model(mel, mask)
-    assert together.audio_mask.sum(dim=1).tolist() == [16 * length for length in lengths]
-    assert (together.audio_values[~together.audio_mask] == 0).all()
+    assert together.padding_mask.sum(dim=1).tolist() == [16 * length for length in lengths]
+    assert (together.audio_values[:, 0][~together.padding_mask] == 0).all()
     for index, length in enumerate(lengths):
-        alone = model(mel[index : index + 1, :length]).audio_values[0].cpu()
-        assert_close(together.audio_values[index, : 16 * length], alone, atol=2e-5)
+        alone = model(mel[index : index + 1, :length])
+        assert alone.padding_mask.all() and alone.padding_mask.shape == (1, 16 * length)
+        assert_close(together.audio_values[index, :, : 16 * length], alone.audio_values[0].cpu(), atol=2e-5)
     garbage = torch.where(mask[..., None], mel, torch.full_like(mel, 1e3))
     assert torch.equal(model(garbage, mask).audio_values, together.audio_values)
 
@@ -91,7 +92,8 @@ def test_items_of_a_batch_equal_single_runs(model, device):
 @pytest.mark.parametrize("masked", [False, True])
 def test_chunks_have_no_seams(model, device, masked):
     mel = random_mel(150, device)
-    mask = torch.arange(150, device=device) < torch.tensor([[150], [37]], device=device) if masked else None
+    # The first item ends before the batch does.
+    mask = torch.arange(150, device=device) < torch.tensor([[141], [37]], device=device) if masked else None
     whole = model(mel, mask).audio_values.cpu()
     seconds_per_frame = 16 / model.config.sampling_rate
     for frames in (1, 40, 64, 150, 1000):
@@ -105,7 +107,7 @@ def test_context_is_the_receptive_field(model, device):
     mel = random_mel(61, device, batch_size=1)
     other = mel.clone()
     other[:, 30] += 1
-    changed = (model(mel).audio_values - model(other).audio_values)[0].abs() > 0
+    changed = (model(mel).audio_values - model(other).audio_values)[0, 0].abs() > 0
     frames = changed.unflatten(0, (61, 16)).any(dim=1).nonzero()[:, 0]
     context = model.config.context_frames
     assert context == 14
@@ -174,7 +176,7 @@ def test_released_size_in_chunks(device):
     model = FlexiCodecVocoderModel(FlexiCodecVocoderConfig()).to(device).eval()
     mel = torch.randn(1, 400, 128, device=device)
     whole = model(mel).audio_values.cpu()
-    assert whole.shape == (1, 400 * 480)
+    assert whole.shape == (1, 1, 400 * 480)
     assert_close(model(mel, chunk_length_s=2.0).audio_values, whole, atol=1e-4 * float(whole.abs().max()))
 
 
@@ -183,13 +185,13 @@ def test_fresh_layer_scales(device):
     model = FlexiCodecVocoderModel(config).to(device)
     for layer in model.layers:
         assert_close(layer.layer_scale, torch.full((8,), 0.2))
-    assert model(torch.zeros(1, 3, 4, device=device)).audio_values.shape == (1, 3 * 480)
+    assert model(torch.zeros(1, 3, 4, device=device)).audio_values.shape == (1, 1, 3 * 480)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mel": torch.zeros(1, 5, 15)}, r"`mel` has shape \(1, 5, 15\), expected \(batch_size, frames, 16\)"),
+        ({"mel": torch.zeros(1, 5, 15)}, r"`mel` has shape \(1, 5, 15\), expected \(batch_size, num_frames, 16\)"),
         ({"mel": torch.zeros(5, 16)}, r"`mel` has shape \(5, 16\)"),
         ({"mel": torch.zeros(1, 0, 16)}, "at least one frame"),
         ({"mel": torch.zeros(1, 5, 16), "mel_mask": torch.ones(1, 4)}, r"`mel_mask` has shape \(1, 4\), expected"),

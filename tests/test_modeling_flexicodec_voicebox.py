@@ -8,9 +8,8 @@ from safetensors.torch import save_file
 
 from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
-from flexicodec_hf.conversion.nar import read_voicebox
+from flexicodec_hf.conversion import convert_voicebox
 from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
-from flexicodec_hf.scheduling_flexicodec import FlexiCodecMidpointScheduler, FlexiCodecSchedulerOutput
 
 
 TINY = {
@@ -32,7 +31,7 @@ def converted(golden, tmp_path_factory):
     fixture = golden("voicebox")
     path = tmp_path_factory.mktemp("voicebox") / "nartts.safetensors"
     save_file(fixture.weights, path)
-    return read_voicebox(path, fixture.spec["config"])
+    return convert_voicebox(path, config=fixture.spec["config"])
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def model(converted, device):
 
 @pytest.fixture
 def prompt(golden, device):
-    """Codes of a clip, two groups of prompt and five of target, with the prompt's mel."""
+    """Codes of a clip, two tokens of prompt and five of target, with the prompt's mel."""
     fixture = golden("voicebox")
     codes = fixture["in/rd/codes"].to(device)
     return {
@@ -71,9 +70,9 @@ def item_of(batch: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tenso
     """One item alone, without its padding."""
     item = {name: tensor[index : index + 1] for name, tensor in batch.items()}
     for prefix, codes in (("", "audio_codes"), ("prompt_", "prompt_codes")):
-        groups = int((item[f"{prefix}token_lengths"] > 0).sum())
-        item[codes] = item[codes][:, :groups]
-        item[f"{prefix}token_lengths"] = item[f"{prefix}token_lengths"][:, :groups]
+        num_tokens = int((item[f"{prefix}token_lengths"] > 0).sum())
+        item[codes] = item[codes][:, :num_tokens]
+        item[f"{prefix}token_lengths"] = item[f"{prefix}token_lengths"][:, :num_tokens]
     frames = int(item.pop("prompt_mel_mask").sum())
     item["prompt_mel"] = item["prompt_mel"][:, :frames]
     if frames == 0:
@@ -106,6 +105,20 @@ def training_batch(device: str) -> dict[str, torch.Tensor]:
 # Parity with the reference
 
 
+def condition_on(model: FlexiCodecVoiceboxModel, condition: torch.Tensor) -> torch.Tensor:
+    """The fixtures have conditions without codes: every embedding becomes this one. Returns codes of as many frames."""
+    model.code_embedding.register_forward_hook(lambda *_: condition)
+    num_frames = -(-condition.shape[1] // model.config.upsample_factor)
+    return torch.zeros(len(condition), num_frames, dtype=torch.long, device=condition.device)
+
+
+def lengths_of(codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Token lengths that cover the valid frames of each item."""
+    frames = -(-mask.sum(dim=1, keepdim=True) // 4)
+    return (torch.arange(codes.shape[1], device=codes.device) < frames.to(codes.device)).long()
+
+
+@torch.no_grad()
 def test_velocity_matches_the_reference(model, golden, device):
     fixture = golden("voicebox")
     x, t, condition, mask = (fixture[f"in/est/{name}"].to(device) for name in ("x", "t", "cond", "x_mask"))
@@ -114,12 +127,13 @@ def test_velocity_matches_the_reference(model, golden, device):
     for index, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda _, __, output, index=index: hidden_states.update({index: output}))
     assert_close(model.time_embedding(t), fixture["est/diff_step_mlp"])
-    velocity, aligned = model._estimate(x, condition, t, mask)
+    codes = condition_on(model, condition)
+    velocity = model(codes, lengths_of(codes, mask), noisy_mel=x, timesteps=t, mel_mask=mask).velocity
     valid = mask.cpu()
     for index in range(3):
         assert_close(hidden_states[index][mask], fixture[f"est/layer{index}"][valid])
     assert_close(velocity[mask], fixture["est/out"][valid])
-    assert_close(aligned[mask], fixture["est/repa_hidden"][valid])
+    assert_close(hidden_states[model.config.repa_layer_index][mask], fixture["est/repa_hidden"][valid])
 
 
 @pytest.mark.parametrize("run", ["rd_prompt_cfg2", "rd_prompt_cfg0", "rd_noprompt_cfg2"])
@@ -135,6 +149,7 @@ def test_sampling_matches_the_reference(model, golden, device, prompt, run):
     assert_close(output.mel, golden("voicebox")[f"{run}/out"])
 
 
+@torch.no_grad()
 def test_first_guided_step_of_a_masked_batch_matches_the_reference(model, golden, device):
     # Later steps differ: the reference takes standard deviations over the batch with its padding.
     fixture = golden("voicebox")
@@ -142,42 +157,52 @@ def test_first_guided_step_of_a_masked_batch_matches_the_reference(model, golden
     prompt_mask, mask = fixture["in/rd2/prompt_mask"].bool(), fixture["in/rd2/x_mask"].bool()
     full_mask = torch.cat([prompt_mask, mask], dim=1)
     time = torch.full((2,), 0.1, device=device)
-    conditional, _ = model._estimate(torch.cat([prompt, noise], dim=1), condition, time, full_mask.to(device))
-    unconditional, _ = model._estimate(noise, None, time, mask.to(device))
+    unconditional = model(noisy_mel=noise, timesteps=time, mel_mask=mask.to(device)).velocity
+    codes = condition_on(model, condition)
+    conditional = model(
+        codes, noisy_mel=torch.cat([prompt, noise], dim=1), timesteps=time, mel_mask=full_mask.to(device),
+        token_lengths=lengths_of(codes, torch.ones_like(full_mask)),
+    ).velocity  # fmt: skip
     assert_close(conditional.cpu()[full_mask], fixture["rd_b2_masked_cfg1.5/estimator_call0"][full_mask])
     assert_close(unconditional.cpu()[mask], fixture["rd_b2_masked_cfg1.5/estimator_call1"][mask])
 
 
+@torch.no_grad()
 def test_whole_tts_run_matches_the_reference(golden, tmp_path, device):
     fixture = golden("tts")
     path = tmp_path / "nartts.safetensors"
     save_file({k.removeprefix("nartts/"): v for k, v in fixture.weights.items() if k.startswith("nartts/")}, path)
-    model = read_voicebox(path, fixture.spec["voicebox_config"]).to(device)
+    model = convert_voicebox(path, config=fixture.spec["voicebox_config"]).to(device)
     codes, lengths = fixture["ar/speech_tokens"].to(device), fixture["ar/duration_classes"].to(device)
     prompt = fixture["nar/prompt_codes_aggregated"][0].long().to(device)
     prompt_lengths, prompt_mel = fixture["nar/prompt_token_lengths"].to(device), fixture["nar/prompt_mel"].to(device)
 
-    # The reference's prompt mel is a frame longer than its codes and takes the target's first frame.
-    whole = torch.cat([prompt, codes], dim=1), torch.cat([prompt_lengths, lengths], dim=1)
-    frames, mask = model._spread(*whole, num_frames=196)
-    assert_close(model.code_embedding(frames), fixture["nar/cond_feature"])
-    scheduler = FlexiCodecMidpointScheduler()
-    scheduler.set_timesteps(5, device=device)
-    output = model._integrate(
+    embedded = []
+    hook = model.code_embedding.register_forward_hook(lambda _, inputs, output: embedded.append((inputs[0], output)))
+    model(
+        torch.cat([prompt, codes], dim=1),
+        torch.cat([prompt_lengths, lengths], dim=1),
+        noisy_mel=torch.zeros(1, 196, 128, device=device),
+        timesteps=torch.zeros(1, device=device),
+    )
+    hook.remove()
+    frames, condition = embedded[0]
+    assert_close(condition, fixture["nar/cond_feature"])
+
+    # The reference's prompt mel is a frame longer than its codes and takes the target's first frame. With codes for each
+    # mel frame, ours does the same.
+    model.config.upsample_factor = 1
+    output = model.sample(
         frames[:, 65:],
-        mask[:, 65:],
-        frames[:, :65],
-        mask[:, :65],
-        prompt_mel,
-        fixture["nar/z"].to(device),
-        scheduler,
-        guidance_scale=2.0,
-        guidance_rescale=0.75,
-        callback_on_step_end=None,
+        prompt_codes=frames[:, :65],
+        prompt_mel=prompt_mel,
+        noise=fixture["nar/z"].to(device),
+        num_inference_steps=5,
     )
     assert_close(output.mel, fixture["nar/predicted_mel"])
 
-    # Ours cuts the mel to the codes instead, so the target is whole.
+    # With codes for each codec frame, ours cuts the mel to the codes, so the target is whole.
+    model.config.upsample_factor = 4
     ours = model.sample(codes, lengths, prompt, prompt_lengths, prompt_mel, num_inference_steps=1)
     same = model.sample(codes, lengths, prompt, prompt_lengths, prompt_mel[:, :64], num_inference_steps=1)
     assert ours.mel.shape == same.mel.shape == (1, 132, 128)
@@ -230,13 +255,32 @@ def test_prompts_of_no_frames_are_no_prompts(model, device):
     assert torch.equal(blank, model.sample(**batch, generator=generators(1, 2, 3), num_inference_steps=2).mel)
 
 
-def test_a_shared_pass_equals_two(model, device, monkeypatch):
-    batch = ragged_batch(device)
-    outputs = []
-    for shared in (True, False):
-        monkeypatch.setattr(model, "_shares_batch", lambda _, shared=shared: shared)
-        outputs.append(model.sample(**batch, generator=generators(1, 2, 3), num_inference_steps=3).mel)
-    assert_close(outputs[0], outputs[1].cpu(), atol=2e-5)
+@torch.no_grad()
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_guided_step_is_made_of_two_velocities(model, device, prompted):
+    """On a CPU, guidance runs in a pass of its own where there is a prompt, elsewhere in the same batch."""
+    batch, scale, rescale = ragged_batch(device), 1.5, 0.6
+    if not prompted:
+        batch["prompt_token_lengths"] = torch.zeros_like(batch["prompt_token_lengths"])
+        batch["prompt_mel_mask"] = torch.zeros_like(batch["prompt_mel_mask"])
+    noise = model.draw_noise([28, 12, 24], generators(1, 2, 3)).to(device)
+    output = model.sample(**batch, noise=noise, num_inference_steps=1, guidance_scale=scale, guidance_rescale=rescale)
+    time = torch.tensor([0.5], device=device)
+    for index in range(3):
+        item = item_of(batch, index)
+        frames = int(output.mel_mask[index].sum())
+        own = noise[index : index + 1, :frames]
+        codes, lengths, mel, num_prompt = item["audio_codes"], item["token_lengths"], own, 0
+        if "prompt_codes" in item:
+            num_prompt = int(item["prompt_token_lengths"].sum()) * 4
+            codes = torch.cat([item["prompt_codes"], codes], dim=1)
+            lengths = torch.cat([item["prompt_token_lengths"], lengths], dim=1)
+            mel = torch.cat([item["prompt_mel"][:, :num_prompt], own], dim=1)
+        conditional = model(codes, lengths, noisy_mel=mel, timesteps=time).velocity[:, num_prompt:]
+        unconditional = model(noisy_mel=own, timesteps=time).velocity
+        guided = conditional + scale * (conditional - unconditional)
+        velocity = guided * (rescale * conditional.std() / guided.std() + 1 - rescale)
+        assert_close(output.mel[index, :frames], (own + velocity)[0].cpu(), atol=2e-5)
 
 
 def test_eager_and_sdpa_agree(model, device):
@@ -265,20 +309,19 @@ def test_velocity_and_losses_of_an_item_ignore_padding(device):
         assert_close(padded[name], (expected / weights.sum()).detach(), atol=2e-5)
 
 
-# Noise, scheduler, callback
+# Noise, time grid, callback
 
 
 def test_noise_depends_on_the_generator_alone(device):
     model = tiny_model(device)
     codes = torch.arange(12, device=device).reshape(2, 6)
 
-    def noise(codes, **options):
-        # A single step of zero length hands back what it was given.
-        class Still(FlexiCodecMidpointScheduler):
-            def step(self, model_output, timestep, sample):
-                return FlexiCodecSchedulerOutput(prev_sample=sample)
+    torch.nn.init.zeros_(model.output_mlp.down_proj.weight)
+    torch.nn.init.zeros_(model.output_mlp.down_proj.bias)
 
-        return model.sample(codes, scheduler=Still(), num_inference_steps=1, guidance_scale=0.0, **options).mel.cpu()
+    def noise(codes, **options):
+        # The velocity is 0, so the flow ends where it began.
+        return model.sample(codes, num_inference_steps=1, guidance_scale=0.0, **options).mel.cpu()
 
     listed = noise(codes, generator=generators(5, 6))
     assert torch.equal(listed[1:], noise(codes[1:], generator=generators(6)))
@@ -295,27 +338,14 @@ def test_noise_depends_on_the_generator_alone(device):
     assert abs(single.mean()) < 0.15 and abs(single.std() - 1) < 0.1
 
 
-def test_midpoint_scheduler():
-    scheduler = FlexiCodecMidpointScheduler()
-    scheduler.set_timesteps(4)
-    assert_close(scheduler.timesteps, torch.tensor([0.125, 0.375, 0.625, 0.875]))
-    sample = torch.zeros(1, 2, 3)
-    for timestep in scheduler.timesteps:
-        sample = scheduler.step(2 * timestep * torch.ones_like(sample), timestep, sample).prev_sample
-    assert_close(sample, torch.ones(1, 2, 3))  # the integral of 2t, which midpoints hit exactly
-    with pytest.raises(ValueError, match="num_inference_steps"):
-        scheduler.set_timesteps(0)
-
-
-def test_another_scheduler_takes_its_place(model, prompt):
-    class LeftEuler(FlexiCodecMidpointScheduler):
-        def set_timesteps(self, num_inference_steps, device=None):
-            self.timesteps = torch.arange(num_inference_steps, device=device) / num_inference_steps
-
+def test_steps_take_the_velocity_at_their_middle(model, prompt):
     times = []
-    other = model.sample(**prompt, scheduler=LeftEuler(), callback_on_step_end=lambda _, __, t, ___: times.append(t))
-    assert_close(torch.stack(times), torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8]))
-    assert (other.mel - model.sample(**prompt).mel).abs().max() > 1e-3
+    model.time_embedding.register_forward_pre_hook(lambda _, inputs: times.append(inputs[0]))
+    model.output_mlp.register_forward_hook(lambda _, __, output: 2 * times[-1] * torch.ones_like(output))
+    output = model.sample(**prompt | {"num_inference_steps": 4}, guidance_scale=0.0)
+    assert_close(torch.cat(times), torch.tensor([0.125, 0.375, 0.625, 0.875]))
+    # The integral of 2t, which midpoints hit exactly.
+    assert_close(output.mel - prompt["noise"], torch.ones(1, 20, 16))
 
 
 def test_callback_sees_and_replaces_the_mel(model, prompt):
@@ -347,12 +377,18 @@ def test_training_draws_what_is_not_given(device):
 
 def test_prompt_lengths_are_drawn_as_documented(device):
     model = tiny_model(device)
-    torch.manual_seed(0)
-    lengths = model._draw_prompt_lengths(torch.full((4000,), 50, device=device)).cpu()
+
+    def draw(*frames):
+        return model.draw_flow(torch.tensor(frames, device=device), generators(*range(len(frames))))
+
+    drawn = draw(*[50] * 4000)
+    lengths = drawn["prompt_lengths"].cpu()
     assert abs((lengths == 0).float().mean() - 0.2) < 0.03
     prompted = lengths[lengths > 0]
     assert prompted.min() == 5 and prompted.max() == 19  # up to 40 %
-    assert model._draw_prompt_lengths(torch.tensor([1, 2, 3], device=device)).tolist() == [0, 0, 0]
+    # t = 1 - cos(u pi / 2) has the mean 1 - 2 / pi.
+    assert abs(drawn["timesteps"].mean().cpu() - 0.363) < 0.02
+    assert draw(1, 2, 3)["prompt_lengths"].tolist() == [0, 0, 0]
 
 
 def test_items_without_prompt_are_unconditional(model, device):
@@ -453,22 +489,25 @@ def test_without_projection(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"audio_codes": torch.full((1, 5), 50)}, r"`audio_codes` must lie in 0..49, but range from 50 to 50"),
-        ({"audio_codes": torch.full((1, 5), -1)}, r"`audio_codes` must lie in 0..49"),
-        ({"audio_codes": torch.zeros(1, 1, 5).long()}, r"`audio_codes` has shape .* pass the semantic ones"),
+        ({"audio_codes": torch.full((1, 5), 50)}, r"`audio_codes` must lie between 0 and 49, but range from 50 to 50"),
+        ({"audio_codes": torch.full((1, 5), -1)}, r"`audio_codes` must lie between 0 and 49"),
+        ({"audio_codes": torch.zeros(1, 1, 5).long()}, r"`audio_codes` has shape .* pass the semantic one"),
         ({"audio_codes": torch.zeros(1, 5)}, "`audio_codes` must hold integers"),
         ({"token_lengths": torch.ones(1, 4).long()}, r"`token_lengths` has shape \(1, 4\), expected \(1, 5\)"),
         ({"token_lengths": torch.tensor([[1, -1, 1, 1, 1]])}, "`token_lengths` must not be negative"),
         ({"token_lengths": torch.zeros(1, 5).long()}, "at least one frame"),
         ({"prompt_mel": None}, "`prompt_codes` came without `prompt_mel`"),
         ({"prompt_codes": None}, "`prompt_mel` came without `prompt_codes`"),
-        ({"prompt_codes": torch.zeros(2, 2).long()}, r"`prompt_codes` has shape \(2, 2\), expected \(1, groups\)"),
+        ({"prompt_codes": torch.zeros(2, 2).long()}, r"`prompt_codes` has shape \(2, 2\), expected \(1, num_tokens\)"),
         ({"prompt_codes": torch.full((1, 2), 50)}, "`prompt_codes` must lie"),
         ({"prompt_token_lengths": torch.ones(1, 3).long()}, "`prompt_token_lengths` has shape"),
-        ({"prompt_mel": torch.zeros(1, 8, 15)}, r"`prompt_mel` has shape \(1, 8, 15\), expected \(1, frames, 16\)"),
+        (
+            {"prompt_mel": torch.zeros(1, 8, 15)},
+            r"`prompt_mel` has shape \(1, 8, 15\), expected \(1, num_frames, 16\)",
+        ),
         (
             {"prompt_mel": torch.zeros(1, 21, 16)},
-            "`prompt_codes` of item 0 last 8 mel frames, but `prompt_mel` has 21",
+            "`prompt_codes` of item 0 cover 8 mel frames, but `prompt_mel` has 21",
         ),
         ({"prompt_mel_mask": torch.ones(1, 9)}, r"`prompt_mel_mask` has shape \(1, 9\), expected \(1, 8\)"),
         ({"noise": torch.zeros(1, 19, 16)}, r"`noise` has shape \(1, 19, 16\), expected \(1, 20, 16\)"),
@@ -492,7 +531,7 @@ def test_sample_names_what_is_wrong(model, prompt, device, change, message):
         ({"audio_codes": None}, "Training needs `audio_codes`"),
         ({"labels": torch.zeros(2, 32, 15)}, r"`labels` has shape \(2, 32, 15\)"),
         ({"mel_mask": torch.ones(2, 31)}, r"`mel_mask` has shape \(2, 31\)"),
-        ({"audio_codes": torch.zeros(2, 4).long()}, "`audio_codes` of item 0 last 16 mel frames, but the mel has 32"),
+        ({"audio_codes": torch.zeros(2, 4).long()}, "`audio_codes` of item 0 cover 16 mel frames, but the mel has 32"),
         ({"semantic_features": torch.zeros(2, 8, 11)}, "`semantic_features` have shape"),
         ({"semantic_features": torch.zeros(2, 12, 12)}, "`semantic_features` have 12 frames, but the mel has 8"),
     ],

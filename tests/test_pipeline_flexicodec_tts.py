@@ -1,4 +1,5 @@
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from transformers import AutoModelForTextToWaveform, AutoProcessor, pipeline
 
 from conftest import AUDIO
 from flexicodec_hf import FlexiCodecTTSPipeline, FlexiCodecVoice
+from flexicodec_hf.chunking_flexicodec import Crossfader
 from flexicodec_hf.cli import main
-from flexicodec_hf.pipeline_flexicodec_tts import _Joints
+from flexicodec_hf.cpu_flexicodec import optimize_for_cpu
 
 
 TEXT = "Hello there, you."
@@ -70,11 +72,13 @@ def test_all_entry_points_speak_the_same(tts, tts_repository, device, tmp_path):
     options = {"seed": 3, "merging_threshold": 0.86, "voice": "ben", **FAST}
     model = AutoModelForTextToWaveform.from_pretrained(tts_repository).to(device)
     inputs = AutoProcessor.from_pretrained(tts_repository)(TEXT).to(device)
-    generated = model.generate(**inputs, **options)
-    np.testing.assert_array_equal(ours["audio"], generated[0].cpu())
-
     stock = pipeline("text-to-speech", model=str(tts_repository), device=device)
     assert type(stock) is not FlexiCodecTTSPipeline
+    if device == "cpu":  # as our pipeline does
+        optimize_for_cpu(model)
+        optimize_for_cpu(stock.model)
+    generated = model.generate(**inputs, **options)
+    np.testing.assert_array_equal(ours["audio"], generated[0, 0].cpu())
     np.testing.assert_array_equal(ours["audio"], stock(TEXT, generate_kwargs=options)["audio"])
 
     streamed = list(tts.stream(TEXT, seed=3, merging_threshold=0.86, voice="ben", generate_kwargs=FAST))
@@ -190,11 +194,37 @@ def test_every_piece_has_the_same_voice(tts, calls, monkeypatch):
     assert len(calls) == 1 and "voice" not in calls[0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_each_long_text_has_the_voice_of_its_first_piece(tts, calls, monkeypatch, batch_size):
+    monkeypatch.setattr(tts.model, "voices", {})
+    options = {"seed": 0, "max_piece_length": 48, "generate_kwargs": FAST}
+    texts = [LONG, TEXT, LONG[36:]]
+    alone = [tts(text, **options)["audio"] for text in texts]
+    for together in (texts, (text for text in texts)):
+        calls.clear()
+        for speech, expected in zip(tts(together, batch_size=batch_size, **options), alone, strict=True):
+            np.testing.assert_allclose(speech["audio"], expected, atol=1e-4)
+    streamed = np.concatenate([chunk["audio"] for chunk in tts.stream(LONG, **options)])
+    np.testing.assert_array_equal(streamed, alone[0])
+
+
+def test_no_part_of_the_pipeline_but_forward_runs_the_model(tts, calls, monkeypatch):
+    encoded = []
+    encode = tts.model.encode_voice
+    monkeypatch.setattr(tts.model, "encode_voice", lambda **kwargs: encoded.append(kwargs) or encode(**kwargs))
+    reference = {"reference_audio": str(AUDIO / "librivox_austen_0890.flac"), "reference_text": "What it says."}
+    speak(tts, LONG, max_piece_length=48, **reference)
+    assert len(encoded) == 1 and len(calls) == 3
+    monkeypatch.setattr(tts.model, "voices", {})
+    calls.clear()
+    assert len(list(tts.preprocess(LONG, max_piece_length=48))) == 3
+    assert not calls and len(encoded) == 1
+
+
 def test_a_voice_that_cannot_be_invented_is_a_warning(tts, monkeypatch, caplog):
     monkeypatch.setattr(tts.model, "voices", {})
     monkeypatch.setattr(tts, "encode_voice", lambda *args: (_ for _ in ()).throw(ValueError("Too short.")))
-    monkeypatch.setattr(__import__("logging").getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(__import__("logging").getLogger("flexicodec_hf"), "propagate", True, raising=False)
+    monkeypatch.setattr(logging.getLogger("flexicodec_hf"), "propagate", True)
     assert len(speak(tts, LONG, max_piece_length=48))
     assert "first piece of the text cannot serve as one: Too short." in caplog.text
 
@@ -258,31 +288,26 @@ def test_a_repository_of_the_codec_alone_does_not_speak(codec_dir):
         pipeline("text-to-speech", model=str(codec_dir()), pipeline_class=FlexiCodecTTSPipeline)
 
 
-def joined(waveforms: list[np.ndarray], crossfade_s: float, rate: int = 100) -> list[np.ndarray]:
-    joints = _Joints(crossfade_s)
-    return [
-        joints.add(
-            {"audio": torch.from_numpy(waveform), "sampling_rate": rate, "is_last": index == len(waveforms) - 1}
-        )
-        for index, waveform in enumerate(waveforms)
-    ]
+def joined(waveforms: list[np.ndarray], fade_length: int) -> list[np.ndarray]:
+    crossfader, last = Crossfader(fade_length), len(waveforms) - 1
+    return [crossfader.add(waveform, index == last) for index, waveform in enumerate(waveforms)]
 
 
 def test_joints_lose_nothing_and_are_never_louder():
     ones = [np.ones(length, dtype=np.float32) for length in (50, 40, 30)]
-    chunks = joined(ones, 0.1)
+    chunks = joined(ones, 10)
     assert [len(chunk) for chunk in chunks] == [40, 30, 30]
     np.testing.assert_allclose(np.concatenate(chunks), 1)
-    up = np.concatenate(joined([ones[0], -ones[1]], 0.1))
+    up = np.concatenate(joined([ones[0], -ones[1]], 10))
     assert (np.diff(up[40:50]) < 0).all() and up[39] == 1 and up[50] == -1
 
 
 @pytest.mark.parametrize("lengths", [(50, 3, 40), (50, 0, 40), (3, 50), (0, 0), (5, 5, 5), (0, 50), (50, 0)])
 def test_joints_of_short_waveforms(lengths):
-    chunks = joined([np.ones(length, dtype=np.float32) for length in lengths], 0.1)
+    chunks = joined([np.ones(length, dtype=np.float32) for length in lengths], 10)
     whole = np.concatenate(chunks)
     np.testing.assert_allclose(whole, 1)
-    # Each joint overlaps by the tenth of a second, or by as much as there is.
+    # Each joint overlaps by ten samples, or by as many as there are.
     expected, held = 0, 0
     for length in lengths:
         expected += length - min(held, length)

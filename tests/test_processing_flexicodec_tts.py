@@ -12,9 +12,13 @@ import torch
 from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer
 
 from conftest import AUDIO, assert_close, byte_tokenizer
-from flexicodec_hf import FlexiCodecFeatureExtractor, FlexiCodecMelFeatureExtractor, FlexiCodecTTSProcessor
+from flexicodec_hf import (
+    FlexiCodecFeatureExtractor,
+    FlexiCodecMelFeatureExtractor,
+    FlexiCodecTTSOutput,
+    FlexiCodecTTSProcessor,
+)
 from flexicodec_hf.audio_flexicodec import AudioError, read_audio, resample
-from flexicodec_hf.modeling_flexicodec_tts import FlexiCodecTTSOutput, SamplingRate
 from flexicodec_hf.text_flexicodec import encode_text
 
 
@@ -164,22 +168,23 @@ def test_chats_that_make_no_sense(processor, clip):
         (({"role": "system", "content": "Be nice."}, say), "Only the last message is spoken"),
         (({"role": "user", "content": [{"type": "image"}]},), "must be of type 'text' or 'audio', got 'image'"),
         (({"role": "user", "content": [{"type": "audio"}]},), "needs `path`, `url` or `audio`"),
-        (({"role": "user", "content": "Say <|audio|>"},), "stands for a recording: take it out"),
-        (([voice, say], [say]), "each needs a recording, or none"),
-        (([voice, say], [said, say]), "need what they say each, or none"),
+        (({"role": "user", "content": "Say <|audio|>"},), "means a recording: take it out"),
+        (([voice, say], [say]), "Either all conversations of a batch need a recording"),
+        (([voice, say], [said, say]), "Either all recordings of a batch need a text"),
     ):
         with pytest.raises(Exception, match=message):
             apply(*messages)
 
 
 def test_speech_to_waveforms_and_files(processor, tmp_path):
-    audio = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]])
+    audio = torch.tensor([[[0.1, 0.2, 0.3]], [[0.4, 0.0, 0.0]]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    output = FlexiCodecTTSOutput(audio=audio, audio_mask=mask, sampling_rate=SamplingRate(16_000))
+    output = FlexiCodecTTSOutput(audio=audio, padding_mask=mask, sampling_rate=torch.tensor([16_000, 16_000]))
     waveforms = processor.batch_decode(output)
-    assert [len(waveform) for waveform in waveforms] == [3, 1]
-    assert len(processor.batch_decode(audio)[1]) == 3
-    assert len(processor.batch_decode(audio[0])) == 1
+    assert [waveform.shape for waveform in waveforms] == [(3,), (1,)]
+    assert processor.batch_decode(audio)[1].shape == (3,)
+    assert [waveform.shape for waveform in processor.batch_decode(audio[0])] == [(3,)]
+    assert [waveform.shape for waveform in processor.batch_decode(audio[0, 0])] == [(3,)]
 
     paths = [tmp_path / "a.wav", tmp_path / "b.flac"]
     processor.save_audio(output, paths)
@@ -219,10 +224,10 @@ def test_wrong_use_says_what_to_do(processor, clip):
         ({"text": "Hello", "language": "xx"}, "must be a language code of the tokenizer, got 'xx'"),
         ({"text": "Hello", "language": ["en", "fr"]}, "holds 2 languages for 1 texts"),
         ({"text": "Hello", "reference_text": "Hi"}, "`reference_text` goes with `audio`"),
-        ({"audio": clip, "reference_text": "..."}, "`reference_text` must say what is heard"),
+        ({"audio": clip, "reference_text": "..."}, "`reference_text` must be what `audio` says"),
         ({"audio": clip, "reference_text": ["A", "B"]}, "holds 2 texts for 1 recordings"),
         ({"text": ["Hello"] * 3, "audio": [clip] * 2}, "holds 2 recordings for 3 texts"),
-        ({"audio": clip[:7_000]}, r"lasts 0.44 s, too short to show a voice: at least 0.5 s"),
+        ({"audio": clip[:7_000]}, r"lasts 0.44 s, too short for a voice: at least 0.5 s"),
         ({"audio": [clip, clip * 1e-5]}, r"`audio\[1\]` is silent"),
         ({"audio": AUDIO / "silence_2s.wav"}, "`audio` is silent"),
         ({"audio": clip, "sampling_rate": None}, "say at which rate"),

@@ -27,6 +27,7 @@ PAGES = (
     "docs/conversion.md",
     "docs/corpora.md",
     "docs/language_models.md",
+    "docs/migration.md",
     "docs/tts.md",
     *CARDS,
 )
@@ -108,7 +109,7 @@ def test_commands_of_a_page_run(page, workplace, monkeypatch):
             assert words[1] in targets
         else:
             assert words[:2] == ["pip", "install"]
-    assert commands or page.startswith(("model_cards", "docs/codec"))
+    assert commands or page.startswith(("model_cards", "docs/codec", "docs/migration"))
 
 
 @pytest.mark.parametrize(

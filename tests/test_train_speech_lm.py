@@ -167,4 +167,4 @@ def test_starts_from_a_pretrained_model(example, workplace):
 
 def test_too_few_clips_are_an_error(example):
     with pytest.raises(SystemExit, match="tokens has 0 clips to use: at least 2 are needed"):
-        run(example, "--tokens", "tokens", "--codec", "flexicodec", "--output_dir", "none", "--max_seconds", "0.5")
+        run(example, "--tokens", "tokens", "--codec", "flexicodec", "--output_dir", "none", "--max_duration_s", "0.5")

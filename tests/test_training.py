@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from datasets import Audio, Dataset
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
 
 from conftest import AUDIO, assert_close
-from flexicodec_hf.training.data import decode_audio, load_speech, random_crop, speech_loader
+from flexicodec_hf.data.files import DataError
+from flexicodec_hf.data.sources import decode_audio, load_speech
+from flexicodec_hf.training.batches import EpochSampler, random_crop
 from flexicodec_hf.training.discriminators import Discriminators, PeriodDiscriminator
-from flexicodec_hf.training.ema import ExponentialMovingAverage
+from flexicodec_hf.training.gan import GANTrainingArguments, averaged_model, train_loader
 from flexicodec_hf.training.losses import (
     MultiScaleMelLoss,
     adversarial_loss,
@@ -21,7 +25,8 @@ from flexicodec_hf.training.losses import (
     magnitudes,
 )
 from flexicodec_hf.training.samples import plot_spectrograms
-from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, decode_ctc, train_tokenizer
+from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, best_paths, decode_ctc, train_tokenizer
+from flexicodec_hf.training.trainer import last_checkpoint
 
 
 CLIP = AUDIO / "librivox_austen_0880.flac"
@@ -52,14 +57,14 @@ def test_loads_the_split_of_a_folder(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "metadata.csv").write_text(f"file_name,text\n{CLIP},{split}\n")
-    assert load_speech(tmp_path, "validation")[0]["text"] == "validation"
-    assert [row["text"] for row in load_speech(AUDIO, "train[1:2]")] == [TEXT]
+    assert load_speech(tmp_path, split="validation")[0]["text"] == "validation"
+    assert [row["text"] for row in load_speech(AUDIO, split="train[1:2]")] == [TEXT]
 
 
 def test_loads_a_manifest_of_any_name(tmp_path):
     (tmp_path / "list.jsonl").write_text(json.dumps({"wav": str(CLIP), "words": TEXT}) + "\n")
     dataset = load_speech(tmp_path / "list.jsonl", audio_column="wav", text_column="words")
-    assert dataset[0] == {"text": TEXT, "audio": {"path": str(CLIP), "bytes": None}}
+    assert dataset[0] == {"text": TEXT, "audio": {"path": str(CLIP), "bytes": None}, "id": CLIP.name}
 
 
 def test_loads_a_folder_without_metadata(tmp_path):
@@ -79,16 +84,17 @@ def test_loads_a_dataset(tmp_path, streaming):
 
 
 def test_names_what_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither a metadata\.jsonl or metadata\.csv nor audio files"):
+    with pytest.raises(DataError, match=r"there are no audio files in this folder, no metadata"):
         load_speech(tmp_path)
-    soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
-    with pytest.raises(ValueError, match=r"`split` is 'train\[:1\]', but .* has no metadata to take a part of"):
-        load_speech(tmp_path, "train[:1]")
-    parquet(tmp_path)
-    with pytest.raises(ValueError, match="no column 'text_en': its columns are audio, sentence"):
-        load_speech(tmp_path, text_column="text_en")
-    with pytest.raises(ValueError, match="no column 'wav'"):
-        load_speech(tmp_path, audio_column="wav")
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(100), 16_000)
+    assert len(load_speech(tmp_path, split="train[:1]")) == 1
+    (tmp_path / "hub").mkdir()
+    parquet(tmp_path / "hub")
+    with pytest.raises(DataError, match=r"no column 'text_en' among .'audio', 'sentence'."):
+        load_speech(tmp_path / "hub", text_column="text_en")
+    with pytest.raises(DataError, match="no column 'wav'"):
+        load_speech(tmp_path / "hub", audio_column="wav")
 
 
 def test_decodes_to_one_channel_at_the_rate_asked():
@@ -110,52 +116,76 @@ def test_crops_at_random_places():
     np.testing.assert_array_equal(random_crop(waveform, 20, np.random.default_rng(0)), waveform)
 
 
-def name_and_number(row, random):
-    return row["name"], random.random()
+def names_and_numbers(examples):
+    return [(example["name"], np.random.default_rng(example["seed"]).random()) for example in examples]
 
 
-def batches(dataset, number, **options):
-    loader = iter(speech_loader(dataset, lambda row, random: (row["name"], random.random()), list, seed=3, **options))
-    return [next(loader) for _ in range(number)]
+def batches(dataset, num_epochs, per_device_train_batch_size, *, process=0, num_processes=1, skip=0, **options):
+    """The batches of some epochs, as `GANTrainer` reads them; the first epoch from the batch `skip` on."""
+    args = GANTrainingArguments("", per_device_train_batch_size=per_device_train_batch_size, seed=3, **options)
+    loader = train_loader(dataset, names_and_numbers, args)
+    loader = prepare_data_loader(loader, num_processes=num_processes, process_index=process, dispatch_batches=False)
+    epochs = []
+    for epoch in num_epochs if isinstance(num_epochs, list) else range(num_epochs):
+        loader.set_epoch(epoch)
+        epochs.append(list(skip_first_batches(loader, skip if not epochs else 0)))
+    return epochs
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_batches_do_not_depend_on_processes_or_interruptions(streaming):
     dataset = Dataset.from_dict({"name": list("abcdefghijk")})
     if streaming:
-        dataset = dataset.to_iterable_dataset()
-    whole = batches(dataset, 8, batch_size=4)
-    assert [place for place, _ in whole] == [(epoch, batch) for epoch in range(4) for batch in range(2)]
-    assert len({name for _, batch in whole[:2] for name, _ in batch}) == 8
-    assert whole[0][1] != whole[2][1]  # another order, or another crop, in the next epoch
+        dataset = dataset.to_iterable_dataset().shuffle(seed=3, buffer_size=1000)
+    whole = batches(dataset, 4, 4)
+    assert [len(epoch) for epoch in whole] == [2] * 4
+    assert len({name for batch in whole[0] for name, _ in batch}) == 8
+    assert whole[0][0] != whole[1][0]  # another order, or another crop, in the next epoch
 
-    parts = [batches(dataset, 8, batch_size=4, process_index=i, num_processes=2) for i in range(2)]
-    for (place, batch), first, second in zip(whole, *parts, strict=True):
-        assert first[0] == second[0] == place
-        assert sorted(first[1] + second[1]) == sorted(batch)
+    parts = [batches(dataset, 4, 2, process=process, num_processes=2) for process in range(2)]
+    assert [
+        [first + second for first, second in zip(*epoch, strict=True)] for epoch in zip(*parts, strict=True)
+    ] == whole
 
-    assert batches(dataset, 3, batch_size=4, start=(2, 1)) == whole[5:]
+    assert batches(dataset, [2, 3], 4, skip=1) == [whole[2][1:], whole[3]]
+    resumed = [batches(dataset, [2, 3], 2, process=process, num_processes=2, skip=1) for process in range(2)]
+    assert resumed == [[part[2][1:], part[3]] for part in parts]
 
 
 def test_batches_do_not_depend_on_workers():
     dataset = Dataset.from_dict({"name": list("abcdefghijk")})
-    assert batches(dataset, 5, batch_size=4, num_workers=1) == batches(dataset, 5, batch_size=4)
+    assert batches(dataset, 2, 4, dataloader_num_workers=1) == batches(dataset, 2, 4)
 
 
 def test_batches_of_about_the_same_length():
-    dataset = Dataset.from_dict({"name": list("abcdefgh")})
-    batch_names = [
-        {name for name, _ in batch} for _, batch in batches(dataset, 4, batch_size=2, lengths=[7, 1, 5, 3, 8, 2, 6, 4])
-    ]
-    assert {frozenset(names) for names in batch_names} == {frozenset(pair) for pair in ("bf", "dh", "cg", "ae")}
+    sampler = EpochSampler(9, 3, lengths=[7, 1, 5, 3, 8, 2, 6, 4, 9], batch_size=2)
+    orders = []
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        order = [index for _, index in sampler]
+        assert sorted(order) == list(range(9)) and list(sampler) == [(epoch, index) for index in order]
+        lengths = sampler.lengths[order].tolist()
+        ranks = np.argsort(np.argsort(lengths[:8])).reshape(4, 2)  # without the last one, which is alone
+        assert sorted(map(sorted, ranks.tolist())) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        orders.append(order)
+    assert len({tuple(order) for order in orders}) > 15
 
 
-def test_refuses_a_batch_that_cannot_be_shared_or_filled():
-    dataset = Dataset.from_dict({"name": list("abc")})
-    with pytest.raises(ValueError, match=r"`batch_size` \(3\) must be a multiple of the number of processes, 2"):
-        batches(dataset, 1, batch_size=3, num_processes=2)
-    with pytest.raises(ValueError, match="3 examples, fewer than `batch_size`=4"):
-        batches(dataset, 1, batch_size=4)
+def test_the_last_whole_checkpoint_is_found(tmp_path):
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for name, state in (("checkpoint-2", "{}"), ("checkpoint-10", '{"global_'), ("checkpoint-11", None)):
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_training_options_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="`save_total_limit` must be at least 2, got 1"):
+        GANTrainingArguments("", save_total_limit=1)
+    with pytest.raises(ValueError, match="`push_to_hub` needs `hub_model_id`"):
+        GANTrainingArguments("", push_to_hub=True)
 
 
 def test_magnitudes_of_a_sine(device):
@@ -215,19 +245,19 @@ def test_moving_average_by_hand(device):
     model = torch.nn.Linear(1, 1).to(device)
     model.bias.requires_grad_(False)
     torch.nn.init.constant_(model.weight, 1.0)
-    average = ExponentialMovingAverage(model, decay=0.25)
+    average = averaged_model(model, decay=0.25)
     torch.nn.init.constant_(model.weight, 3.0)
-    average.update()  # keeps min(0.25, 2 / 11) of 1
+    average.update_parameters(model)  # keeps min(0.25, 2 / 11) of 1
     expected = 2 / 11 + 3 * 9 / 11
-    with average.applied():
-        assert model.weight.item() == pytest.approx(expected)
+    assert average.module.weight.item() == pytest.approx(expected)
+    assert average.module.bias.item() == model.bias.item()
     assert model.weight.item() == 3
-    restored = ExponentialMovingAverage(model, decay=0.25)
+    restored = averaged_model(model, decay=0.25)
     restored.load_state_dict(average.state_dict())
     for _ in range(2):
-        restored.update()
-    with restored.applied():  # keeps a quarter, twice
-        assert model.weight.item() == pytest.approx(expected / 16 + 3 * 15 / 16)
+        restored.update_parameters(model)
+    # Keeps a quarter, twice.
+    assert restored.module.weight.item() == pytest.approx(expected / 16 + 3 * 15 / 16)
 
 
 def test_plots_a_spectrogram_for_each_waveform():
@@ -252,7 +282,7 @@ def test_decodes_the_likeliest_path(tokenizer, device):
     logits = torch.nn.functional.one_hot(torch.tensor([path + [5]]), len(tokenizer)).float().to(device)
     mask = torch.ones(1, len(path) + 1, device=device, dtype=torch.long)
     mask[:, -1] = 0
-    assert decode_ctc(tokenizer, logits, mask) == ["he was was"]
+    assert decode_ctc(tokenizer, best_paths(logits, mask)) == ["he was was"]
 
 
 def ctc_config(vocab_size):

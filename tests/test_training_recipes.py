@@ -9,18 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
 from flexicodec_hf.audio_flexicodec import read_audio
-from flexicodec_hf.conversion.checkpoint import CheckpointError
-from flexicodec_hf.conversion.codec import convert_codec
+from flexicodec_hf.conversion import CheckpointError, convert_codec
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -71,25 +69,33 @@ def run(data):
     sys.path.insert(0, str(EXAMPLES))
 
     def run(script, output_dir, *options):
-        arguments = ["--dataset", data, "--validation-split", "train", "--output-dir", output_dir, "--log-every", 1]
-        importlib.import_module(script).main([str(argument) for argument in (*arguments, *options)])
-        return metrics(output_dir)
+        importlib.import_module(script).main([str(argument) for argument in (*common(data, output_dir), *options)])
+        return log_history(output_dir)
 
     yield run
     sys.path.remove(str(EXAMPLES))
 
 
-def metrics(output_dir):
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+def common(data, output_dir):
+    return ("--dataset", data, "--eval_split", "train", "--output_dir", output_dir, "--logging_steps", 1)
 
 
-def train_losses(rows):
-    return [row["loss"] for row in rows if row["group"] == "train"]
+def log_history(output_dir):
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def steps(rows):
+    """The logs of steps and evaluations, without times."""
+    timing = ("runtime", "_per_second")
+    rows = [{name: value for name, value in row.items() if not name.endswith(timing)} for row in rows]
+    return [row for row in rows if "loss" in row or "eval_loss" in row]
 
 
 SEMANTIC_OPTIONS = (
-    *("--hidden-size", 16, "--intermediate-size", 16, "--num-layers", 1, "--num-heads", 2, "--vocab-size", 40),
-    *("--batch-size", 2, "--num-validation", 2, "--evaluate-every", 100),
+    *("--hidden_size", 16, "--intermediate_size", 16, "--num_hidden_layers", 1, "--num_attention_heads", 2),
+    *("--vocab_size", 40, "--per_device_train_batch_size", 2, "--num_eval_examples", 2, "--report_to", "none"),
+    *("--max_steps", 3, "--eval_strategy", "steps", "--eval_steps", 3, "--disable_tqdm", "true"),
+    *("--use_cpu", "--warmup_steps", 1, "--save_steps", 100),
 )
 
 
@@ -97,8 +103,7 @@ SEMANTIC_OPTIONS = (
 def semantic_encoder(run, tmp_path_factory):
     """Its folder, and what was logged."""
     folder = tmp_path_factory.mktemp("semantic")
-    rows = run("train_semantic_encoder", folder, *SEMANTIC_OPTIONS, "--max-steps", 3)
-    return folder, rows
+    return folder, run("train_semantic_encoder", folder, *SEMANTIC_OPTIONS, "--do_eval")
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +111,9 @@ def codec_options(semantic_encoder, tmp_path_factory):
     config = tmp_path_factory.mktemp("config") / "codec.json"
     config.write_text(json.dumps(CODEC))
     return (
-        *("--config", config, "--semantic-encoder", semantic_encoder[0] / "model"),
-        *("--batch-size", 2, "--crop-s", 0.48, "--num-validation", 1, "--evaluate-every", 100),
-        *("--discriminator-start", 2, "--discriminator-size", 1, "--fixed-rate-steps", 1),
+        *("--config_overrides", config, "--semantic_encoder", semantic_encoder[0]),
+        *("--per_device_train_batch_size", 2, "--crop_s", 0.48, "--num_eval_examples", 1, "--eval_steps", 100),
+        *("--discriminator_start", 2, "--discriminator_size", 1, "--fixed_rate_steps", 1),
     )
 
 
@@ -116,15 +121,15 @@ def codec_options(semantic_encoder, tmp_path_factory):
 def codec(run, codec_options, tmp_path_factory):
     """Its folder, and what was logged."""
     folder = tmp_path_factory.mktemp("codec")
-    rows = run("train_codec", folder, *codec_options, "--max-steps", 4, "--learning-rate", 0.001)
+    rows = run("train_codec", folder, *codec_options, "--max_steps", 4, "--learning_rate", 0.001)
     return folder, rows
 
 
 def test_semantic_encoder(semantic_encoder):
     folder, rows = semantic_encoder
-    assert [row["step"] for row in rows] == [1, 2, 3, 3]
-    assert {"loss", "wer", "cer"} <= rows[-1].keys()
-    extractor = AutoFeatureExtractor.from_pretrained(folder / "model")
+    assert [row["step"] for row in steps(rows)] == [1, 2, 3, 3]
+    assert {"eval_loss", "eval_wer", "eval_cer"} <= steps(rows)[-1].keys()
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
     features = extractor(read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform, 16_000, return_tensors="pt")
     assert features.input_features.std().item() == pytest.approx(1, abs=0.3)  # normalized by what it was trained on
 
@@ -144,7 +149,7 @@ def test_curves_of_trainings(semantic_encoder, codec, tmp_path):
 
 
 def test_codec_hears_other_voices(run, codec, codec_options, tmp_path):
-    rows = run("train_codec", tmp_path, *codec_options, "--max-steps", 1, "--vary-voices")
+    rows = run("train_codec", tmp_path, *codec_options, "--max_steps", 1, "--vary_voices")
     assert rows[0]["mel"] > 0 and rows[0]["mel"] != codec[1][0]["mel"]
 
 
@@ -153,27 +158,38 @@ def test_a_new_codec_does_not_say_where_its_encoder_was(codec, semantic_encoder)
 
 
 def test_a_codec_can_be_tuned_without_changing_its_tokens(run, codec, tmp_path):
-    options = ("--max-steps", 2, "--batch-size", 2, "--crop-s", 0.48, "--num-validation", 1, "--evaluate-every", 100)
-    options += ("--init-from", codec[0] / "model", "--keep-tokens", "--discriminator-start", 9)
-    run("train_codec", tmp_path, *options, "--learning-rate", 0.01, "--ema-decay", 0.5)
+    options = (
+        "--max_steps",
+        2,
+        "--per_device_train_batch_size",
+        2,
+        "--crop_s",
+        0.48,
+        "--num_eval_examples",
+        1,
+        "--eval_steps",
+        100,
+    )
+    options += ("--model_name_or_path", codec[0] / "model", "--keep_tokens", "--discriminator_start", 9)
+    run("train_codec", tmp_path, *options, "--learning_rate", 0.01, "--ema_decay", 0.5)
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (codec[0], tmp_path))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"bottleneck", "acoustic_decoder"}
 
 
 def test_interrupted_semantic_encoder_resumes_to_the_same_losses(run, semantic_encoder, tmp_path):
-    options = (*SEMANTIC_OPTIONS, "--max-steps", 3, "--time-limit", 0)  # a step a run
+    options = (*SEMANTIC_OPTIONS, "--do_eval", "--time_limit", 0)  # a step a run
     for _ in range(2):
         run("train_semantic_encoder", tmp_path, *options)
-    assert run("train_semantic_encoder", tmp_path, *options) == semantic_encoder[1]
+    assert steps(run("train_semantic_encoder", tmp_path, *options)) == steps(semantic_encoder[1])
 
 
 def test_codec(codec, semantic_encoder):
     folder, rows = codec
-    losses = [row for row in rows if row["group"] == "train"]
+    losses = [row for row in rows if "loss" in row]
     assert losses[0]["tokens_per_second"] == 12.5  # nothing merged in the first step
     assert [("discriminator" in row) for row in losses] == [False, False, True, True]
-    assert {"mel_all_rows", "mel_semantic", "mel_merged"} <= rows[-1].keys()
+    assert {"eval_mel_all_quantizers", "eval_mel_semantic", "eval_mel_merged"} <= rows[-1].keys()
     assert {path.name for path in (folder / "samples" / "step-00000004").iterdir()} >= {
         "original.flac",
         "semantic.flac",
@@ -184,7 +200,7 @@ def test_codec(codec, semantic_encoder):
     model = AutoModel.from_pretrained(folder / "model")
     assert isinstance(model, FlexiCodecModel)
     assert model.config.merging_threshold_range == [0.85, 1.0]
-    weights = load_file(semantic_encoder[0] / "model" / "model.safetensors")
+    weights = load_file(semantic_encoder[0] / "model.safetensors")
     for name, parameter in model.semantic_encoder.named_parameters():
         assert torch.equal(parameter, weights[f"encoder.{name}"]), name  # frozen
 
@@ -197,7 +213,7 @@ def test_losses_of_the_codec_are_weighted_as_published(codec):
 
 
 def test_interrupted_codec_resumes_to_the_same_losses(run, codec, codec_options, tmp_path):
-    options = (*codec_options, "--max-steps", 4, "--learning-rate", 0.001, "--time-limit", 0)
+    options = (*codec_options, "--max_steps", 4, "--learning_rate", 0.001, "--time_limit", 0)
     for _ in range(3):
         run("train_codec", tmp_path, *options)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
@@ -209,10 +225,19 @@ def test_interrupted_codec_resumes_to_the_same_losses(run, codec, codec_options,
 
 def test_codec_starts_from_a_codec_and_a_stream(run, codec, tmp_path):
     rows = run(
-        *("train_codec", tmp_path, "--init-from", codec[0] / "model", "--max-steps", 1, "--batch-size", 2),
-        *("--crop-s", 0.48, "--num-validation", 1, "--discriminator-start", 1, "--learning-rate", 0, "--streaming"),
+        *(
+            "train_codec",
+            tmp_path,
+            "--model_name_or_path",
+            codec[0] / "model",
+            "--max_steps",
+            1,
+            "--per_device_train_batch_size",
+            2,
+        ),
+        *("--crop_s", 0.48, "--num_eval_examples", 1, "--discriminator_start", 1, "--learning_rate", 0, "--streaming"),
     )
-    assert rows[-1]["mel_all_rows"] == pytest.approx(codec[1][-1]["mel_all_rows"], rel=1e-5)
+    assert rows[-1]["eval_mel_all_quantizers"] == pytest.approx(codec[1][-1]["eval_mel_all_quantizers"], rel=1e-5)
 
 
 def test_pushes_the_model_at_the_end(run, codec, codec_options, tmp_path, monkeypatch):
@@ -225,13 +250,36 @@ def test_pushes_the_model_at_the_end(run, codec, codec_options, tmp_path, monkey
         def upload_folder(self, repo_id, folder_path):
             calls.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
 
-    monkeypatch.setattr("flexicodec_hf.training.loop.HfApi", FakeApi)
+    monkeypatch.setattr("flexicodec_hf.training.gan.HfApi", FakeApi)
     shutil.copytree(codec[0], tmp_path / "codec")
-    run("train_codec", tmp_path / "codec", *codec_options, "--max-steps", 4, "--push-to-hub", "me/codec")
+    run(
+        "train_codec",
+        tmp_path / "codec",
+        *codec_options,
+        "--max_steps",
+        4,
+        "--push_to_hub",
+        "--hub_model_id",
+        "me/codec",
+    )
     (created, files) = calls
     assert created == ("me/codec", True)
     assert files[0] == "me/codec"
     assert files[1] >= {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_flexicodec.py"}
+
+
+def test_a_run_that_was_killed_while_it_saved_is_repaired(run, codec, codec_options, tmp_path):
+    """Killed in the last save: one checkpoint is cut off, another is whole, but the model is still an older one."""
+    folder, partial = tmp_path / "codec", tmp_path / "codec" / "checkpoints" / "checkpoint_1"
+    shutil.copytree(codec[0], folder)
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half of it")
+    weights = load_file(folder / "model" / "model.safetensors")
+    save_file({name: weight * 0 for name, weight in weights.items()}, folder / "model" / "model.safetensors")
+    assert run("train_codec", folder, *codec_options, "--max_steps", 4) == codec[1]
+    assert not partial.exists()
+    for name, weight in load_file(folder / "model" / "model.safetensors").items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):
@@ -242,22 +290,32 @@ def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):
     }
     save_file(weights, tmp_path / "start.safetensors")
     (tmp_path / "start.yaml").write_text(json.dumps({"model": fixture.spec["config"]}))
-    with pytest.raises(CheckpointError, match=r"no query token aggregator .* Pass `--allow-partial`"):
+    with pytest.raises(CheckpointError, match=r"no query token aggregator .* with `allow_partial=True`"):
         convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml")
     convert_codec(tmp_path / "start.safetensors", tmp_path / "start", tmp_path / "start.yaml", allow_partial=True)
     run(
-        *("train_codec", tmp_path / "codec", "--init-from", tmp_path / "start", "--max-steps", 1, "--batch-size", 2),
-        *("--crop-s", 0.48, "--num-validation", 0, "--discriminator-start", 1, "--learning-rate", 0),
+        *(
+            "train_codec",
+            tmp_path / "codec",
+            "--model_name_or_path",
+            tmp_path / "start",
+            "--max_steps",
+            1,
+            "--per_device_train_batch_size",
+            2,
+        ),
+        *("--crop_s", 0.48, "--num_eval_examples", 0, "--discriminator_start", 1, "--learning_rate", 0),
     )
     model = FlexiCodecModel.from_pretrained(tmp_path / "codec" / "model")
     assert_close(model.acoustic_decoder.conv1.bias, weights["dac.decoder.model.0.bias"])
     assert model.bottleneck.layers[0].fc1.weight.std() > 0
 
 
-def test_codec_says_what_it_can_start_from(run, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run("train_codec", tmp_path, "--init-from", "a", "--config", "b", "--semantic-encoder", "c")
-    assert "pass either --init-from, or --config and --semantic-encoder" in capsys.readouterr().err
+def test_codec_says_what_it_can_start_from(run, tmp_path):
+    with pytest.raises(ValueError, match="pass either --model_name_or_path or --semantic_encoder"):
+        run("train_codec", tmp_path, "--model_name_or_path", "a", "--semantic_encoder", "c")
+    with pytest.raises(ValueError, match="--keep_tokens needs --model_name_or_path"):
+        run("train_codec", tmp_path, "--semantic_encoder", "a", "--keep_tokens")
 
 
 def test_codec_trains_in_mixed_precision(codec, device):
@@ -280,62 +338,70 @@ def test_codec_trains_in_mixed_precision(codec, device):
 
 
 def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, tmp_path):
-    options = (*codec_options, "--max-steps", 4, "--learning-rate", 0.001)
-    arguments = [
-        "--dataset",
-        data,
-        "--validation-split",
-        "train",
-        "--output-dir",
-        tmp_path,
-        "--log-every",
-        1,
-        *options,
-    ]
+    options = (*codec_options, "--max_steps", 4, "--learning_rate", 0.001)
+    arguments = (*common(data, tmp_path), *options, "--per_device_train_batch_size", 1)
     # `--cpu` would start one process, whatever the number.
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
     launch += " --mixed_precision no --dynamo_backend no"
     command = [sys.executable, *launch.split(), EXAMPLES / "train_codec.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([str(part) for part in command], check=True, env=environment)
-    states = (tmp_path / "checkpoints" / "step-00000004").glob("random_states_*")
+    states = (tmp_path / "checkpoints" / "checkpoint_0").glob("random_states_*")
     assert {path.name for path in states} == {"random_states_0.pkl", "random_states_1.pkl"}
     # Sums are taken in another order, and the discriminators amplify it from step to step.
-    for row, expected in zip(metrics(tmp_path), codec[1], strict=True):
-        assert row["loss" if "loss" in row else "mel_all_rows"] == pytest.approx(
-            expected["loss" if "loss" in row else "mel_all_rows"], rel=1e-4
+    for row, expected in zip(log_history(tmp_path), codec[1], strict=True):
+        assert row["loss" if "loss" in row else "eval_mel_all_quantizers"] == pytest.approx(
+            expected["loss" if "loss" in row else "eval_mel_all_quantizers"], rel=1e-4
         )
 
 
 def documented_commands():
-    pages = [EXAMPLES.parent / page for page in ("docs/training.md", "checkpoints/flexicodec-tiny/README.md")]
-    text = "\n".join(page.read_text() for page in pages)
-    return re.findall(r"examples/(train_(?:semantic_encoder|codec|vocoder))\.py (.*)$", text, flags=re.MULTILINE)
+    pages = ("docs/training.md", "docs/training_tts.md", "checkpoints/flexicodec-tiny/README.md")
+    text = "\n".join((EXAMPLES.parent / page).read_text() for page in pages).replace("\\\n", " ")
+    return re.findall(r"^[^`\n]*examples/(train_\w+)\.py (.*)$", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(("script", "options"), documented_commands())
 def test_documented_options_exist(script, options, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     module = importlib.import_module(script)
-    recipe = next(name for name in vars(module) if name.endswith("Recipe"))
     parsed = []
-    monkeypatch.setattr(module, recipe, lambda args: SimpleNamespace(accelerator=parsed.append(args)))
-    monkeypatch.setattr(module, "TrainingLoop", lambda *_: SimpleNamespace(run=lambda: None))
-    module.main(shlex.split(options))
-    assert parsed[0].max_steps > 0
+
+    class Parsed(Exception):
+        pass
+
+    def parse(*classes, argv):
+        parsed.append(HfArgumentParser(classes).parse_args(argv))
+        raise Parsed
+
+    monkeypatch.setattr(module, "parse_arguments", parse)
+    with pytest.raises(Parsed):
+        module.main(shlex.split(options))
+    assert parsed[0].dataset
 
 
 def test_vocoder(run, tmp_path):
     config = tmp_path / "vocoder.json"
     config.write_text(json.dumps(VOCODER))
     options = (
-        *("--config", config, "--max-steps", 3, "--batch-size", 2, "--crop-s", 0.3, "--num-validation", 1),
-        *("--discriminator-start", 1, "--discriminator-size", 1, "--evaluate-every", 100),
+        *(
+            "--config_overrides",
+            config,
+            "--max_steps",
+            3,
+            "--per_device_train_batch_size",
+            2,
+            "--crop_s",
+            0.3,
+            "--num_eval_examples",
+            1,
+        ),
+        *("--discriminator_start", 1, "--discriminator_size", 1, "--eval_steps", 100),
     )
     expected = run("train_vocoder", tmp_path / "whole", *options)
-    assert "mel" in expected[-1]
+    assert "eval_mel" in expected[-1]
     for _ in range(3):
-        rows = run("train_vocoder", tmp_path / "parts", *options, "--time-limit", 0)
+        rows = run("train_vocoder", tmp_path / "parts", *options, "--time_limit", 0)
     assert rows == expected
     assert isinstance(AutoModel.from_pretrained(tmp_path / "whole" / "model"), FlexiCodecVocoderModel)
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "whole" / "model")

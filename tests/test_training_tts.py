@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -25,19 +26,19 @@ from flexicodec_hf import (
     FlexiCodecVoiceboxModel,
 )
 from flexicodec_hf.audio_flexicodec import read_audio, write_audio
+from flexicodec_hf.data.sources import load_speech
 from flexicodec_hf.text_flexicodec import encode_text
-from flexicodec_hf.training.data import load_speech
+from flexicodec_hf.training.batches import load_splits, with_seeds
+from flexicodec_hf.training.trainer import SpeechTrainingArguments, fresh_config
 from flexicodec_hf.training.tts import (
     CODEC_INPUTS,
     ARBatches,
     SpeechCollator,
-    SpeechDataArguments,
     SpeechEncoder,
+    TTSDataArguments,
     TTSTrainer,
     VoiceboxBatches,
     cache_splits,
-    fresh_config,
-    load_splits,
     train_text_tokenizer,
 )
 
@@ -142,7 +143,7 @@ def test_a_recipe_learns_speaks_and_resumes_to_the_same_losses(
 
 def assembled_model_speaks(codec, ar, recording, output_dir):
     main = runpy.run_path(str(EXAMPLES / "assemble_tts.py"))["main"]
-    options = ["--codec", str(codec), "--ar", str(ar), "--output-dir", str(output_dir), "--storage-dtype", "float16"]
+    options = ["--codec", str(codec), "--ar", str(ar), "--output_dir", str(output_dir), "--storage_dtype", "float16"]
     main([*options, "--voice", f"me={recording}:Clip number 0: a long recording."])
     assert (output_dir / "tts" / "model.safetensors").stat().st_size < (ar / "model.safetensors").stat().st_size
     tts = pipeline("text-to-speech", model=str(output_dir))
@@ -195,7 +196,7 @@ def encoder(codec_dir, device):
 
 
 def batch_of(encoder, examples, **collator):
-    batch = SpeechCollator(encoder.feature_extractor, **collator)(list(examples))
+    batch = SpeechCollator(encoder.feature_extractor, **collator)(list(with_seeds(examples, 1)))
     return {name: value.to(encoder.codec.device) for name, value in batch.items()}
 
 
@@ -216,17 +217,19 @@ def test_cached_examples_make_the_batches_of_raw_ones(encoder, speech, tmp_path,
     sizes = {"num_mel_bins": 32, "upsample_factor": 1, "semantic_hidden_size": 32}
     voicebox = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**VOICEBOX | sizes | statistics)).to(device)
     for prepare, options in (
-        (ARBatches(ar, encoder, seed=1), {"tokenizer": tokenizer, "phonemes": False}),
-        (VoiceboxBatches(voicebox, encoder, seed=1), {}),
+        (ARBatches(ar, encoder), {"tokenizer": tokenizer, "phonemes": False}),
+        (VoiceboxBatches(voicebox, encoder), {}),
     ):
-        inputs, counts = prepare(batch_of(encoder, raw, **options), 5)
-        again, counts_again = prepare(batch_of(encoder, cached, **options), 5)
+        inputs, counts = prepare(batch_of(encoder, raw, **options))
+        again, counts_again = prepare(batch_of(encoder, cached, **options))
         assert inputs.keys() == again.keys() and counts == counts_again
         for name, value in inputs.items():
             # Features and latents are kept in float16.
             assert not isinstance(value, torch.Tensor) or torch.allclose(value.float(), again[name].float(), atol=0.02)
-    # Another step draws anew.
-    assert not torch.equal(prepare(batch_of(encoder, raw), 6)[0]["noise"], inputs["noise"])
+    # Another epoch draws anew.
+    batch = batch_of(encoder, raw)
+    batch["seeds"][:, 1] += 1
+    assert not torch.equal(prepare(batch)[0]["noise"], inputs["noise"])
 
 
 def test_the_ar_model_is_told_the_threshold_of_each_clip(encoder, speech, device):
@@ -235,7 +238,7 @@ def test_the_ar_model_is_told_the_threshold_of_each_clip(encoder, speech, device
     config = {"text_encoder_config": TEXT_SIZES | {"vocab_size": 260}, "merging_thresholds": [0.86, 1.0]}
     model = FlexiCodecARForConditionalGeneration(FlexiCodecARConfig(**SIZES | config)).to(device)
     batch = batch_of(encoder, raw, tokenizer=tokenizer, phonemes=False)
-    inputs, counts = ARBatches(model, encoder, seed=0)(batch, 0)
+    inputs, counts = ARBatches(model, encoder)(batch)
     unmerged = (inputs["input_ids"] == model.config.threshold_token_id(1.0)).any(dim=1)
     merged = (inputs["input_ids"] == model.config.threshold_token_id(0.86)).any(dim=1)
     assert unmerged.any() and torch.equal(merged, ~unmerged) and merged.any()
@@ -248,7 +251,7 @@ def test_the_ar_model_is_told_the_threshold_of_each_clip(encoder, speech, device
 
     model.config.merging_thresholds = []
     encoder.thresholds = [0.86]
-    inputs, _ = ARBatches(model, encoder, seed=0)(batch, 0)
+    inputs, _ = ARBatches(model, encoder)(batch)
     assert (inputs["input_ids"] == model.config.no_threshold_token_id).sum() == len(raw)
 
 
@@ -295,7 +298,7 @@ def test_recipes_start_from_given_weights_that_fit_the_codec(codec_dir, tmp_path
 
 def test_splits_hold_out_filter_and_complain(speech, tmp_path):
     def sizes(**changes):
-        train, evaluation = load_splits(SpeechDataArguments(str(speech), **changes), 0, True, needs_text=True)
+        train, evaluation = load_splits(TTSDataArguments(str(speech), **changes), 0, needs_text=True)
         assert not set(train["text"]) & set(evaluation["text"]) or "eval_dataset" in changes
         return len(train), len(evaluation)
 
@@ -308,14 +311,14 @@ def test_splits_hold_out_filter_and_complain(speech, tmp_path):
         sizes(min_duration_s=5)
     shutil.copy(speech / "0.wav", tmp_path / "0.wav")
     with pytest.raises(ValueError, match="has no texts: name their column with `--text_column`"):
-        load_splits(SpeechDataArguments(str(tmp_path)), 0, False, needs_text=True)
+        load_splits(TTSDataArguments(str(tmp_path)), 0, evaluate=False, needs_text=True)
     stream, evaluation = load_splits(
-        SpeechDataArguments(str(speech), streaming=True, num_eval_examples=3), 0, True, needs_text=True
+        TTSDataArguments(str(speech), streaming=True, num_eval_examples=3), 0, needs_text=True
     )
     texts = [example["text"] for example in stream]
     assert len(texts) == 9 and not set(texts) & set(evaluation["text"])
     with pytest.raises(ValueError, match="`--token_cache` keeps what is read, `--streaming` does not"):
-        cache_splits(None, stream, evaluation, SpeechDataArguments("", token_cache=str(tmp_path)), None)
+        cache_splits(None, stream, evaluation, TTSDataArguments("", token_cache=str(tmp_path)), None)
 
 
 def test_config_overrides_reach_any_depth_and_know_every_key(tmp_path):
@@ -384,9 +387,30 @@ def test_one_process_does_not_take_two_gpus(tmp_path):
         TTSTrainer(model, args, prepare=None)
 
 
+def test_a_save_that_is_killed_leaves_the_model_before_it(tmp_path, monkeypatch):
+    args = SpeechTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    model = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**MEL_VOICEBOX))
+    trainer = TTSTrainer(model, args, prepare=None)
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() >= {"config.json", "model.safetensors"}
+    save = model.save_pretrained
+
+    def killed(folder, **kwargs):
+        save(folder, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", killed)
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_clips_of_like_length_share_a_batch(tmp_path):
     lengths = list(range(64))
-    args = TrainingArguments(
+    args = SpeechTrainingArguments(
         str(tmp_path),
         use_cpu=True,
         report_to="none",
@@ -394,10 +418,11 @@ def test_clips_of_like_length_share_a_batch(tmp_path):
         per_device_train_batch_size=4,
     )
     model = FlexiCodecVoiceboxModel(FlexiCodecVoiceboxConfig(**MEL_VOICEBOX))
-    trainer = TTSTrainer(model, args, train_dataset=Dataset.from_dict({"length": lengths}), prepare=None)
+    dataset = Dataset.from_dict({"length": lengths})
+    trainer = TTSTrainer(model, args, train_dataset=dataset, prepare=None)
     sampler = trainer._get_train_sampler()
-    assert type(sampler.lengths) is list  # a column of `datasets` would be read from its file at each comparison
-    order = list(sampler)
+    assert type(sampler.lengths) is np.ndarray  # a column of `datasets` would be read from its file at each comparison
+    order = [index for _, index in sampler]
     assert sorted(order) == lengths
     spread = [max(order[i : i + 4]) - min(order[i : i + 4]) for i in range(0, 64, 4)]
     assert sorted(spread)[8] < 20  # of 64, half of the batches

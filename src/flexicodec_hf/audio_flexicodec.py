@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -168,3 +169,90 @@ def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
             yield audio
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: not an audio file, or a damaged one: {error.error_string}") from error
+
+
+class AudioWriter:
+    """
+    An audio file of one channel that is written part by part, in the format that its suffix names.
+
+    Args:
+        path: The file. It is made by the first `write`; one that exists is replaced.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.num_samples = 0
+        self.sampling_rate = 0
+        self._file: soundfile.SoundFile | None = None
+
+    def __enter__(self) -> AudioWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of audio that were written."""
+        return self.num_samples / self.sampling_rate if self.num_samples else 0.0
+
+    def write(self, waveform: np.ndarray, sampling_rate: int) -> None:
+        """
+        Append a waveform.
+
+        Args:
+            waveform: `(num_samples,)`, floats in [-1, 1]; values beyond are clipped.
+            sampling_rate: In hertz, the same for all parts.
+
+        Raises:
+            AudioError: The samples are NaN or infinite.
+        """
+        if not np.isfinite(waveform).all():
+            raise AudioError("The audio has NaN or infinite samples, and is not written: compute it in float32.")
+        if self._file is None:
+            self.sampling_rate = sampling_rate
+            self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
+        self._file.write(waveform)
+        self.num_samples += len(waveform)
+
+
+def read_stretches(
+    path: str | Path, sampling_rate: int, max_length_s: float = 300.0, cut_s: float = 30.0
+) -> Iterator[np.ndarray]:
+    """
+    Read an audio file of any length in stretches that end in pauses, in memory bounded by one stretch.
+
+    Args:
+        path: Anything libsndfile reads. Its channels are averaged.
+        sampling_rate: The rate to resample to, in hertz.
+        max_length_s: Seconds of a stretch at most.
+        cut_s: A stretch ends where its last `cut_s` seconds are quietest.
+
+    Yields:
+        Waveforms `(num_samples,)`, float32. Together they are the whole recording.
+
+    Raises:
+        AudioError: The file is missing, or it is no audio file or a damaged one.
+    """
+    max_length = int(max_length_s * sampling_rate)
+    with _open(Path(path), None) as file:
+        resampler = soxr.ResampleStream(file.samplerate, sampling_rate, 1, dtype="float32")
+        held = np.zeros(0, dtype=np.float32)
+        blocks = file.blocks(file.samplerate * 10, dtype="float32", always_2d=True)
+        for block in chain(blocks, [None]):
+            mono = np.zeros(0, dtype=np.float32) if block is None else block.mean(axis=1)
+            held = np.concatenate([held, resampler.resample_chunk(mono, last=block is None)])
+            while len(held) > max_length:
+                cut = find_pause(held[:max_length], sampling_rate, cut_s)
+                yield held[:cut]
+                held = held[cut:]
+        yield held
+
+
+def find_pause(waveform: np.ndarray, sampling_rate: int, cut_s: float = 30.0) -> int:
+    """The index of the sample in the middle of the 80 ms of least energy in the last `cut_s` seconds of a waveform."""
+    frame = sampling_rate * 8 // 100
+    num_frames = min(int(cut_s * sampling_rate), len(waveform)) // frame
+    frames = waveform[len(waveform) - num_frames * frame :].reshape(num_frames, frame)
+    return len(waveform) - (num_frames - int(np.square(frames).sum(axis=1).argmin())) * frame + frame // 2

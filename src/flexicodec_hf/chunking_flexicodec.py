@@ -32,9 +32,9 @@ def run_in_windows(
     """Compute an output in windows of the time axis and join the chunks.
 
     Args:
-        run: Called as `run(rows, window)` with the indices of the items that have not ended, of shape `(num_rows,)`, and
-            a slice of frames. Returns `(num_rows, num_outputs, ...)`, `hop_length` outputs for each frame of the window
-            (the last frame of an item may give fewer).
+        run: Called as `run(rows, window)` with the indices of the items that have not ended, of shape
+            `(num_rows,)`, and a slice of frames. Returns `(num_rows, num_outputs, ...)`, `hop_length`
+            outputs for each frame of the window (the last frame of an item may give fewer).
         lengths (`torch.LongTensor` of shape `(batch_size,)`): Frames of each item, on the CPU or the device.
         chunk: Size and context of the chunks in frames; `None` computes everything in one window.
         hop_length: Outputs for each frame.
@@ -46,14 +46,14 @@ def run_in_windows(
     num_frames = int(lengths.max())
     if chunk is None:
         return run(torch.arange(len(lengths), device=lengths.device), slice(0, num_frames))
-    output, num_outputs = None, 0
+    output, num_outputs = torch.empty(0), 0
     for core, window in windows(num_frames, chunk):
         rows = (lengths > core.start).nonzero()[:, 0]
         values = run(rows, window)
         # Some frames more than the chunk, for the next one to fade from.
         stop = min(core.stop + fade_length, window.stop)
         values = values[:, (core.start - window.start) * hop_length : (stop - window.start) * hop_length]
-        if output is None:
+        if core.start == 0:
             output = values.new_zeros(len(lengths), num_frames * hop_length, *values.shape[2:])
         start = core.start * hop_length
         num_outputs = start + values.shape[1]

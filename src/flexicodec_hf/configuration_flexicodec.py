@@ -1,4 +1,4 @@
-"""FlexiCodec codec configuration."""
+"""Configuration of the FlexiCodec codec."""
 
 import math
 from typing import Any
@@ -10,39 +10,43 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 @strict
 class FlexiCodecConfig(PreTrainedConfig):
     r"""
-    Configuration of [`FlexiCodecModel`]. The defaults are the sizes of the released 12.5 Hz codec `jiaqili3/flexicodec`
-    ([arXiv:2510.00981](https://huggingface.co/papers/2510.00981)).
+    Configuration of [`FlexiCodecModel`]. The defaults are the sizes of the released 12.5 Hz codec
+    `jiaqili3/flexicodec` ([arXiv 2510.00981](https://huggingface.co/papers/2510.00981)).
 
     Args:
         sampling_rate (`int`, *optional*, defaults to 16000):
-            Sampling rate of the waveforms that go in and come out, in hertz.
+            Sampling rate of input and output waveforms, in hertz.
         semantic_model_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the frozen semantic encoder, a `fun_asr_nano_encoder` (the SenseVoice-small encoder). Defaults to
-            its 50 blocks without the timestamp-prediction blocks.
+            Configuration of the frozen semantic encoder, a `fun_asr_nano_encoder` (the encoder of
+            SenseVoice-small). Defaults to its 50 blocks without the timestamp-prediction blocks, which the
+            codec does not use.
         num_semantic_queries (`int`, *optional*, defaults to 16):
-            Rows of the table of learned query vectors that SenseVoice puts in front of the features.
+            Size of the table of learned query vectors that SenseVoice puts before the features.
         semantic_query_ids (`list[int]`, *optional*, defaults to `(0, 1, 2, 15)`):
-            The rows that go in front, in this order: language "auto", event, emotion, text norm "woitn".
+            The queries that go before the features, in this order: language "auto", event, emotion, text
+            norm "woitn" (flexicodec 0.1.2, customized_sensevoice/model.py).
         semantic_downsampling_factor (`float`, *optional*, defaults to 1.33333):
-            Semantic frames (60 ms) per codec frame (80 ms). The released value is this rounded one: lengths depend on it.
+            Semantic frames (60 ms) per codec frame (80 ms). The released codec uses this rounded value, and
+            the number of frames depends on it.
         hidden_size (`int`, *optional*, defaults to 512):
             Channels of the acoustic frames and of the latents.
         encoder_hidden_size (`int`, *optional*, defaults to 32):
             Channels after the first convolution of the acoustic encoder; they double with each block.
         downsampling_ratios (`list[int]`, *optional*, defaults to `(4, 4, 5, 8, 2)`):
-            Strides of the acoustic encoder's blocks. Their product is the hop length.
+            Strides of the blocks of the acoustic encoder. Their product is the hop length.
         decoder_hidden_size (`int`, *optional*, defaults to 1536):
             Channels after the first convolution of the acoustic decoder; they halve with each block.
         upsampling_ratios (`list[int]`, *optional*, defaults to `(2, 8, 5, 4, 4)`):
-            Strides of the acoustic decoder's blocks.
+            Strides of the blocks of the acoustic decoder.
         merging_threshold (`float`, *optional*, defaults to 0.91):
-            Neighbouring frames more alike than this cosine similarity share a token, unless a call says otherwise.
+            Cosine similarity above which neighboring frames share a token, if a call does not pass another one.
         merging_threshold_range (`list[float]`, *optional*, defaults to `(0.8, 1.0)`):
-            Range from which training draws a threshold for each batch.
+            Range from which a threshold is drawn for each training batch.
         max_frames_per_token (`int`, *optional*, defaults to 8):
-            A token never covers more frames than this.
+            Most frames that a token covers.
         aggregator_hidden_size (`int`, *optional*, defaults to 512):
-            Width of the transformer that merges semantic frames. (The one that merges acoustic frames is `hidden_size` wide.)
+            Width of the transformer that merges semantic frames. The one that merges acoustic frames is
+            `hidden_size` wide (flexicodec 0.1.2, modeling_flexicodec.py, `acoustic_aggregator`).
         aggregator_intermediate_size (`int`, *optional*, defaults to 2048):
             Width of the feed-forward layers of both aggregators.
         num_aggregator_layers (`int`, *optional*, defaults to 6):
@@ -58,7 +62,7 @@ class FlexiCodecConfig(PreTrainedConfig):
         semantic_quantization_levels (`list[int]`, *optional*, defaults to `(8, 8, 8, 8, 8)`):
             Levels of the finite scalar quantizer; their product is the size of the semantic vocabulary.
         num_quantizers (`int`, *optional*, defaults to 25):
-            Rows of `audio_codes`: one semantic quantizer and the residual acoustic ones.
+            Number of codebooks: the semantic one and the residual acoustic ones.
         codebook_size (`int`, *optional*, defaults to 4096):
             Entries of each acoustic codebook.
         codebook_dim (`int`, *optional*, defaults to 8):
@@ -70,25 +74,25 @@ class FlexiCodecConfig(PreTrainedConfig):
         bottleneck_hidden_size (`int`, *optional*, defaults to 512):
             Width of the transformer that runs over the repeated latents before the acoustic decoder.
         bottleneck_intermediate_size (`int`, *optional*, defaults to 2048):
-            Width of its feed-forward layers.
+            Width of the feed-forward layers of that transformer.
         num_bottleneck_layers (`int`, *optional*, defaults to 32):
-            Its layers.
+            Layers of that transformer.
         num_bottleneck_attention_heads (`int`, *optional*, defaults to 8):
-            Its attention heads.
+            Attention heads of that transformer.
         rope_theta (`float`, *optional*, defaults to 10000.0):
-            Base of the rotary positions of all three transformers.
+            Base of the rotary positions of all these transformers.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
-            Epsilon of the layer norms of all three transformers.
+            Epsilon of the layer norms of all these transformers.
         layer_scale_initial_scale (`float`, *optional*, defaults to 0.01):
-            Initial value of their per-channel layer scales.
+            Initial value of the per-channel layer scales of all these transformers.
         commitment_loss_weight (`float`, *optional*, defaults to 0.25):
             Weight of the commitment loss in the training loss.
         codebook_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the codebook loss in the training loss.
         distillation_loss_weight (`float`, *optional*, defaults to 15.0):
-            Weight of the distance between decoded semantic latents and the merged semantic frames.
+            Weight of the distance between decoded semantic latents and merged semantic frames.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of freshly initialised weights.
+            Standard deviation of freshly initialized weights.
 
     Example:
 
@@ -150,7 +154,7 @@ class FlexiCodecConfig(PreTrainedConfig):
                 "model_type": "fun_asr_nano_encoder",
                 "num_hidden_layers": 50,
                 "num_timestamp_prediction_layers": 0,
-                # Ten minutes at 60 ms a frame; transformers' own table ends at two.
+                # Ten minutes at 60 ms per frame; the default of transformers ends after two.
                 "max_position_embeddings": 10_006,
             }
             semantic = defaults | (semantic or {})
@@ -158,7 +162,7 @@ class FlexiCodecConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Part of the `@strict` validation of the configuration."""
+        """Check the values together; `@strict` calls this."""
         if math.prod(self.downsampling_ratios) != math.prod(self.upsampling_ratios):
             raise ValueError(
                 f"The strides of encoder and decoder must have the same product, got `downsampling_ratios` "
@@ -172,7 +176,9 @@ class FlexiCodecConfig(PreTrainedConfig):
             if size % (2 * heads) != 0:
                 raise ValueError(f"`{name}` ({size}) must give each of its {heads} attention heads an even size.")
         if self.num_quantizers < 1:
-            raise ValueError(f"`num_quantizers` counts the semantic quantizer: at least 1, got {self.num_quantizers}.")
+            raise ValueError(
+                f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {self.num_quantizers}."
+            )
         if self.max_frames_per_token < 1:
             raise ValueError(f"`max_frames_per_token` must be at least 1, got {self.max_frames_per_token}.")
         if (
@@ -190,16 +196,16 @@ class FlexiCodecConfig(PreTrainedConfig):
 
     @property
     def frame_rate(self) -> float:
-        """Frames per second: the token rate when nothing is merged, in hertz."""
+        """Frames per second, in hertz: the token rate when nothing is merged."""
         return self.sampling_rate / self.hop_length
 
     @property
     def semantic_codebook_size(self) -> int:
-        """Size of the vocabulary of row 0 of `audio_codes`."""
+        """Number of semantic codes."""
         return math.prod(self.semantic_quantization_levels)
 
     def bits_per_token(self, num_quantizers: int) -> float:
-        """Bits of a token without entropy coding: its semantic code, its acoustic codes and its length."""
+        """Bits per token without entropy coding: its semantic code, its acoustic codes and its length."""
         acoustic = (num_quantizers - 1) * math.log2(self.codebook_size)
         return math.log2(self.semantic_codebook_size) + acoustic + math.log2(self.max_frames_per_token)
 

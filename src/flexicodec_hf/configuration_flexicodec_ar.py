@@ -26,7 +26,8 @@ class FlexiCodecARTextEncoderConfig(PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"silu"`):
             Activation of the feed-forward networks.
         hidden_dropout (`float`, *optional*, defaults to 0.1):
-            Dropout on embeddings, relative positions, attention outputs and in the feed-forward networks.
+            Dropout on embeddings, relative positions, attention outputs and in the feed-forward
+            networks.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout on attention weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
@@ -54,18 +55,19 @@ class FlexiCodecARTextEncoderConfig(PreTrainedConfig):
 @strict
 class FlexiCodecARConfig(PreTrainedConfig):
     r"""
-    Configuration of [`FlexiCodecARForConditionalGeneration`]. The defaults are the released model's sizes.
+    Configuration of [`FlexiCodecARForConditionalGeneration`]. The defaults are the released model's
+    sizes.
 
-    Prompt and output are one stream of ids, `[start] [threshold] [text ...] [task] [speech ...] [end]`. The ids are
-    ranges of one vocabulary, speech first, so that what the model generates, speech and its end, are the ids below
-    `vocab_size`:
+    Prompt and output are one stream of ids, `[start] [threshold] [text ...] [task] [speech ...] [end]`.
+    All ids share one vocabulary. Speech comes first, so the ids that the model generates, speech and
+    its end, are those below `vocab_size`:
 
     | ids | meaning |
     | --- | --- |
     | `0 ... speech_vocab_size - 1` | semantic codes of the codec |
     | `end_token_id` = `speech_vocab_size` | end of speech |
-    | `start_token_id`, `task_token_id`, `pad_token_id` | the three that follow |
-    | `no_threshold_token_id` | stands in the threshold's slot when none is asked for |
+    | `start_token_id`, `task_token_id`, `pad_token_id` | the next three |
+    | `no_threshold_token_id` | fills the threshold's slot if no threshold is given |
     | `threshold_token_id(merging_threshold)` | one id for each of `merging_thresholds` |
     | `text_token_offset ... input_vocab_size - 1` | text ids, shifted by `text_token_offset` |
 
@@ -75,7 +77,7 @@ class FlexiCodecARConfig(PreTrainedConfig):
         speech_vocab_size (`int`, *optional*, defaults to 32768):
             Number of semantic codes.
         num_durations (`int`, *optional*, defaults to 10):
-            Number of duration classes: a token can last `0 ... num_durations - 1` codec frames.
+            Number of duration classes: a token lasts `0 ... num_durations - 1` codec frames.
         merging_thresholds (`list[float]`, *optional*, defaults to `(0.86, 0.91)`):
             The codec's merging thresholds that the model was trained with.
         hidden_size (`int`, *optional*, defaults to 1024):
@@ -89,7 +91,8 @@ class FlexiCodecARConfig(PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"relu"`):
             Activation of the feed-forward networks.
         hidden_dropout (`float`, *optional*, defaults to 0.1):
-            Dropout on embeddings, relative positions, attention outputs and in the feed-forward networks.
+            Dropout on embeddings, relative positions, attention outputs and in the feed-forward
+            networks.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout on attention weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
@@ -180,11 +183,11 @@ class FlexiCodecARConfig(PreTrainedConfig):
 
     def threshold_token_id(self, merging_threshold: float | None) -> int:
         """
-        The id that conditions the model on a merging threshold of the codec.
+        The id that tells the model the codec's merging threshold.
 
         Args:
             merging_threshold (`float`, *optional*):
-                One of `merging_thresholds`; `None` for the id that stands for no threshold.
+                One of `merging_thresholds`; `None` for no threshold.
 
         Raises:
             ValueError: The model was not trained with this threshold.
@@ -195,16 +198,16 @@ class FlexiCodecARConfig(PreTrainedConfig):
             if math.isclose(merging_threshold, trained, abs_tol=1e-6):
                 return self.no_threshold_token_id + 1 + index
         raise ValueError(
-            f"merging_threshold={merging_threshold}: the model was trained with {list(self.merging_thresholds)}; "
-            "choose one of these, or None for no conditioning."
+            f"`merging_threshold` is {merging_threshold}, but the model was trained with "
+            f"{list(self.merging_thresholds)}: choose one of these, or None for no conditioning."
         )
 
 
 def _check_heads(config: FlexiCodecARConfig | FlexiCodecARTextEncoderConfig) -> None:
     if config.hidden_size % config.num_attention_heads or config.hidden_size % 2:
         raise ValueError(
-            f"hidden_size={config.hidden_size} must be even and a multiple of "
-            f"num_attention_heads={config.num_attention_heads}."
+            f"`hidden_size` is {config.hidden_size}, but must be even and a multiple of "
+            f"`num_attention_heads`, which is {config.num_attention_heads}."
         )
 
 

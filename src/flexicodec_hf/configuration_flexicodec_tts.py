@@ -1,4 +1,7 @@
-"""Configuration of the whole text-to-speech system: the codec, the two models on its tokens, and a vocoder."""
+"""
+Configuration of the whole text-to-speech system: the codec, the two models on its tokens, and a
+vocoder.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,21 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
         codec_config (`dict` or [`FlexiCodecConfig`], *optional*):
             The codec whose tokens are spoken. The released sizes by default.
         ar_config (`dict` or [`FlexiCodecARConfig`], *optional*):
-            The autoregressive model, text to tokens. The released sizes by default.
+            The autoregressive model, from text to tokens. The released sizes by default.
         voicebox_config (`dict` or [`FlexiCodecVoiceboxConfig`], *optional*):
-            The flow-matching model, tokens to mel spectrogram or to the codec's decoder latent; `{}` for the released
-            sizes. Left out, the system has no second stage: the codec alone turns tokens into speech.
+            The flow-matching model, from tokens to mel spectrogram or to the codec's decoder
+            latents; `{}` for the released sizes. Without it there is no second stage: the codec
+            alone turns tokens into speech.
         vocoder_config (`dict` or [`FlexiCodecVocoderConfig`], *optional*):
-            The vocoder, mel spectrogram to waveform: required with a Voicebox that makes mel spectrograms, left out
-            otherwise.
+            The vocoder, from mel spectrogram to waveform. Required with a Voicebox that makes mel
+            spectrograms, and only with it.
         voices (`list[str]`, *optional*, defaults to `()`):
-            Names of the voices that are saved with the model. The first one speaks when a call names none.
+            Names of the voices that are saved with the model. The first one speaks when a call
+            names none.
         shares_codec (`bool`, *optional*, defaults to `False`):
-            Of the files: the weights of the codec are at the root of the repository, and not once more in `tts/`.
+            Whether the files in `tts/` leave out the weights of the codec, because the repository
+            has the same codec at its root. Set by [`save_repository`]; always `False` for a loaded
+            model.
 
     Example:
 
@@ -72,7 +79,7 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Part of the `@strict` validation: parts that must fit each other."""
+        """Check that the parts fit each other; called by `@strict`."""
         vocabulary = self.codec_config.semantic_codebook_size
         sizes = {"`ar_config.speech_vocab_size`": self.ar_config.speech_vocab_size}
         if self.voicebox_config is not None:
@@ -95,8 +102,8 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
             made, read = (voicebox.num_mel_bins, voicebox.upsample_factor), (self.codec_config.hidden_size, 1)
             if made != read:
                 raise ValueError(
-                    f"The Voicebox predicts latents with `num_mel_bins` and `upsample_factor` {made}, but the codec decodes "
-                    f"{read}: its `hidden_size`, and one frame for each of its own."
+                    f"The Voicebox predicts latents with `num_mel_bins` and `upsample_factor` {made}, but the codec "
+                    f"decodes {read}: its `hidden_size`, and one frame for each of its own."
                 )
         elif vocoder is None:
             raise ValueError("`vocoder_config` is missing: the Voicebox makes mel spectrograms, which need a vocoder.")
@@ -113,12 +120,15 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
 
     @property
     def default_merging_threshold(self) -> float:
-        """Where a call names none: the highest that the autoregressive model knows, or the codec's if it knows none."""
+        """
+        The highest threshold that the autoregressive model was trained with, or the codec's if it
+        had none.
+        """
         return max(self.ar_config.merging_thresholds, default=self.codec_config.merging_threshold)
 
     @property
     def sampling_rate(self) -> int:
-        """Rate of the speech in hertz: the vocoder's, or the codec's where there is no vocoder."""
+        """Sampling rate of the speech in hertz: the vocoder's, or the codec's without a vocoder."""
         return (self.codec_config if self.vocoder_config is None else self.vocoder_config).sampling_rate
 
 

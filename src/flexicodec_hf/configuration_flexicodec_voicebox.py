@@ -1,4 +1,7 @@
-"""Configuration of the flow-matching stage: semantic tokens and a voice prompt in, mel spectrogram out."""
+"""
+Configuration of the flow-matching stage: semantic tokens and a voice prompt in, mel spectrogram
+out.
+"""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -19,7 +22,8 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
         upsample_factor (`int`, *optional*, defaults to 4):
             Mel frames per codec frame (50 Hz over 12.5 Hz).
         hidden_size (`int`, *optional*, defaults to 1024):
-            Width of the transformer. The MLPs around it (mel, condition, time, output) are four times as wide inside.
+            Width of the transformer. The MLPs around it (mel, condition, time, output) are four
+            times as wide inside.
         intermediate_size (`int`, *optional*, defaults to 4096):
             Width inside the SwiGLU of a block.
         num_hidden_layers (`int`, *optional*, defaults to 16):
@@ -45,8 +49,8 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
         max_prompt_fraction (`float`, *optional*, defaults to 0.4):
             Longest prompt in training, as a fraction of the item.
         repa_layer_index (`int`, *optional*, defaults to 6):
-            Block, counted from 0, whose output is aligned with semantic features in training (REPA, arXiv 2410.06940).
-            `None` leaves the projection out of the model.
+            Block, counted from 0, whose output is aligned with semantic features in training (REPA,
+            arXiv 2410.06940). `None` leaves the projection out of the model.
         repa_hidden_size (`int`, *optional*, defaults to 2048):
             Width inside that projection.
         semantic_hidden_size (`int`, *optional*, defaults to 512):
@@ -54,9 +58,10 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
         repa_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the alignment loss.
         latent_mean, latent_std (`list[float]`, *optional*):
-            Mean and standard deviation of each channel of the codec's decoder latent, for a model that predicts this
-            latent instead of a mel spectrogram: `num_mel_bins` is then the codec's `hidden_size` and `upsample_factor`
-            1, so that the flow runs at 12.5 Hz and the codec's own decoder takes the place of a vocoder.
+            Mean and standard deviation of each channel of the codec's decoder latent, for a model
+            that predicts this latent instead of a mel spectrogram: `num_mel_bins` is then the
+            codec's `hidden_size` and `upsample_factor` 1, so that the flow runs at 12.5 Hz and the
+            codec's own decoder takes the place of a vocoder.
     """
 
     model_type = "flexicodec_voicebox"
@@ -102,8 +107,8 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
             sizes = [None if values is None else len(values) for values in statistics]
             if sizes != [self.num_mel_bins] * 2:
                 raise ValueError(
-                    f"`latent_mean` and `latent_std` must both have `num_mel_bins` ({self.num_mel_bins}) values, or both "
-                    f"be None for a model of mel spectrograms, got {sizes[0]} and {sizes[1]}."
+                    f"`latent_mean` and `latent_std` must both have `num_mel_bins` ({self.num_mel_bins}) values, or "
+                    f"both be None for a model of mel spectrograms, got {sizes[0]} and {sizes[1]}."
                 )
             if min(self.latent_std or ()) <= 0:
                 raise ValueError(f"`latent_std` must be positive, but its minimum is {min(self.latent_std or ())}.")

@@ -1,15 +1,244 @@
-"""Opt-in kernels for CPUs."""
+"""Kernels that make the models faster on a CPU, for those who ask for them: [`optimize_for_cpu`].
 
-from __future__ import annotations
+The model files are plain PyTorch. The classes here replace some of their modules, with the same
+parameters under the same names and the same values up to rounding.
+"""
 
-from typing import TypeVar
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.dac.modeling_dac import Snake1d
+
+from .chunking_flexicodec import Chunk, windows
+from .modeling_flexicodec import FlexiCodecDecoderBlock, FlexiCodecEncoderBlock, FlexiCodecResidualUnitsMixin
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# With fewer rows a pointwise convolution is no faster than a product, and mostly slower.
+_MIN_ROWS = 128
+# Smaller weights stay in the cache from one step to the next, where PyTorch's products are fast.
+_MIN_ROW_WEIGHTS = 2**20
+# So many threads read weights as fast as memory gives them.
+_MAX_ROW_THREADS = 4
+# Values of a tile that a processor's cache holds while three residual units run over it.
+_TILE_SIZE = 2**20
+
 
 def optimize_for_cpu(model: ModelT) -> ModelT:
-    """The model, unchanged so far."""
+    """Replace modules of a model, in place, by ones that are faster on a CPU.
+
+    Works on every model of this package, alone or as a part of another, and on any module that
+    holds the same layers:
+
+    - [`~torch.nn.Linear`]: many float32 rows, or a single row;
+    - depthwise [`~torch.nn.Conv1d`] over time, applied to a transposed `(batch_size, length, channels)`;
+    - the blocks of the codec's acoustic encoder and decoder, and their Snake activations, without gradients.
+
+    Parameters, their names, hooks and the files that `save_pretrained` writes stay the same;
+    outputs are equal up to rounding. Elsewhere than on a CPU, under `torch.compile`, and where a
+    library has put in layers or weights of its own (quantized, sharded), the modules compute as
+    before. A hook on a residual unit of the codec, or on a layer in it, runs once for each tile of
+    a long sequence. Calling the function again changes nothing.
+
+    Args:
+        model: A model or any other module, of any dtype.
+
+    Returns:
+        The same model.
+
+    Example:
+
+    ```python
+    >>> from flexicodec_hf import FlexiCodecModel, optimize_for_cpu
+
+    >>> codec = optimize_for_cpu(FlexiCodecModel.from_pretrained("jiaqili3/flexicodec"))
+    ```
+    """
+    for module in model.modules():
+        # Exact types: subclasses, such as those of quantization libraries, have a `forward` of
+        # their own.
+        fast = _FAST_CLASSES.get(type(module))
+        if fast is not None and (fast is not _DepthwiseConv1d or _is_depthwise(module)):
+            # The object stays, and with it its parameters, hooks, mode and everyone who holds it.
+            module.__class__ = fast
     return model
+
+
+class _Linear(nn.Linear):
+    """Linear layer that chooses the kernel that is fast for the shape of its input.
+
+    - Many float32 rows are taken as a pointwise convolution: PyTorch gives products to MKL and, with
+      two threads or more, convolutions to oneDNN, which takes half the time on AMD processors.
+    - A single row, as in a step of generation, takes as long as the weights are read. MKL reads
+      float32 weights in one thread; here each of a few threads multiplies a part of them. oneDNN
+      reads bfloat16 weights at half the speed of PyTorch's own kernel.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _is_plain_cpu(input, self.weight):
+            return super().forward(input)
+        num_rows = input.shape[:-1].numel()
+        if input.dtype == torch.float32 and num_rows >= _MIN_ROWS:
+            # An image of one row. Its channels-last layout is that of the rows, before and after:
+            # nothing is copied.
+            image = input.reshape(1, 1, num_rows, -1).permute(0, 3, 1, 2)
+            output = F.conv2d(image, self.weight[:, :, None, None], self.bias)
+            return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+        if num_rows == 1 and self.weight.numel() >= _MIN_ROW_WEIGHTS:
+            if input.dtype == torch.bfloat16:
+                with _onednn_off():
+                    return super().forward(input)
+            if input.dtype == torch.float32 and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+                return self._row_in_threads(input)
+        return super().forward(input)
+
+    def _row_in_threads(self, row: Tensor) -> Tensor:
+        # Python's threads, which sleep while they wait. Those of OpenMP spin: as a batched product of
+        # parts, this took several times as long as one thread on a busy machine.
+        num_threads = min(torch.get_num_threads(), _MAX_ROW_THREADS)
+        vector, output = row.reshape(-1), row.new_empty(self.out_features)
+        parts = list(zip(self.weight.chunk(num_threads), output.chunk(num_threads), strict=True))
+        pool = _thread_pool(os.getpid(), num_threads)
+        others = [pool.submit(_multiply, weight, vector, part) for weight, part in parts[1:]]
+        try:
+            _multiply(parts[0][0], vector, parts[0][1])
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+        if self.bias is not None:
+            output += self.bias
+        return output.view(*row.shape[:-1], self.out_features)
+
+
+@torch.inference_mode()
+def _multiply(weight: Tensor, vector: Tensor, output: Tensor) -> None:
+    torch.mv(weight, vector, out=output)
+
+
+@cache
+def _thread_pool(process_id: int, num_threads: int) -> ThreadPoolExecutor:
+    """The threads of this process: they do not survive a fork."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="flexicodec_row")
+
+
+class _DepthwiseConv1d(nn.Conv1d):
+    """Depthwise convolution that is fast for transposed views of `(batch_size, length, channels)`.
+
+    Such a view is computed as a convolution of images of one row, which knows channels-last
+    tensors. The convolution of sequences copies its input and output, half of its time.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _is_plain_cpu(input, self.weight) or input.ndim != 3 or not input.transpose(1, 2).is_contiguous():
+            return super().forward(input)
+        image, weight = input.unsqueeze(2), self.weight.unsqueeze(2)
+        padding = (0, int(self.padding[0]))
+        return F.conv2d(image, weight, self.bias, padding=padding, groups=self.groups).squeeze(2)
+
+
+class _Snake1d(Snake1d):
+    """Snake activation with one temporary tensor instead of four, where autograd needs none of them."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not _is_plain_cpu(hidden_states, self.alpha):
+            return super().forward(hidden_states)
+        waves = (hidden_states * self.alpha).sin_().square_()
+        return torch.addcmul(hidden_states, (self.alpha + 1e-9).reciprocal(), waves, out=waves)
+
+
+class _TiledResidualUnits(FlexiCodecResidualUnitsMixin):
+    """The three residual units of a block, tile by tile.
+
+    Where the sequences are longest, they are bound by memory, not arithmetic. A tile stays in the
+    cache, with as much context as the units reach: the same numbers in a third of the time.
+    """
+
+    def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() or not _is_plain_cpu(hidden_states, self.snake1.alpha):
+            return super().residual_units(hidden_states, lengths)
+        units: list[Any] = [self.res_unit1, self.res_unit2, self.res_unit3]
+        reach = sum(unit.conv1.padding[0] for unit in units)
+        size = max(_TILE_SIZE // hidden_states[..., 0].numel(), reach)
+        output = torch.empty_like(hidden_states)
+        for core, window in windows(hidden_states.shape[-1], Chunk(size, reach)):
+            tile_lengths = None if lengths is None else lengths - window.start
+            tile = super().residual_units(hidden_states[..., window], tile_lengths)
+            output[..., core] = tile[..., core.start - window.start : core.stop - window.start]
+        return output
+
+
+class _EncoderBlock(_TiledResidualUnits, FlexiCodecEncoderBlock):
+    pass
+
+
+class _DecoderBlock(_TiledResidualUnits, FlexiCodecDecoderBlock):
+    pass
+
+
+_FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _Linear,
+    nn.Conv1d: _DepthwiseConv1d,
+    Snake1d: _Snake1d,
+    FlexiCodecEncoderBlock: _EncoderBlock,
+    FlexiCodecDecoderBlock: _DecoderBlock,
+}
+
+
+def _is_depthwise(conv: nn.Module) -> bool:
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.stride == conv.dilation == (1,)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def _is_plain_cpu(input: Tensor, parameter: Tensor) -> bool:
+    """Whether the kernels here may be used."""
+    # Quantized and sharded weights bring their own product. Inductor has kernels of its own, and
+    # cannot lay out the image of a row when its length is dynamic.
+    return input.device.type == "cpu" and type(parameter) is nn.Parameter and not torch.compiler.is_compiling()
+
+
+_onednn_lock = threading.Lock()
+_onednn_users = 0
+_onednn_before = True
+
+
+@contextmanager
+def _onednn_off() -> Iterator[None]:
+    """Turn oneDNN off for the products inside.
+
+    PyTorch has one switch for the process, and no product of one bfloat16 row that avoids oneDNN
+    without it. The first thread to come remembers the setting, and the last to leave restores it.
+    """
+    # TODO: drop once PyTorch's `linear` does not take oneDNN for a single bfloat16 row on a CPU.
+    global _onednn_users, _onednn_before
+    with _onednn_lock:
+        if _onednn_users == 0:
+            _onednn_before = _set_onednn(False)
+        _onednn_users += 1
+    try:
+        yield
+    finally:
+        with _onednn_lock:
+            _onednn_users -= 1
+            if _onednn_users == 0:
+                _set_onednn(_onednn_before)
+
+
+def _set_onednn(enabled: bool) -> bool:
+    return torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)[0]
+
+
+__all__ = ["optimize_for_cpu"]

@@ -1,4 +1,4 @@
-"""Feature extractor of FlexiCodec: the waveform, and the filterbank features of its semantic encoder."""
+"""Feature extractor of FlexiCodec: waveforms, and filterbank features for the semantic encoder."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ if is_torch_available():
 
 logger = logging.get_logger(__name__)
 
-# Frames whose spectra are computed at once: few enough to stay in a processor's cache and to bound the memory.
+# Frames whose spectra are computed at once: few enough for a processor's cache and for bounded memory.
 _FRAMES_PER_BLOCK = 512
 
-# Samples beyond this are no audio in [-1, 1] that overshoots, but integer PCM turned to floats without scaling.
+# A larger peak is not audio in [-1, 1] that overshoots, but integer PCM without scaling.
 _LARGEST_PEAK = 100.0
 
 
 class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Constructs a FlexiCodec feature extractor: it turns mono audio into the two inputs of
-    [FlexiCodec](https://arxiv.org/abs/2510.00981), the waveform for the acoustic encoder and filterbank features for
-    the semantic encoder.
+    Constructs a FlexiCodec feature extractor. It turns mono audio into the two inputs of
+    [FlexiCodec](https://huggingface.co/papers/2510.00981): waveforms for the acoustic encoder, and
+    filterbank features for the semantic encoder.
 
     This feature extractor inherits from [`SequenceFeatureExtractor`] which contains most of the main methods. Users
     should refer to this superclass for more information regarding those methods.
 
-    The features are Kaldi's log-mel filterbank (Hamming window, pre-emphasis 0.97, 20 Hz to the Nyquist frequency), in
-    stacks of `num_stacked_frames` frames every `stack_stride` frames, normalised as `(x + cmvn_shift) * cmvn_scale`.
-    By default a clip of `n` samples has `1 + (n - 400) // 160` frames, one if it is shorter than a window, and one
-    stack for every six of them or part of six: 560 values every 60 ms.
+    The features are the log-mel filterbank of Kaldi (Hamming window, pre-emphasis 0.97, 20 Hz to the
+    Nyquist frequency), in stacks of `num_stacked_frames` frames every `stack_stride` frames, normalized
+    as `(x + cmvn_shift) * cmvn_scale` (flexicodec 0.1.2, feature_extractors.py, `FBankGen`). By default,
+    a clip of `n` samples has `1 + (n - 400) // 160` frames, or one if it is shorter than a window. There
+    is one stack per six frames, rounded up: 560 values every 60 ms.
 
     Args:
         feature_size (`int`, *optional*, defaults to 1):
-            The number of channels of `input_values`, always one.
+            The number of channels of `input_values`. Only 1 is supported.
         sampling_rate (`int`, *optional*, defaults to 16000):
             The sampling rate of the audio in hertz (Hz).
         padding_value (`float`, *optional*, defaults to 0.0):
@@ -52,21 +53,24 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
         num_mel_bins (`int`, *optional*, defaults to 80):
             The number of mel filters.
         frame_length_ms (`float`, *optional*, defaults to 25.0):
-            The length of the analysis window in milliseconds. A clip that is shorter is its own window.
+            The length of the analysis window in milliseconds. For a shorter clip, the window is as long as
+            the clip.
         frame_shift_ms (`float`, *optional*, defaults to 10.0):
             The distance between windows in milliseconds.
         num_stacked_frames (`int`, *optional*, defaults to 7):
-            The number of consecutive frames in one stack; the first and the last frame are repeated beyond the edges.
+            The number of consecutive frames in one stack. The first and the last frame are repeated beyond
+            the edges.
         stack_stride (`int`, *optional*, defaults to 6):
             The distance between stacks in frames.
         cmvn_shift (`list[float]`, *optional*):
-            What is added to the stacked features, of length `num_stacked_frames * num_mel_bins`. Without it and
-            `cmvn_scale`, the features are not normalised.
+            Values to add to the stacked features, of length `num_stacked_frames * num_mel_bins`. Without it
+            and `cmvn_scale`, the features are not normalized.
         cmvn_scale (`list[float]`, *optional*):
-            What the shifted features are multiplied by, of the same length.
+            Values to multiply the shifted features by, of the same length.
         dither (`float`, *optional*, defaults to 0.0):
-            The standard deviation of Gaussian noise added to every window, in units of 16-bit PCM. The original
-            FlexiCodec uses 1.0, so its features and codes change from call to call.
+            The standard deviation of Gaussian noise added to every window, in units of 16-bit PCM. The
+            original FlexiCodec uses 1.0, so its features and codes change from call to call (flexicodec 0.1.2,
+            feature_extractors.py, through the default of `WavFrontend` of funasr).
 
     Example:
 
@@ -101,7 +105,7 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
     ):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         if feature_size != 1:
-            raise ValueError(f"`feature_size` must be 1, since FlexiCodec hears one channel, got {feature_size}.")
+            raise ValueError(f"`feature_size` must be 1, because FlexiCodec works on mono audio, got {feature_size}.")
         if self.padding_side != "right":
             raise ValueError(f"`padding_side` must be 'right' for FlexiCodec, got {self.padding_side!r}.")
         self.num_mel_bins = num_mel_bins
@@ -141,21 +145,22 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
         generator: torch.Generator | None = None,
     ) -> BatchFeature:
         """
-        Prepare one or several clips for the model. What a clip gives does not depend on the clips beside it.
+        Prepare one or several clips for the model. The result for a clip does not depend on the other clips.
 
         Args:
             audio (`np.ndarray`, `torch.Tensor`, `list[float]`, or a `list` of such clips):
-                A clip, or a list of clips. A clip is an array, a tensor or a list of floats in [-1, 1] of shape
-                `(num_samples,)` or `(1, num_samples)`, or `(num_channels, num_samples)` with `downmix=True`. One
-                sample is enough.
+                A clip, or a list of clips. A clip is an array, a tensor or a list of floats in [-1, 1] of
+                shape `(num_samples,)` or `(1, num_samples)`, or `(num_channels, num_samples)` with
+                `downmix=True`, with at least one sample.
             sampling_rate (`int`, *optional*):
-                The sampling rate of `audio`. Pass it, so that audio at another rate than the model's is refused.
+                The sampling rate of `audio`. Pass it, so that audio at a wrong rate raises an error.
             padding (`bool`, `str` or [`~utils.PaddingStrategy`], *optional*, defaults to `True`):
-                How the clips are made equally long, on the right:
+                How to pad the clips on the right:
 
-                - `True` or `'longest'`: as long as the longest clip.
-                - `'max_length'`: `max_length` samples long.
-                - `False` or `'do_not_pad'`: not at all. Clips of different lengths then need `return_tensors=None`.
+                - `True` or `'longest'`: to the length of the longest clip.
+                - `'max_length'`: to `max_length` samples.
+                - `False` or `'do_not_pad'`: not at all. Clips of different lengths then need
+                  `return_tensors=None`.
             max_length (`int`, *optional*):
                 The largest number of samples of a clip. A longer clip is an error, unless `truncation` is set.
             truncation (`bool`, *optional*, defaults to `False`):
@@ -163,9 +168,10 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
             pad_to_multiple_of (`int`, *optional*):
                 If set, pads the clips to the next multiple of this number of samples.
             downmix (`bool`, *optional*, defaults to `False`):
-                Whether to average the channels of a clip. Without it, a clip of several channels is an error.
+                Whether to average the channels of a clip. Without it, a clip with several channels is an error.
             return_tensors (`str` or [`~utils.TensorType`], *optional*):
-                `'pt'` returns batched tensors on `device`, `'np'` batched arrays, `None` lists with one array a clip.
+                `'pt'` returns batched tensors on `device`, `'np'` batched arrays, `None` lists with one array per
+                clip.
             device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
                 Where the features are computed.
             generator (`torch.Generator`, *optional*):
@@ -178,15 +184,14 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
             - **padding_mask** (`torch.IntTensor` of shape `(batch_size, num_samples)`) -- 1 for samples, 0 for
               padding.
             - **input_features** (`torch.FloatTensor` of shape
-              `(batch_size, num_stacks, num_stacked_frames * num_mel_bins)`) -- The features, with as many stacks as a
-              clip of `num_samples` samples has.
+              `(batch_size, num_stacks, num_stacked_frames * num_mel_bins)`) -- The features.
             - **input_features_mask** (`torch.IntTensor` of shape `(batch_size, num_stacks)`) -- 1 for stacks, 0 for
               padding.
 
         Raises:
-            ValueError: `audio` is empty, not of floats, not finite, not scaled to [-1, 1], of another shape or of
-                another sampling rate, or longer than `max_length` without `truncation`; or the padding arguments do
-                not fit together.
+            ValueError: `audio` is empty, is not made of finite floats in [-1, 1], has another shape or another
+                sampling rate, or is longer than `max_length` without `truncation`; or the padding arguments do not
+                fit together.
         """
         if sampling_rate is None:
             logger.warning_once(
@@ -262,18 +267,22 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
         return self._normalize(self._stack(torch.cat(fbank)))
 
     def _frames(self, waveform: torch.Tensor) -> torch.Tensor:
-        """`(num_samples,)` -> `(num_frames, window_length)`, a view: whole windows only, the clip if it is shorter."""
+        """`(num_samples,)` -> `(num_frames, window_length)`, a view of all whole windows.
+
+        The window of a shorter clip is the clip (flexicodec 0.1.2, `WavFrontend` of funasr, `frame_length`).
+        """
         return waveform.unfold(0, min(self.frame_length, len(waveform)), self.frame_shift)
 
     def _log_mel(self, frames: torch.Tensor) -> torch.Tensor:
-        """`(num_frames, window_length)` -> `(num_frames, num_mel_bins)`, as `compute-fbank-feats` of Kaldi."""
+        """`(num_frames, window_length)` -> `(num_frames, num_mel_bins)`, like `compute-fbank-feats` of Kaldi."""
         window_length = frames.shape[1]
         # A spectrum needs two points, even of a single sample.
         fft_length = max(2, 1 << (window_length - 1).bit_length())
         window = torch.hamming_window(window_length, periodic=False, dtype=torch.float32, device=frames.device)
         filters = _mel_filters(fft_length, self.num_mel_bins, self.sampling_rate, frames.device)
 
-        frames = frames * 32768  # Kaldi's unit is the step of 16-bit PCM: the floor of the logarithm depends on it.
+        # The unit of Kaldi is one step of 16-bit PCM, and the floor of the logarithm depends on it.
+        frames = frames * 32768
         frames = frames - frames.mean(dim=1, keepdim=True)
         previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
         spectrum = torch.fft.rfft((frames - 0.97 * previous) * window, n=fft_length)
@@ -310,23 +319,23 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
 
 @lru_cache(maxsize=16)
 def _mel_filters(fft_length: int, num_mel_bins: int, sampling_rate: int, device: torch.device) -> torch.Tensor:
-    """`(fft_length / 2, num_mel_bins)`: triangles on the mel scale, the last of which ends where the spectrum does.
+    """Triangles on the mel scale up to the Nyquist frequency, `(fft_length / 2, num_mel_bins)`.
 
-    In float32, as Kaldi computes them: where a triangle only grazes a bin, its rounding moves the log-mel energies by
-    more than 1e-4. So `transformers.audio_utils.mel_filter_bank`, which is in float64, does not serve.
+    In float32, as in Kaldi. Where a triangle barely touches a bin, rounding moves the log-mel energies by
+    more than 1e-4, so `transformers.audio_utils.mel_filter_bank`, which is in float64, cannot be used.
     """
     frequencies = torch.arange(fft_length // 2, dtype=torch.float32, device="cpu") * (sampling_rate / fft_length)
     mels = 1127 * torch.log(1 + frequencies[:, None] / 700)
     lowest, highest = (1127 * math.log(1 + frequency / 700) for frequency in (20, sampling_rate / 2))
     steps = torch.arange(num_mel_bins + 2, dtype=torch.float32, device="cpu")
     edges = lowest + steps * ((highest - lowest) / (num_mel_bins + 1))
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    rising, falling = (mels - left) / (centre - left), (right - mels) / (right - centre)
+    left, center, right = edges[:-2], edges[1:-1], edges[2:]
+    rising, falling = (mels - left) / (center - left), (right - mels) / (right - center)
     return torch.minimum(rising, falling).clamp(min=0).to(device)
 
 
 def _split_clips(audio: Any) -> list[Any]:
-    """A list or tuple is one clip if it holds numbers, otherwise as many clips as it is long."""
+    """The clips of a list or tuple, which is a single clip if it holds numbers."""
     if not isinstance(audio, (list, tuple)):
         return [audio]
     if not audio:
@@ -369,7 +378,7 @@ def _as_waveform(clip: Any, name: str, downmix: bool) -> torch.Tensor:
             )
         if shape[0] > 1 and not downmix:
             raise ValueError(
-                f"{name} has {shape[0]} channels (shape {shape}), but the model hears one: pass `downmix=True` to "
+                f"{name} has {shape[0]} channels (shape {shape}), but the model takes one: pass `downmix=True` to "
                 "average them. If these are several clips, pass them as a list."
             )
         clip = clip.mean(dim=0)

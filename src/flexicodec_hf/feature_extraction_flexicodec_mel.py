@@ -1,4 +1,4 @@
-"""24 kHz waveform to the normalised log mel spectrogram that the Voicebox stage and the vocoder speak."""
+"""24 kHz waveform to the normalized log mel spectrogram that Voicebox and vocoder share."""
 
 from typing import Any
 
@@ -16,27 +16,26 @@ logger = logging.get_logger(__name__)
 
 class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Waveforms to normalised log mel spectrograms: magnitudes sqrt(re^2 + im^2 + 1e-9) of a Hann-windowed Fourier
-    transform over the reflected signal, Slaney mel filters, log(max(x, 1e-5)), (x - mean) / sqrt(variance).
+    Waveforms to normalized log mel spectrograms.
 
-    Each clip is computed alone, so its frames do not depend on the batch. A clip of N samples has N // `hop_length`
-    frames.
+    Each clip is computed on its own, so its frames do not depend on the batch. A clip of N samples
+    has N // `hop_length` frames.
 
     Args:
         feature_size (`int`, *optional*, defaults to 128):
             Number of mel bins.
         sampling_rate (`int`, *optional*, defaults to 24000):
-            Rate of the waveforms, in Hz.
+            Sampling rate of the waveforms, in Hz.
         n_fft (`int`, *optional*, defaults to 1920):
             Size of the Fourier transform and of the Hann window, in samples.
         hop_length (`int`, *optional*, defaults to 480):
-            Samples per frame.
+            Samples for each frame.
         mean (`float`, *optional*, defaults to -4.92):
             Mean of the log mels of the training data.
         variance (`float`, *optional*, defaults to 8.14):
-            Their variance.
+            Variance of the log mels of the training data.
         padding_value (`float`, *optional*, defaults to 0.0):
-            Value of the padding frames, after normalisation.
+            Value of padding frames, after normalization.
     """
 
     model_input_names = ["mel", "mel_mask"]
@@ -57,7 +56,7 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
         self.hop_length = hop_length
         self.mean = mean
         self.variance = variance
-        # Named as the base class expects what it must not write into the JSON.
+        # Under this name the base class leaves it out of the JSON.
         self.mel_filters = mel_filter_bank(
             num_frequency_bins=n_fft // 2 + 1,
             num_mel_filters=feature_size,
@@ -83,9 +82,11 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
             raw_speech (`np.ndarray`, `torch.Tensor`, `list[float]`, or a list of such clips):
                 Mono waveforms in [-1, 1], each one-dimensional.
             sampling_rate (`int`, *optional*):
-                Their rate in Hz. Another one than the extractor's is an error: resample first.
+                Their sampling rate in Hz. It must be the one of the extractor, so that a wrong rate
+                is an error.
             padding (`bool` or `str`, *optional*, defaults to `True`):
-                As in transformers: to the longest clip, to `max_length`, or not at all.
+                `True` or `"longest"` pads to the longest clip, `"max_length"` to `max_length`,
+                `False` not at all.
             max_length (`int`, *optional*):
                 Length to pad to, in frames.
             pad_to_multiple_of (`int`, *optional*):
@@ -94,16 +95,16 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
                 `"pt"` or `"np"`.
 
         Returns:
-            [`BatchFeature`]: `mel` of shape `(batch_size, frames, feature_size)`, float32, and `mel_mask` of shape
-            `(batch_size, frames)`, 1 where a frame is not padding.
+            [`BatchFeature`]: `mel` of shape `(batch_size, num_frames, feature_size)` in float32,
+            and `mel_mask` of shape `(batch_size, num_frames)`, 1 for frames and 0 for padding.
 
         Raises:
-            ValueError: Another sampling rate, a clip that is not mono or shorter than half of the window.
+            ValueError: A different sampling rate, or a clip that is not mono or shorter than 30 ms.
         """
         if sampling_rate is None:
             logger.warning_once(
-                f"`sampling_rate` was not given: the clips are taken to be at {self.sampling_rate} Hz. Pass it, and a "
-                "wrong rate is an error instead of a wrong voice."
+                f"`sampling_rate` was not given, so {self.sampling_rate} Hz are assumed. Pass it to "
+                "turn a wrong rate into an error."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -129,14 +130,15 @@ class FlexiCodecMelFeatureExtractor(SequenceFeatureExtractor):
         overhang = (self.n_fft - self.hop_length) // 2
         if clip.ndim != 1:
             raise ValueError(
-                f"Clip {item} of `raw_speech` has shape {tuple(clip.shape)}, expected one dimension: mono clips, "
-                "several of them in a list."
+                f"Clip {item} of `raw_speech` has shape {tuple(clip.shape)}, expected one dimension: pass mono clips, "
+                "several of them as a list."
             )
         if len(clip) <= overhang:
             raise ValueError(
-                f"Clip {item} of `raw_speech` has {len(clip)} samples, but reflecting its ends takes more than "
-                f"{overhang} ({1000 * overhang / self.sampling_rate:.0f} ms)."
+                f"Clip {item} of `raw_speech` has {len(clip)} samples, but must have more than {overhang} "
+                f"({1000 * overhang / self.sampling_rate:.0f} ms): its ends are reflected."
             )
+        # As in the reference: flexicodec 0.1.2, nar_tts/melspec.py, lines 73 to 100 and 21 to 22.
         reflected = F.pad(clip[None], (overhang, overhang), mode="reflect")[0]
         window = torch.hann_window(self.n_fft)
         spectrum = torch.stft(reflected, self.n_fft, self.hop_length, window=window, center=False, return_complex=True)

@@ -1,11 +1,29 @@
 """
-Generation with FlexiCodec's autoregressive text-to-speech model: stock `generate`, with a duration beside each token.
+Generation of speech tokens that each last a number of codec frames.
 
-A step's output scores the duration of the token just read and the token that follows; the duration goes into the input
-of that next token. The hooks of the stock loop carry it: `_update_model_kwargs_for_generation` picks it and
-`prepare_inputs_for_generation` feeds it.
+The stock `generate` of transformers writes the tokens. The output at a token scores the token's own
+duration and the token that follows, and the duration goes into the input of that next token, as in
+the reference (flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 553 to 632). So durations travel
+among the keyword arguments of the loop: one is picked after each step and fed to the next.
+
+[`DurationMixin`] does this for every model with a duration head, [`FlexiCodecARGenerationMixin`]
+adds what only the text-to-speech model needs.
+
+These private names of transformers (5.17 to 5.24) are overridden or set. All else goes through
+public arguments.
+
+- `_supported_generation_modes`: beam search and assisted decoding reorder or withdraw tokens
+  without their durations.
+- `_update_model_kwargs_for_generation`: the only hook between two steps; here a duration is picked.
+- `_get_logits_processor`: processors passed by `logits_processor` run before temperature and top-k,
+  but a draw per row must come after them; and stock processors must see scores for the text ids of
+  the prompt.
+- `CompileConfig._compile_all_devices`: otherwise the loop ignores `compile_config` on a CPU.
 """
 
+import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,48 +55,37 @@ from .compatibility_flexicodec import CACHE
 from .configuration_flexicodec_ar import FlexiCodecARConfig
 
 
-# The reference's defaults; `generate` reads them where a generation config does not say.
-DURATION_DEFAULTS = {
-    "duration_temperature": 1.0,
-    "duration_top_k": 1,
-    "min_token_text_ratio": 0.0,
-    "max_token_text_ratio": 20.0,
-}
+# Used where neither the call nor a generation config gives a value.
+DURATION_DEFAULTS = {"duration_temperature": 1.0, "duration_top_k": 1}
+# The reference's limit: flexicodec 0.1.2, ar_tts/modeling_artts.py, line 460.
+LIMIT_DEFAULTS = {"min_token_text_ratio": 0.0, "max_token_text_ratio": 20.0}
 
-# Stock processors that look at scores alone. All others may look them up by the ids of the prompt.
-_PROMPT_FREE = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-
-# Stands for the duration of a token that has been drawn but not yet been read by the model.
+# Marks the duration of a token that was generated but not yet read by the model.
 _UNKNOWN = -1
+# Relative keys are projected for a multiple of this length, so a growing sequence needs few
+# projections.
+_KEY_BLOCK = 256
 
 
 @dataclass
-class FlexiCodecARGenerateOutput(GenerateDecoderOnlyOutput):
+class FlexiCodecGenerateOutput(GenerateDecoderOnlyOutput):
     """
-    Output of [`FlexiCodecARForConditionalGeneration.generate`].
+    Output of [`DurationMixin.generate`].
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            The stream, prompt included; finished rows end with end of speech and padding.
+            The stream, prompt included. Finished rows end with the end-of-speech id and padding.
         token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Duration in codec frames of each speech token in `sequences`, 0 elsewhere.
+            Codec frames that each speech token of `sequences` lasts, 0 elsewhere.
         scores, logits (`tuple[torch.FloatTensor]`, *optional*):
             For each step, scores of shape `(batch_size, vocab_size)`, after and before processing.
         duration_scores, duration_logits (`tuple[torch.FloatTensor]`, *optional*):
-            With `output_scores` and `output_logits`. For each new token that a duration was picked for, scores of
-            shape `(batch_size, num_durations)`, after and before processing. Entry `i` is of the `i`-th new token.
+            Scores of shape `(batch_size, num_durations)`, after and before processing. Entry `i`
+            belongs to the `i`-th new token; there is none for a last token that the model did not
+            read.
         attentions, hidden_states, cache (*optional*):
-            As usual.
+            As in [`~generation.GenerateDecoderOnlyOutput`]; `cache` is `past_key_values` before
+            transformers 5.24.
     """
 
     token_lengths: Tensor | None = None
@@ -88,56 +95,67 @@ class FlexiCodecARGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class RowSampler:
-    """Draws for each row of a batch with the row's own generator, so that no row has a say in another's speech."""
+    """
+    Draws for each row of a batch with the row's own generator, so that one row's draws never affect
+    another row.
+    """
 
     generators: torch.Generator | list[torch.Generator]
 
     def draw(self, scores: Tensor) -> Tensor:
-        """An index for each row `(num_rows,)`, of scores `(num_rows, num_choices)`."""
+        """An index for each row `(num_rows,)` from scores `(num_rows, num_choices)`."""
         generators = self.generators
         if not isinstance(generators, list):
             generators = [generators] * len(scores)
         if len(generators) != len(scores):
-            raise ValueError(f"`generator` holds {len(generators)} generators for {len(scores)} rows.")
-        # In (0, 1], so that a choice without any probability is never drawn.
+            raise ValueError(
+                f"`generator` holds {len(generators)} generators for {len(scores)} rows: pass one, or one for each."
+            )
+        # In (0, 1], so that a choice of probability 0 is never drawn.
         draws = [1 - torch.rand(1, generator=generator, device=generator.device).cpu() for generator in generators]
         cumulative = F.softmax(scores.float(), dim=-1).cumsum(dim=-1)
         reached = torch.cat(draws).to(scores.device)[:, None] * cumulative[:, -1:]
         return (cumulative < reached).sum(dim=-1)
 
 
-class RowSamplingLogitsProcessor(LogitsProcessor):
-    """Draws the next token of each row, and leaves the stock loop no other choice."""
-
-    def __init__(self, sampler: RowSampler):
-        self.sampler = sampler
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = self.sampler.draw(scores)[:, None]
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-
 @dataclass
 class DurationSampler:
-    """Picks the durations in one call of `generate`, and keeps what the stock loop has no place to return."""
+    """
+    Picks the durations in one call of `generate`.
 
-    row_sampler: RowSampler | None = None
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    do_sample: bool = False
-    scores: list[Tensor] = field(default_factory=list)
+    Args:
+        prompt_length: Ids of the prompt. Their durations are given, not picked.
+        do_sample: Whether durations are drawn. Otherwise the most likely one is taken.
+        processors: Temperature and top-k of the durations.
+        row_sampler: Draws with generators; without one, PyTorch's global generator is used.
+        logits, scores: What was picked from, before and after processing, one entry for each pick.
+        model_kwargs: The keyword arguments of the loop after its last step, which the loop does not
+            return.
+    """
+
+    prompt_length: int
+    do_sample: bool
+    processors: LogitsProcessorList
+    row_sampler: RowSampler | None
     logits: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def configure(self, generation_config: GenerationConfig) -> None:
-        top_k = generation_config.duration_top_k
-        # With one candidate there is nothing to draw, and the random numbers of the tokens stay their own.
-        self.do_sample = bool(generation_config.do_sample) and top_k != 1
-        if self.do_sample:
-            self.processors.append(TemperatureLogitsWarper(float(generation_config.duration_temperature)))
-            if top_k:
-                self.processors.append(TopKLogitsWarper(top_k))
+    @classmethod
+    def from_config(
+        cls, config: GenerationConfig, prompt_length: int, row_sampler: RowSampler | None
+    ) -> "DurationSampler":
+        # With one candidate there is nothing to draw, and the tokens keep their random numbers.
+        do_sample = bool(config.do_sample) and config.duration_top_k != 1
+        processors = LogitsProcessorList()
+        if do_sample:
+            processors.append(TemperatureLogitsWarper(float(config.duration_temperature)))
+            if config.duration_top_k:
+                processors.append(TopKLogitsWarper(config.duration_top_k))
+        return cls(prompt_length, do_sample, processors, row_sampler)
 
     def pick(self, logits: Tensor) -> Tensor:
+        """Classes of duration `(batch_size,)` from logits `(batch_size, num_durations)`."""
         logits = logits.float()
         scores = self.processors(None, logits)
         self.logits.append(logits)
@@ -149,12 +167,207 @@ class DurationSampler:
         return torch.multinomial(F.softmax(scores, dim=-1), num_samples=1)[:, 0]
 
 
+class RowSamplingLogitsProcessor(LogitsProcessor):
+    """Draws the next token of each row and leaves the stock loop no other choice."""
+
+    def __init__(self, sampler: RowSampler):
+        self.sampler = sampler
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = self.sampler.draw(scores)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+class DurationMixin(GenerationMixin):
+    """
+    `generate` for models whose tokens last a number of codec frames.
+
+    A model's `forward` takes `token_lengths` beside `input_ids`, possibly with one more column in
+    front, and returns `duration_logits`: the output at a token scores that token's duration.
+    """
+
+    # Frames of class 0 of `duration_logits`.
+    duration_offset = 0
+    # Whether the model reads the last token once more for its duration. Otherwise its duration
+    # stays 0.
+    reads_last_token = False
+
+    # ******** FlexiCodec specific ********
+    # Beam search and assisted decoding reorder or withdraw tokens, and the durations would not
+    # follow.
+    _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    # *************************************
+
+    def is_code(self, input_ids: Tensor) -> Tensor:
+        """Mask of the ids that have a duration, with the shape of `input_ids`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **kwargs: Any,
+    ) -> FlexiCodecGenerateOutput | Tensor:
+        """
+        Generate tokens, and a duration for each speech token among them. All arguments of
+        [`~GenerationMixin.generate`] apply, except those of beam search and assisted decoding.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Ids of the prompts, padded on the left. Also accepted as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*):
+                Settings of this call. It may hold the duration settings below, too.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the random numbers instead of PyTorch's global one: one generator for all
+                rows, or one for each row. With one for each, a row does not depend on its batch.
+                `scores` then show only the drawn token.
+            token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Codec frames of the prompt's speech tokens, 0 elsewhere. Required if the prompt
+                holds speech tokens.
+            duration_temperature (`float`, *optional*, defaults to 1.0):
+                Temperature of the durations.
+            duration_top_k (`int`, *optional*, defaults to 1):
+                How many durations to draw from: 1 takes the most likely one, 0 draws from all.
+                Without `do_sample` the most likely one is always taken.
+
+        Returns:
+            [`FlexiCodecGenerateOutput`] with `return_dict_in_generate=True`, otherwise its
+            `sequences`.
+
+        Raises:
+            ValueError: The prompt is missing, holds speech tokens without `token_lengths`, or the
+                generation mode is not supported.
+        """
+        config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS, kwargs)
+        input_ids = self._prompt_ids(inputs, kwargs)
+        if kwargs.get("token_lengths") is None:
+            if self.is_code(input_ids).any():
+                raise ValueError(
+                    "The prompt holds speech tokens but `token_lengths` is missing: pass the codec frames of each of "
+                    "them, and 0 elsewhere."
+                )
+            kwargs["token_lengths"] = torch.zeros_like(input_ids)
+        row_sampler = None if generator is None else RowSampler(generator)
+        sampler = DurationSampler.from_config(config, input_ids.shape[1], row_sampler)
+        output = super().generate(inputs, config, duration_sampler=sampler, **kwargs)
+        return self._add_durations(output, sampler) if isinstance(output, ModelOutput) else output
+
+    def _merge_settings(
+        self, generation_config: GenerationConfig | None, defaults: dict[str, float], kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """
+        All settings of a call in one generation config, and the keyword arguments that are no
+        settings. The order is that of the stock loop: keyword arguments, the config of the call,
+        the model's own, the defaults.
+        """
+        config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        config.update(**defaults, defaults_only=True, allow_custom_entries=True)
+        unset = {name for name in defaults if kwargs.get(name, 0) is None}
+        return config, config.update(**{name: value for name, value in kwargs.items() if name not in unset})
+
+    def _prompt_ids(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("`inputs` is missing: pass the ids of a prompt.")
+        return input_ids
+
+    def _add_durations(self, output: GenerateDecoderOnlyOutput, sampler: DurationSampler) -> FlexiCodecGenerateOutput:
+        is_code = self.is_code(output.sequences)
+        token_lengths = sampler.model_kwargs["token_lengths"][:, : output.sequences.shape[1]].to(is_code.device)
+        # At a limit the loop stops with a token that the model has not read.
+        unread = is_code & (token_lengths == _UNKNOWN)
+        if self.reads_last_token and unread.any():
+            durations = self._read_last_token(output, sampler).to(token_lengths)
+            token_lengths = torch.where(unread, durations[:, None], token_lengths)
+        return FlexiCodecGenerateOutput(
+            **output,
+            token_lengths=token_lengths.clamp(min=0).masked_fill(~is_code, 0),
+            duration_scores=tuple(sampler.scores) if output.scores is not None else None,
+            duration_logits=tuple(sampler.logits) if output.logits is not None else None,
+        )
+
+    def _read_last_token(self, output: GenerateDecoderOnlyOutput, sampler: DurationSampler) -> Tensor:
+        step = 1 if sampler.model_kwargs["use_cache"] else None
+        model_inputs = self.prepare_inputs_for_generation(
+            output.sequences, next_sequence_length=step, **sampler.model_kwargs
+        )
+        durations = sampler.pick(self(**model_inputs).duration_logits[:, -1]) + self.duration_offset
+        cache = getattr(output, CACHE)
+        if cache is not None and not cache.is_compileable:
+            cache.crop(-1)
+        return durations
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        token_lengths: Tensor | None = None,
+        duration_sampler: DurationSampler | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # ******** FlexiCodec specific ********
+        # A token's input holds the duration of the token before it: with a cache, one more column
+        # is needed.
+        if token_lengths is not None:
+            kept = slice(-model_inputs["input_ids"].shape[1] - 1, None)
+            is_code = self.is_code(input_ids[:, kept]).to(token_lengths.device)
+            model_inputs["token_lengths"] = token_lengths[:, kept].masked_fill(~is_code, 0).to(self.device)
+        # *************************************
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        # ******** FlexiCodec specific ********
+        # The token just read gets its duration. The prompt brings its own.
+        sampler, token_lengths = model_kwargs["duration_sampler"], model_kwargs["token_lengths"]
+        if token_lengths.shape[1] > sampler.prompt_length:
+            durations = sampler.pick(outputs.duration_logits[:, -1]).to(token_lengths) + self.duration_offset
+            token_lengths = torch.cat([token_lengths[:, :-1], durations[:, None]], dim=1)
+        model_kwargs["token_lengths"] = F.pad(token_lengths, (0, 1), value=_UNKNOWN)
+        sampler.model_kwargs = model_kwargs
+        # *************************************
+        return model_kwargs
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config=generation_config, **kwargs)
+        # ******** FlexiCodec specific ********
+        # The draw of a row comes after everything that shapes the scores, temperature and top-k
+        # included.
+        row_sampler = kwargs["model_kwargs"]["duration_sampler"].row_sampler
+        if generation_config.do_sample and row_sampler is not None:
+            processors.append(RowSamplingLogitsProcessor(row_sampler))
+        # *************************************
+        return processors
+
+
+class RelativeKeys:
+    """
+    The relative keys of one call of `generate`, projected when the sequence outgrows them instead
+    of at each step.
+    """
+
+    def __init__(self, project: Callable[[int], Tensor]):
+        self.project = project
+        self.keys: Tensor | None = None
+
+    def __call__(self, length: int) -> Tensor:
+        """Keys for at least `length` positions."""
+        if self.keys is None or self.keys.shape[2] < length:
+            self.keys = self.project(_KEY_BLOCK * math.ceil(length / _KEY_BLOCK))
+        return self.keys
+
+
 class PromptVocabularyLogitsProcessor(LogitsProcessor):
     """
     Lets a processor see scores for all ids of the stream.
 
-    The model scores the ids that it can generate, the lowest; processors such as the repetition penalty look scores up
-    by the ids of the prompt, text and control among them.
+    The model scores the ids that it can generate, which are the lowest. Processors such as the
+    repetition penalty look up scores by the ids of the prompt, including text and control ids.
     """
 
     def __init__(self, processor: LogitsProcessor, input_vocab_size: int):
@@ -168,7 +381,10 @@ class PromptVocabularyLogitsProcessor(LogitsProcessor):
 
 
 class MinSpeechLogitsProcessor(LogitsProcessor):
-    """Forbids end of speech until a row has its minimum of new tokens."""
+    """
+    Forbids the end of speech until a row has its minimum of new tokens, `min_new_tokens` of shape
+    `(batch_size,)`.
+    """
 
     def __init__(self, min_new_tokens: Tensor, prompt_length: int, end_token_id: int):
         self.min_new_tokens = min_new_tokens
@@ -182,7 +398,7 @@ class MinSpeechLogitsProcessor(LogitsProcessor):
 
 
 class MaxSpeechCriteria(StoppingCriteria):
-    """Stops a row at its maximum of new tokens."""
+    """Stops a row at its maximum of new tokens, `max_new_tokens` of shape `(batch_size,)`."""
 
     def __init__(self, max_new_tokens: Tensor, prompt_length: int):
         self.max_new_tokens = max_new_tokens
@@ -192,13 +408,35 @@ class MaxSpeechCriteria(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= self.max_new_tokens.to(input_ids.device)
 
 
-class FlexiCodecARGenerationMixin(GenerationMixin):
-    # Beam search and assisted decoding reorder or withdraw tokens, whose durations would not follow.
-    _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# Processors that look only at scores. All others may look them up by the ids of the prompt.
+_PROMPT_FREE = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    MinSpeechLogitsProcessor,
+    RowSamplingLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+class FlexiCodecARGenerationMixin(DurationMixin):
+    """
+    [`DurationMixin`] for the text-to-speech model: limits by the length of the text, and relative
+    keys.
+    """
+
+    # The reference returns one duration too few at the limit (flexicodec 0.1.2,
+    # ar_tts/modeling_artts.py, line 608).
+    reads_last_token = True
 
     @staticmethod
     def default_generation_config(config: FlexiCodecARConfig) -> GenerationConfig:
-        """The reference's way to sample; saved with the model as `generation_config.json`."""
+        """The reference's way to sample, saved with the model as `generation_config.json`."""
         return GenerationConfig(
             bos_token_id=config.start_token_id,
             eos_token_id=config.end_token_id,
@@ -207,7 +445,11 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
             temperature=1.0,
             top_k=25,
             **DURATION_DEFAULTS,
+            **LIMIT_DEFAULTS,
         )
+
+    def is_code(self, input_ids: Tensor) -> Tensor:
+        return input_ids < self.config.speech_vocab_size
 
     @torch.no_grad()
     def generate(
@@ -216,193 +458,114 @@ class FlexiCodecARGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         **kwargs: Any,
-    ) -> FlexiCodecARGenerateOutput | Tensor:
+    ) -> FlexiCodecGenerateOutput | Tensor:
         """
         Generate speech tokens, and the duration of each, after a prompt laid out by
-        [`~FlexiCodecARForConditionalGeneration.build_inputs`]. Everything in [`~GenerationMixin.generate`] applies but
-        beam search and assisted decoding.
+        [`~FlexiCodecARForConditionalGeneration.build_inputs`]. Takes everything that
+        [`DurationMixin.generate`] takes.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The prompt's ids, also accepted as `input_ids`; rows are padded on the left.
-            token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Durations of the prompt's speech tokens in codec frames, 0 elsewhere; required if there are any.
-            duration_temperature (`float`, *optional*, defaults to 1.0):
-                Temperature of the durations.
-            duration_top_k (`int`, *optional*, defaults to 1):
-                How many durations to draw from; 1 takes the likeliest, 0 means all. Without `do_sample` always the
-                likeliest.
-            min_token_text_ratio, max_token_text_ratio (`float`, *optional*, default to 0 and 20):
-                Limits on the new tokens of a row as a ratio of its text ids (rounded down). `max_new_tokens` and
-                `min_new_tokens` apply too; the stricter one wins.
-            compile_config (`CompileConfig`, *optional*):
-                Compiles the step, on a CPU too; goes with `cache_implementation="static"`.
+                Ids of the prompts, padded on the left. Also accepted as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*):
+                Settings of this call.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of what sampling draws, instead of torch's global one: one for all rows, drawn from in turn, or
-                one for each, and then a row is the same in any batch. `scores` then show nothing but the drawn token.
+                Source of the random numbers, one for all rows or one for each.
+            token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Codec frames of the prompt's speech tokens, 0 elsewhere. Required if the prompt
+                holds speech tokens.
+            min_token_text_ratio, max_token_text_ratio (`float`, *optional*, default to 0 and 20):
+                Limits on the new tokens of a row, as a ratio to its text ids (rounded down).
+                `min_new_tokens` and `max_new_tokens` apply too; the stricter limit wins.
+            compile_config (`CompileConfig`, *optional*):
+                Compiles the step, also on a CPU. Needs `cache_implementation="static"`.
 
         Returns:
-            [`FlexiCodecARGenerateOutput`] with `return_dict_in_generate=True`, else its `sequences`. A prompt answered
-            by end of speech at once gives no new speech token, and is no error.
+            [`FlexiCodecGenerateOutput`] with `return_dict_in_generate=True`, otherwise its
+            `sequences`. If the model ends at once, there is no new speech token; this is not an
+            error.
 
         Raises:
-            ValueError: The prompt holds speech without `token_lengths`, or the generation mode is not supported.
+            ValueError: The prompt is missing, holds speech tokens without `token_lengths`, the
+                ratios contradict each other, or the generation mode is not supported.
         """
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if kwargs.get("token_lengths") is None and input_ids is not None:
-            if (input_ids < self.config.speech_vocab_size).any():
-                raise ValueError(
-                    "The prompt holds speech tokens but token_lengths is missing: pass their durations, as "
-                    "`build_inputs` returns them."
-                )
-            kwargs["token_lengths"] = torch.zeros_like(input_ids)
-        sampler = DurationSampler(None if generator is None else RowSampler(generator))
-        output = super().generate(inputs, generation_config, duration_sampler=sampler, **kwargs)
-        if not isinstance(output, ModelOutput):
-            return output
-        return self._add_durations(output, sampler)
-
-    def _add_durations(
-        self, output: GenerateDecoderOnlyOutput, sampler: DurationSampler
-    ) -> FlexiCodecARGenerateOutput:
-        sequences = output.sequences
-        length = sequences.shape[1]
-        is_speech = sequences < self.config.speech_vocab_size
-        token_lengths = sampler.model_kwargs["token_lengths"][:, :length].to(sequences.device)
-        # The loop can stop (at a limit, say) with a token that the model has not read: read it for its duration.
-        unread = is_speech & (token_lengths == _UNKNOWN)
-        if unread.any():
-            model_kwargs = sampler.model_kwargs
-            step = 1 if model_kwargs["use_cache"] else None
-            model_inputs = self.prepare_inputs_for_generation(sequences, next_sequence_length=step, **model_kwargs)
-            durations = sampler.pick(self(**model_inputs).duration_logits[:, -1])
-            token_lengths = torch.where(unread, durations[:, None].to(sequences.device), token_lengths)
-            cache = getattr(output, CACHE)
-            if cache is not None and not cache.is_compileable:
-                cache.crop(-1)
-        return FlexiCodecARGenerateOutput(
-            **output,
-            token_lengths=token_lengths.masked_fill(~is_speech, 0),
-            duration_scores=tuple(sampler.scores) if output.scores is not None else None,
-            duration_logits=tuple(sampler.logits) if output.logits is not None else None,
+        config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS | LIMIT_DEFAULTS, kwargs)
+        prompt_ids = self._prompt_ids(inputs, kwargs)
+        prompt_length = prompt_ids.shape[1]
+        fewest, most = self._limits(config, prompt_ids)
+        if config.max_new_tokens is None and config.max_length is None:
+            # A row without text has no limit of its own; 20 is the default of transformers.
+            longest = int(most.max())
+            config.max_new_tokens = longest if longest < torch.iinfo(torch.long).max else 20
+        if "static" in (config.cache_implementation or ""):
+            # The stock loop leaves no room for the last token, which is read for its duration.
+            longest = config.max_length if config.max_new_tokens is None else prompt_length + config.max_new_tokens
+            config.max_cache_len = max(longest, config.max_cache_len or 0)
+        if config.compile_config is not None:
+            config.compile_config = copy.copy(config.compile_config)
+            config.compile_config._compile_all_devices = True
+        processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+        if (fewest > 0).any():
+            processors.insert(0, MinSpeechLogitsProcessor(fewest, prompt_length, self.config.end_token_id))
+        criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+        criteria.append(MaxSpeechCriteria(most, prompt_length))
+        return super().generate(
+            inputs,
+            config,
+            generator,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            key_source=RelativeKeys(self.model.decoder.relative_keys),
+            **kwargs,
         )
+
+    def _limits(self, config: GenerationConfig, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Fewest and most new tokens of each row, `(batch_size,)`."""
+        lowest, highest = config.min_token_text_ratio, config.max_token_text_ratio
+        if lowest > highest:
+            raise ValueError(
+                f"`min_token_text_ratio` is {lowest}, above `max_token_text_ratio`, which is {highest}: lower it."
+            )
+        text_lengths = (prompt_ids >= self.config.text_token_offset).sum(dim=1)
+        text_lengths = text_lengths.repeat_interleave(config.num_return_sequences or 1)
+        most = (text_lengths * highest).long().masked_fill(text_lengths == 0, torch.iinfo(torch.long).max)
+        return (text_lengths * lowest).long(), most
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         token_lengths: Tensor | None = None,
         duration_sampler: DurationSampler | None = None,
+        key_source: RelativeKeys | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, token_lengths, duration_sampler, is_first_iteration=is_first_iteration, **kwargs
         )
-        length = model_inputs["input_ids"].shape[1]
-        key_length = length
-        if (cache := model_inputs.get(CACHE)) is not None:
-            key_length, _ = cache.get_mask_sizes(length, 0)
-        if token_lengths is not None:
-            # With a cache, also the duration of the token before. A compiled step needs strides that do not grow.
-            kept = token_lengths[:, -length - 1 :].to(self.device)
-            model_inputs["token_lengths"] = kept.clone(memory_format=torch.contiguous_format)
+        # ******** FlexiCodec specific ********
+        # The text encoder runs over the prompt only, and the relative keys serve all steps.
         model_inputs["encode_text"] = bool(is_first_iteration) or not model_inputs.get("use_cache", True)
-        model_inputs["relative_keys"] = self.model.decoder.relative_keys(key_length)
+        if key_source is not None:
+            key_length = model_inputs["input_ids"].shape[1]
+            if (cache := model_inputs.get(CACHE)) is not None:
+                key_length, _ = cache.get_mask_sizes(key_length, 0)
+            model_inputs["relative_keys"] = key_source(key_length)
+        # *************************************
         return model_inputs
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], **kwargs: Any
-    ) -> dict[str, Any]:
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
-        sampler = model_kwargs["duration_sampler"]
-        token_lengths = model_kwargs["token_lengths"]
-        # The prompt brings its durations; every later token comes here with its own unknown.
-        if len(sampler.model_kwargs):
-            durations = sampler.pick(outputs.duration_logits[:, -1]).to(token_lengths)
-            token_lengths = torch.cat([token_lengths[:, :-1], durations[:, None]], dim=1)
-        model_kwargs["token_lengths"] = F.pad(token_lengths, (0, 1), value=_UNKNOWN)
-        sampler.model_kwargs = model_kwargs
-        return model_kwargs
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        # A generation config that is not the model's own need not know these names.
-        given = {name: kwargs.pop(name) for name in DURATION_DEFAULTS if name in kwargs}
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        for name, default in DURATION_DEFAULTS.items():
-            value = given.get(name, getattr(generation_config, name, None))
-            setattr(generation_config, name, default if value is None else value)
-        if generation_config.min_token_text_ratio > generation_config.max_token_text_ratio:
-            raise ValueError(
-                f"min_token_text_ratio={generation_config.min_token_text_ratio} is above "
-                f"max_token_text_ratio={generation_config.max_token_text_ratio}."
-            )
-        model_kwargs["duration_sampler"].configure(generation_config)
-        return generation_config, model_kwargs
-
-    def _prepare_generated_length(
-        self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
-    ) -> GenerationConfig:
-        input_ids = kwargs["inputs_tensor"]
-        text_lengths = (input_ids >= self.config.text_token_offset).sum(dim=1)
-        text_lengths = text_lengths.repeat_interleave(generation_config.num_return_sequences)
-        # A row without text has no limit of this kind.
-        no_limit = torch.iinfo(torch.long).max
-        longest = (
-            (text_lengths * generation_config.max_token_text_ratio).long().masked_fill(text_lengths == 0, no_limit)
-        )
-        generation_config._speech_limits = {
-            "min": (text_lengths * generation_config.min_token_text_ratio).long(),
-            "max": longest,
-            "prompt_length": kwargs["input_ids_length"],
-        }
-        if has_default_max_length and generation_config.max_new_tokens is None and (text_lengths > 0).all():
-            generation_config.max_new_tokens = int(longest.max())
-        return super()._prepare_generated_length(
-            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
-        )
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        # Room for the last token too: it is read for its duration.
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + 1
-        )
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        # By itself the stock loop compiles on accelerators alone. Who passes a configuration wants it on a CPU too.
-        if generation_config.compile_config is not None:
-            generation_config.compile_config._compile_all_devices = True
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
-        processors = LogitsProcessorList()
-        limits = generation_config._speech_limits
-        if (limits["min"] > 0).any():
-            processors.append(
-                MinSpeechLogitsProcessor(limits["min"], limits["prompt_length"], self.config.end_token_id)
-            )
-        for processor in super()._get_logits_processor(generation_config=generation_config, **kwargs):
-            if not isinstance(processor, _PROMPT_FREE):
-                processor = PromptVocabularyLogitsProcessor(processor, self.config.input_vocab_size)
-            processors.append(processor)
-        row_sampler = kwargs["model_kwargs"]["duration_sampler"].row_sampler
-        if generation_config.do_sample and row_sampler is not None:
-            processors.append(RowSamplingLogitsProcessor(row_sampler))
-        return processors
-
-    def _get_stopping_criteria(self, generation_config: GenerationConfig, **kwargs: Any) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(generation_config=generation_config, **kwargs)
-        limits = generation_config._speech_limits
-        criteria.append(MaxSpeechCriteria(limits["max"], limits["prompt_length"]))
-        return criteria
+        processors = super()._get_logits_processor(generation_config=generation_config, **kwargs)
+        # ******** FlexiCodec specific ********
+        # Stock processors look scores up by the ids of the prompt, which go beyond those that are
+        # scored.
+        return LogitsProcessorList(
+            processor
+            if isinstance(processor, _PROMPT_FREE)
+            else PromptVocabularyLogitsProcessor(processor, self.config.input_vocab_size)
+            for processor in processors
+        )
+        # *************************************
 
 
-__all__ = ["FlexiCodecARGenerateOutput", "FlexiCodecARGenerationMixin"]
+__all__ = ["DurationMixin", "FlexiCodecARGenerationMixin", "FlexiCodecGenerateOutput"]

@@ -1,9 +1,12 @@
 """
-The autoregressive text-to-speech model of FlexiCodec (arXiv 2510.00981): text in, semantic tokens with durations out.
+The autoregressive text-to-speech model of FlexiCodec (arXiv 2510.00981): text in, semantic tokens
+with durations out.
 
-A causal text encoder and a causal language model, both with the relative attention of Transformer-XL (arXiv
-1901.02860). Text, control and speech ids are one stream (see [`FlexiCodecARConfig`]); how many codec frames each
-speech token lasts is carried beside it.
+A causal text encoder and a causal language model, both with the relative attention of
+Transformer-XL (arXiv 1901.02860). Text, control and speech ids form one stream (see
+[`FlexiCodecARConfig`]). A second tensor beside it, `token_lengths`, gives the codec frames that
+each speech token lasts: the input of a token holds the duration of the token before it, and its
+output scores its own (flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 346 to 362).
 """
 
 import math
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import create_position_bias_mask
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -29,7 +32,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .compatibility_flexicodec import CACHE, takes_cache
 from .configuration_flexicodec_ar import FlexiCodecARConfig, FlexiCodecARTextEncoderConfig
 from .generation_flexicodec_ar import FlexiCodecARGenerationMixin
-from .linear_flexicodec import FlexiCodecLinear
 
 
 IGNORE_INDEX = -100
@@ -54,7 +56,9 @@ class FlexiCodecAROutput(CausalLMOutputWithPast):
         duration_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `duration_labels` is given):
             Mean focal loss of the durations in `duration_labels`.
         hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
-            Of the language model's blocks, as usual.
+            Those of the language model: `(batch_size, sequence_length, hidden_size)` for the
+            embeddings and each block, and `(batch_size, num_attention_heads, sequence_length,
+            key_length)` for each block.
     """
 
     duration_logits: Tensor | None = None
@@ -82,9 +86,9 @@ def eager_attention_forward(
 
 class FlexiCodecARAttention(nn.Module):
     """
-    Causal self-attention with relative positions: `((q + u) k^T + (q + v) r^T) / sqrt(head_dim)`, where `r` projects
-    the sinusoids of the distance from key to query (arXiv 1901.02860, section 3.3). The first term is left to the
-    attention function, the second is its additive mask.
+    Causal self-attention with relative positions: `((q + u) k^T + (q + v) r^T) / sqrt(head_dim)`,
+    where `r` projects the sinusoids of the distance from query to key (arXiv 1901.02860, section
+    3.3). The attention function computes the first term, and the second is its additive mask.
     """
 
     def __init__(self, config: FlexiCodecARConfig | FlexiCodecARTextEncoderConfig, layer_idx: int):
@@ -95,15 +99,19 @@ class FlexiCodecARAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        # One matrix for all three: a step has few rows, and is as fast as its weights are read.
-        self.qkv_proj = FlexiCodecLinear(config.hidden_size, 3 * config.hidden_size)
-        self.o_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size)
-        self.relative_k_proj = FlexiCodecLinear(config.hidden_size, config.hidden_size, bias=False)
+        # One matrix for all three: a step of generation has few rows and takes as long as reading
+        # its weights.
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.relative_k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.content_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
         self.position_bias = nn.Parameter(torch.empty(self.num_heads, 1, self.head_dim))
 
     def relative_keys(self, sinusoids: Tensor) -> Tensor:
-        """Sinusoids of the distances, of shape `(length, hidden_size)`, to keys `(num_heads, length, head_dim)`."""
+        """
+        Sinusoids of the distances, of shape `(length, hidden_size)`, to keys `(num_heads, length,
+        head_dim)`.
+        """
         return self._split_heads(self.relative_k_proj(sinusoids)[None])[0]
 
     @takes_cache
@@ -123,8 +131,10 @@ class FlexiCodecARAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu":
-            # For one query, SDPA's kernel takes twice the time of the two products on CPU, in bfloat16 four times.
+        # For a single query on a CPU, SDPA's kernel takes twice as long as the two products, in
+        # bfloat16 four times.
+        # TODO: drop once PyTorch's kernel for one query is as fast as the products.
+        if attention is sdpa_attention_forward and query.shape[2] == 1 and query.device.type == "cpu":
             attention = eager_attention_forward
         output, weights = attention(
             self,
@@ -140,8 +150,9 @@ class FlexiCodecARAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
     def _position_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
-        # One product per head for all rows of the batch, which share the relative keys; then each pair of positions
-        # takes the score of its distance. All kept keys take part: bfloat16 on CPU would copy a slice of them first.
+        # One product per head for all rows of the batch, which share the relative keys. Then each
+        # pair of positions takes the score of its distance. Keys beyond the longest distance take
+        # part too: on a CPU, a slice of bfloat16 keys would be copied first.
         batch_size, num_heads, length, head_dim = query.shape
         rows = (query * self.scaling).transpose(0, 1).reshape(num_heads, batch_size * length, head_dim)
         scores = torch.matmul(relative_keys, rows.transpose(1, 2))
@@ -160,8 +171,8 @@ class FlexiCodecARLayer(GradientCheckpointingLayer):
         self.self_attn = FlexiCodecARAttention(config, layer_idx)
         self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.fc1 = FlexiCodecLinear(config.hidden_size, config.intermediate_size)
-        self.fc2 = FlexiCodecLinear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -173,7 +184,10 @@ class FlexiCodecARLayer(GradientCheckpointingLayer):
 
 
 class FlexiCodecARTransformer(nn.Module):
-    """Causal transformer with relative positions: the body of the text encoder and of the language model."""
+    """
+    Causal transformer with relative positions: the body of the text encoder and of the language
+    model.
+    """
 
     def __init__(self, config: FlexiCodecARConfig | FlexiCodecARTextEncoderConfig):
         super().__init__()
@@ -181,8 +195,6 @@ class FlexiCodecARTransformer(nn.Module):
         self.layers = nn.ModuleList(FlexiCodecARLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self._relative_keys: Tensor | None = None
-        self._relative_keys_source: list[tuple[int, int, int]] = []
 
     def forward(
         self,
@@ -210,6 +222,8 @@ class FlexiCodecARTransformer(nn.Module):
         # Keys after the query have no distance; the mask hides them.
         distances = ((positions[:length] + offset)[:, None] - positions).clamp(min=0)
 
+        # The reference scales the embeddings: flexicodec 0.1.2,
+        # ar_tts/utils/transformer/embedding.py, line 218.
         hidden_states = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
         for layer, keys in zip(self.layers, relative_keys, strict=True):
             hidden_states = layer(
@@ -224,45 +238,26 @@ class FlexiCodecARTransformer(nn.Module):
 
     def relative_keys(self, length: int) -> Tensor:
         """
-        The projected relative positions of all layers, of shape `(num_layers, num_heads, n, head_dim)`, `n >= length`;
-        index `d` along `n` is a key `d` positions before the query.
+        Project the relative positions for all layers. They depend only on the weights, so a loop
+        over single steps computes them once and passes them to `forward`, as `generate` does.
 
-        They depend on the weights alone, so inference keeps them, until the weights change or [`~nn.Module.train`] is
-        called (a change through `weight.data` cannot be noticed).
+        Args:
+            length (`int`): Positions from the first key to the last query.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_layers, num_heads, length, head_dim)`; index `d` of
+            the third dimension belongs to a key `d` positions before the query.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._project_positions(length)
-        weights = [attention.relative_k_proj.weight for attention in self._attentions()]
-        source = [(id(weight), weight.data_ptr(), _version(weight)) for weight in weights]
-        kept = self._relative_keys
-        if kept is None or kept.shape[2] < length or self._relative_keys_source != source:
-            # In multiples, so that a growing sequence needs few projections.
-            kept = self._project_positions(256 * math.ceil(length / 256))
-            self._relative_keys, self._relative_keys_source = kept, source
-        return kept
-
-    def train(self, mode: bool = True) -> "FlexiCodecARTransformer":
-        self._relative_keys = None
-        return super().train(mode)
-
-    def _project_positions(self, length: int) -> Tensor:
-        weight = self.norm.weight
-        width = self.config.hidden_size
-        # In float32 whatever the model's dtype: positions beyond 256 are not whole numbers in bfloat16.
+        weight, width = self.norm.weight, self.config.hidden_size
+        # Always in float32: positions above 256 are not whole numbers in bfloat16. Sine and cosine
+        # alternate, as in the reference: flexicodec 0.1.2, ar_tts/utils/transformer/embedding.py,
+        # lines 238 to 245.
         frequencies = torch.exp(
             torch.arange(0, width, 2, device=weight.device, dtype=torch.float32) * (-math.log(10000.0) / width)
         )
         angles = torch.arange(length, device=weight.device, dtype=torch.float32)[:, None] * frequencies
-        sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(weight.dtype)
-        sinusoids = self.dropout(sinusoids)
-        return torch.stack([attention.relative_keys(sinusoids) for attention in self._attentions()])
-
-    def _attentions(self) -> list[FlexiCodecARAttention]:
-        return [layer.get_submodule("self_attn") for layer in self.layers]  # type: ignore[misc]
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+        sinusoids = self.dropout(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(weight.dtype))
+        return torch.stack([layer.self_attn.relative_keys(sinusoids) for layer in self.layers])  # type: ignore[operator, union-attr]
 
 
 class FlexiCodecARPreTrainedModel(PreTrainedModel):
@@ -301,7 +296,10 @@ class FlexiCodecARTextEncoder(FlexiCodecARPreTrainedModel):
         self.post_init()
 
     def forward(self, text_ids: Tensor) -> Tensor:
-        """Text ids of shape `(batch_size, text_length)` to states `(batch_size, text_length, hidden_size)`."""
+        """
+        Text ids of shape `(batch_size, text_length)` to states `(batch_size, text_length,
+        hidden_size)`.
+        """
         return self.transformer(self.embed_tokens(text_ids))
 
 
@@ -311,7 +309,7 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
     def __init__(self, config: FlexiCodecARConfig):
         super().__init__(config)
         self.text_encoder = FlexiCodecARTextEncoder._from_config(config.text_encoder_config)
-        self.text_projection = FlexiCodecLinear(config.text_encoder_config.hidden_size, config.hidden_size)
+        self.text_projection = nn.Linear(config.text_encoder_config.hidden_size, config.hidden_size)
         self.speech_embedding = nn.Embedding(config.speech_vocab_size, config.hidden_size)
         self.duration_embedding = nn.Embedding(config.num_durations + 1, config.hidden_size)
         self.control_embedding = nn.Embedding(config.text_token_offset - config.speech_vocab_size, config.hidden_size)
@@ -338,11 +336,12 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The stream of ids (see [`FlexiCodecARConfig`]), padded on the left or, in training, on the right.
+                The stream of ids (see [`FlexiCodecARConfig`]), padded on the left, or in training
+                on either side.
             token_lengths (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Durations of the speech tokens in codec frames, anything at or below 0 elsewhere. A token's input
-                carries the duration of the token before it; with a cache, an extra first column gives that of the
-                last cached token. All 0 when left out, right for a stream with at most one speech token.
+                Codec frames of the speech tokens, 0 elsewhere. With a cache, an extra first column
+                holds the duration of the last token in the cache. If left out, all are 0, which is
+                right for at most one speech token.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for ids, 0 for padding.
             cache (`Cache`, *optional*):
@@ -350,10 +349,12 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
             use_cache (`bool`, *optional*):
                 Whether to return `cache`.
             encode_text (`bool`, *optional*, defaults to `True`):
-                Whether `input_ids` may hold text. Generation turns it off after the prompt, so that the text encoder
-                does not run again.
+                Whether `input_ids` may hold text. Generation turns this off after the prompt, since
+                finding text waits for the device.
             relative_keys (`torch.Tensor` of shape `(num_layers, num_heads, n, head_dim)`, *optional*):
-                [`FlexiCodecARTransformer.relative_keys`] of the decoder, for a compiled step that cannot keep them.
+                `model.decoder.relative_keys(n)` with `n` no less than the length of the stream so
+                far. Computed anew when left out, which costs a step of generation as much as the
+                step itself.
         """
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -371,6 +372,7 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
         length = input_ids.shape[1]
         if token_lengths is None:
             token_lengths = torch.zeros_like(input_ids)
+        # The duration of the token before each position; 0 before the first.
         previous = F.pad(token_lengths, (1 + length - token_lengths.shape[1], 0))[:, :length].clamp(min=0)
         speech = self.speech_embedding(input_ids.clamp(max=num_codes - 1)) + self.duration_embedding(previous)
         control = self.control_embedding((input_ids - num_codes).clamp(0, self.control_embedding.num_embeddings - 1))
@@ -378,7 +380,8 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
         return self._put_text(embeds, input_ids) if encode_text else embeds
 
     def _put_text(self, embeds: Tensor, input_ids: Tensor) -> Tensor:
-        # The encoder sees each row's text alone, moved to the left: it is causal, so what follows needs no mask.
+        # The encoder gets each row's text moved to the left. It is causal, so the padding after it
+        # needs no mask.
         is_text = input_ids >= self.config.text_token_offset
         text_length = int(is_text.sum(dim=1).max())
         if text_length == 0:
@@ -393,8 +396,8 @@ class FlexiCodecARModel(FlexiCodecARPreTrainedModel):
 
 class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCodecARGenerationMixin):
     """
-    FlexiCodec's autoregressive text-to-speech model: [`FlexiCodecARModel`] with a head for the next semantic token and
-    one for the duration of the current token.
+    FlexiCodec's autoregressive text-to-speech model: [`FlexiCodecARModel`] with a head for the next
+    semantic token and one for the duration of the current token.
 
     Example:
 
@@ -405,20 +408,22 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
     ```
     """
 
-    # The losses are means over the tokens of each batch: Trainer divides them among accumulation steps itself.
+    # The losses are means over the tokens of a batch, so `Trainer` itself averages over
+    # accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config: FlexiCodecARConfig):
         super().__init__(config)
         self.model = FlexiCodecARModel(config)
-        self.lm_head = FlexiCodecLinear(config.hidden_size, config.vocab_size)
-        self.duration_head = FlexiCodecLinear(config.hidden_size, config.num_durations)
-        self.post_init()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.duration_head = nn.Linear(config.hidden_size, config.num_durations)
         self.generation_config = self.default_generation_config(config)
+        self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -437,14 +442,16 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         """
         Args:
             input_ids, token_lengths, attention_mask, cache, use_cache, encode_text, relative_keys:
-                As in [`FlexiCodecARModel.forward`].
+                See [`FlexiCodecARModel.forward`].
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                `input_ids` where they are speech or end of speech, -100 elsewhere. They are shifted inside: the output
-                before a token predicts it.
+                `input_ids` where they are speech or end of speech, -100 elsewhere. The model shifts
+                them: the output before a token predicts it.
             duration_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Durations of the speech tokens in frames, -100 elsewhere: a token's own output predicts its duration.
+                Codec frames of the speech tokens, -100 elsewhere. They are not shifted: a token's
+                own output predicts its duration.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute the logits of the last so many positions (0: all), or of the positions given.
+                Number of last positions to compute logits for (0 for all), or the positions
+                themselves.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -485,7 +492,10 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         )
 
     def _duration_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Focal loss (arXiv 1708.02002): most tokens last a frame or two; the focus is on those that are missed."""
+        """
+        Focal loss (arXiv 1708.02002), which favors rare durations: most tokens last only one or two
+        frames. As in the reference: flexicodec 0.1.2, ar_tts/modeling_artts.py, lines 25 to 33.
+        """
         labels = labels.flatten()
         cross_entropy = F.cross_entropy(
             logits.flatten(0, 1).float(), labels, ignore_index=IGNORE_INDEX, reduction="none"
@@ -509,66 +519,64 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
 
         Args:
             text_ids (`torch.LongTensor` of shape `(batch_size, text_length)`):
-                The tokenizer's ids: language token, then the text (of the voice prompt too, if there is one).
+                The tokenizer's ids: language token, then the text (of the voice prompt too, if
+                there is one).
             text_attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
-                1 for text, 0 for padding, on either side.
+                1 for text, 0 for padding, which may be on either side.
             codes (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
-                Semantic codes: of the voice prompt, or of the whole utterance in training.
+                Semantic codes of the voice prompt, or in training of the whole utterance.
             token_lengths (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
-                Durations of `codes` in frames; required with them.
+                Codec frames that each of `codes` lasts, required with `codes`.
             codes_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
-                1 for codes, 0 for padding, on either side.
+                1 for codes, 0 for padding, which may be on either side.
             merging_threshold (`float`, `list[float]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                The codec's merging threshold (and so the frame rate) to speak at, one of `config.merging_thresholds`, for
-                all items or for each.
+                The codec's merging threshold, which sets the frame rate to speak at: one of
+                `config.merging_thresholds`, for all items or for each.
             return_labels (`bool`, *optional*, defaults to `False`):
-                For training: end `codes` with end of speech, and return `labels` and `duration_labels`.
+                For training: end `codes` with end of speech, and return `labels` and
+                `duration_labels`.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `token_lengths`, `attention_mask` and, when asked for, `labels` and
-            `duration_labels`, each of shape `(batch_size, sequence_length)`.
+            `dict[str, torch.Tensor]`: `input_ids`, `token_lengths` and `attention_mask`, and with
+            `return_labels` also `labels` and `duration_labels`, each of shape `(batch_size,
+            sequence_length)`.
 
         Raises:
-            ValueError: An id, a duration or the threshold is out of range, or codes come without durations.
+            ValueError: An id, a duration or the threshold is out of range, or `codes` and
+                `token_lengths` do not match.
         """
         config = self.config
-        num_text_ids = config.input_vocab_size - config.text_token_offset
-        _check_range("text_ids", text_ids, text_attention_mask, 0, num_text_ids - 1)
-        if (codes is None) != (token_lengths is None):
-            raise ValueError("codes and token_lengths belong together: give both, or neither.")
+        if codes is None and token_lengths is None and not return_labels:
+            codes = token_lengths = text_ids.new_zeros(len(text_ids), 0)
         if codes is None or token_lengths is None:
-            if return_labels:
-                raise ValueError("return_labels=True needs codes and token_lengths: they are what is learnt.")
-            codes = token_lengths = text_ids.new_zeros(text_ids.shape[0], 0)
-        if codes.shape != token_lengths.shape or codes.shape[0] != text_ids.shape[0]:
             raise ValueError(
-                f"codes {tuple(codes.shape)} and token_lengths {tuple(token_lengths.shape)} must have one shape, with "
-                f"text_ids' batch size {text_ids.shape[0]}."
+                "`codes` and `token_lengths` belong together: pass both, or neither. `return_labels=True` needs both."
             )
-        _check_range("codes", codes, codes_mask, 0, config.speech_vocab_size - 1)
-        highest = config.num_durations - 1 if return_labels else config.num_durations
-        _check_range("token_lengths", token_lengths, codes_mask, 0, highest)
-
-        if isinstance(merging_threshold, Tensor):
-            merging_threshold = merging_threshold.tolist()
-        thresholds = merging_threshold if isinstance(merging_threshold, list) else [merging_threshold] * len(text_ids)
-        if len(thresholds) != len(text_ids):
+        if codes.shape != token_lengths.shape or len(codes) != len(text_ids):
             raise ValueError(
-                f"merging_threshold holds {len(thresholds)} values for {len(text_ids)} texts: pass one, or one for each."
+                f"`codes` {tuple(codes.shape)} and `token_lengths` {tuple(token_lengths.shape)} must have one shape, "
+                f"with the batch size of `text_ids`, {len(text_ids)}."
             )
-        threshold_ids = text_ids.new_tensor([[config.threshold_token_id(threshold)] for threshold in thresholds])
+        _check_range("text_ids", text_ids, text_attention_mask, config.text_encoder_config.vocab_size - 1)
+        _check_range("codes", codes, codes_mask, config.speech_vocab_size - 1)
+        # The embedding has a row more than the head has classes.
+        _check_range("token_lengths", token_lengths, codes_mask, config.num_durations - int(return_labels))
 
-        def control(token_id: int) -> Tensor:
-            return text_ids.new_full((text_ids.shape[0], 1), token_id)
-
+        one = text_ids.new_ones(len(text_ids), 1)
         text_mask = torch.ones_like(text_ids) if text_attention_mask is None else text_attention_mask.to(text_ids)
         speech_mask = torch.ones_like(codes) if codes_mask is None else codes_mask.to(text_ids)
-        one, empty = control(1), control(0)[:, :0]
-        end, end_mask = (control(config.end_token_id), one) if return_labels else (empty, empty)
-        head = [control(config.start_token_id), threshold_ids]
-        ids = torch.cat([*head, text_ids + config.text_token_offset, control(config.task_token_id), codes, end], dim=1)
-        mask = torch.cat([one, one, text_mask, one, speech_mask, end_mask], dim=1)
-        lengths = F.pad(token_lengths, (ids.shape[1] - codes.shape[1] - end.shape[1], end.shape[1]))
+        ids_and_masks = [
+            (one * config.start_token_id, one),
+            (self._threshold_ids(merging_threshold, text_ids), one),
+            (text_ids + config.text_token_offset, text_mask),
+            (one * config.task_token_id, one),
+            (codes, speech_mask),
+        ]
+        if return_labels:
+            ids_and_masks.append((one * config.end_token_id, one))
+        ids, mask = (torch.cat(parts, dim=1) for parts in zip(*ids_and_masks, strict=True))
+        num_after = int(return_labels)
+        lengths = F.pad(token_lengths, (ids.shape[1] - codes.shape[1] - num_after, num_after))
 
         # A stable sort moves all padding to the left and keeps the order of the rest.
         order = mask.argsort(dim=1, stable=True)
@@ -581,13 +589,24 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             inputs["duration_labels"] = lengths.masked_fill(ids >= config.speech_vocab_size, IGNORE_INDEX)
         return inputs
 
+    def _threshold_ids(self, merging_threshold: float | list[float] | Tensor | None, text_ids: Tensor) -> Tensor:
+        if isinstance(merging_threshold, Tensor):
+            merging_threshold = merging_threshold.tolist()
+        thresholds = merging_threshold if isinstance(merging_threshold, list) else [merging_threshold] * len(text_ids)
+        if len(thresholds) != len(text_ids):
+            raise ValueError(
+                f"`merging_threshold` holds {len(thresholds)} values for {len(text_ids)} texts: pass one, or one "
+                "for each."
+            )
+        return text_ids.new_tensor([[self.config.threshold_token_id(threshold)] for threshold in thresholds])
 
-def _check_range(name: str, values: Tensor, mask: Tensor | None, lowest: int, highest: int) -> None:
-    outside = (values < lowest) | (values > highest)
+
+def _check_range(name: str, values: Tensor, mask: Tensor | None, highest: int) -> None:
+    outside = (values < 0) | (values > highest)
     if mask is not None:
         outside &= mask.bool()
     if outside.any():
-        raise ValueError(f"{name} must lie in {lowest} ... {highest}, got {values[outside][0].item()}.")
+        raise ValueError(f"`{name}` must lie between 0 and {highest}, got {values[outside][0].item()}.")
 
 
 __all__ = [

@@ -1,14 +1,15 @@
 """
-The text-to-speech pipeline of FlexiCodec: voices, long texts, audio as it is spoken.
+The text-to-speech pipeline of FlexiCodec: voices, long texts, and audio while it is generated.
 
-The stock pipeline speaks a text in one go. This one speaks it in pieces of a sentence or so, all in one voice, and joins
-them.
+The stock pipeline speaks a text in one go. This one speaks it in pieces of about a sentence, in one
+voice, and joins them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,7 +19,10 @@ from transformers.pipelines.text_to_audio import AudioOutput, TextToAudioPipelin
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
-from .splitting_flexicodec import MAX_PIECE_LENGTH, split_text
+from .chunking_flexicodec import Crossfader
+from .cpu_flexicodec import optimize_for_cpu
+from .text_flexicodec import MAX_PIECE_LENGTH, split_text
+from .voice_flexicodec import FlexiCodecVoice
 
 
 logger = logging.get_logger(__name__)
@@ -30,14 +34,15 @@ class SpeechChunk(TypedDict):
     """
     What [`FlexiCodecTTSPipeline.stream`] yields.
 
-    audio (`np.ndarray` of shape `(num_samples,)`, float32):
-        The next stretch of the waveform, to be played right behind the one before.
-    sampling_rate (`int`):
-        In hertz.
-    text (`str`):
-        What is said in it, up to the cross-fade with the next; an empty string for chat messages.
-    elapsed_s (`float`):
-        Seconds since `stream` began. That of the first chunk is the time to first audio.
+    Args:
+        audio (`np.ndarray` of shape `(num_samples,)`, float32):
+            The next part of the waveform, to be played directly after the one before.
+        sampling_rate (`int`):
+            In hertz.
+        text (`str`):
+            The text of this part, up to the cross-fade with the next; empty for chat messages.
+        elapsed_s (`float`):
+            Seconds since `stream` began. For the first chunk, this is the time to first audio.
     """
 
     audio: np.ndarray
@@ -46,13 +51,31 @@ class SpeechChunk(TypedDict):
     elapsed_s: float
 
 
+@dataclass(frozen=True)
+class _VoicedText:
+    """A text with a voice of its own."""
+
+    text: str
+    voice: FlexiCodecVoice
+
+
 class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
     """
-    [`~transformers.TextToAudioPipeline`] with voices from recordings, texts of any length, and streaming.
+    [`~transformers.TextToAudioPipeline`] with voices from recordings, texts of any length, and
+    streaming.
 
-    A text is split into pieces of a sentence or so, which are spoken one by one (or `batch_size` at a time, with the same
-    result) and joined with short cross-fades. All have one voice: the one asked for, or the first of the repository's, or,
-    in a repository without voices, the one that the model invents for the first piece.
+    A text is split into pieces of about a sentence. They are spoken one by one (or `batch_size` at
+    a time, with the same result) and joined with short cross-fades. All have the same voice: the
+    requested one, or the first of the repository, or, in a repository without voices, the one that
+    the model invents for the first piece.
+
+    On a CPU, the model is changed in place for speed, see [`optimize_for_cpu`].
+
+    Args:
+        reference_audio, reference_text, reference_sampling_rate, voice, ... (*optional*):
+            Any argument of a call, as the default for all calls. A recording is encoded once.
+        args, kwargs:
+            See [`~transformers.Pipeline`].
 
     Example:
 
@@ -66,62 +89,103 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
     ```
     """
 
-    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
+    def __init__(
+        self,
+        *args: Any,
+        reference_audio: Any = None,
+        reference_text: str | None = None,
+        reference_sampling_rate: int | None = None,
+        voice: str | FlexiCodecVoice | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        if self.device.type == "cpu":
+            optimize_for_cpu(self.model)
+        voice = self._requested_voice(
+            voice, reference_audio, reference_text, reference_sampling_rate, self._preprocess_params.get("language")
+        )
+        self._preprocess_params |= _given(voice=voice)
+
+    def __call__(
+        self, text_inputs: Any, num_workers: int | None = None, batch_size: int | None = None, **kwargs: Any
+    ) -> Any:
         """
         Speak one text or several.
 
         Args:
             text_inputs (`str`, `list[str]`, a chat, or a list of chats):
-                Texts of any length, or chats as for the stock pipeline, which are spoken in one piece. A generator or a
-                dataset of them gives an iterator.
+                Texts of any length, or chats as for the stock pipeline, which are spoken in one
+                piece. A generator or a dataset of them gives an iterator.
             reference_audio (`str`, `Path`, `np.ndarray` of shape `(num_samples,)`, *optional*):
-                A recording whose voice to speak with, 3 to 15 seconds long: a file, a URL, or a waveform. Goes with
-                `reference_text`. Given to `pipeline(...)`, it is encoded once and for all.
+                A recording of the voice to speak with, 3 to 15 seconds long: a file, a URL, or a
+                waveform. Needs `reference_text`.
             reference_text (`str`, *optional*):
                 What `reference_audio` says, word for word.
             reference_sampling_rate (`int`, *optional*):
-                Of a waveform, in hertz.
+                Sampling rate of a waveform, in hertz.
             voice (`str` or [`FlexiCodecVoice`], *optional*):
-                Instead of a recording, a voice of the repository (`tts.model.voices`) or one that was encoded before.
-            language (`str`, *optional*, defaults to that of the processor):
-                Whisper's code of the texts' language, such as `"en"` or `"zh"`.
+                Instead of a recording, a voice of the repository (`tts.model.voices`) or one that
+                was encoded before.
+            language (`str`, *optional*):
+                Whisper's code of the language of the texts, such as `"en"` or `"zh"`. Defaults to
+                the processor's.
             merging_threshold (`float`, *optional*):
-                One that the model was trained with: the lower, the fewer tokens a second, and the faster.
+                One that the model was trained with. Lower values give fewer tokens per second, and
+                faster speech generation.
             seed (`int`, *optional*):
-                Makes the call repeatable: every piece is spoken with this seed, whatever comes before it.
+                Makes the call repeatable. Every piece is spoken with this seed, whatever comes
+                before it.
             max_piece_length (`int`, *optional*, defaults to 200):
-                How many characters are spoken at once; an East Asian one counts for three.
+                Characters that are spoken at once. An East Asian character counts as three.
             crossfade_s (`float`, *optional*, defaults to 0.05):
-                Length of the joints in seconds.
+                Length of the cross-fades in seconds, from 0 to 1.
             generate_kwargs (`dict`, *optional*):
-                For `generate`: `temperature`, `top_k`, `use_nar`, `num_inference_steps`, `guidance_scale`, ...
+                For `generate`: `temperature`, `top_k`, `use_nar`, `num_inference_steps`,
+                `guidance_scale`, ...
             batch_size (`int`, *optional*, defaults to 1):
-                Pieces to speak at once, of one text or several.
+                Pieces to speak at once, of one text or several. Several texts without a voice are
+                spoken piece by piece.
+            num_workers (`int`, *optional*):
+                See [`~transformers.Pipeline`].
 
         Returns:
-            For each text a dictionary with `audio`, `(num_samples,)` in float32, and `sampling_rate`.
+            For each text a dictionary with `audio`, a float32 array of shape `(num_samples,)`, and
+            `sampling_rate`.
 
         Raises:
-            ValueError: A text without anything to speak, a recording without its text (or the other way round), or one that
-                is too short or silent, an unknown voice, language or threshold.
+            ValueError: A text has nothing to speak, a recording comes without its text (or the
+                other way round), is too short or silent, or a voice, language or threshold is
+                unknown.
         """
-        return super().__call__(text_inputs, **kwargs)
+        kwargs = self._resolve_voice(kwargs)
+        if not self._has_voice(kwargs):
+            if isinstance(text_inputs, (str, Chat)):
+                text_inputs = self._invent_voice(text_inputs, kwargs)
+            else:
+                texts = (self._invent_voice(text, kwargs) for text in text_inputs)
+                text_inputs = list(texts) if isinstance(text_inputs, list) else texts
+                batch_size = 1  # texts of one piece have no invented voice, and cannot share a batch with others
+        return super().__call__(text_inputs, num_workers=num_workers, batch_size=batch_size, **kwargs)
 
     def stream(self, text: Any, **kwargs: Any) -> Iterator[SpeechChunk]:
         """
-        Speak one text and yield the audio piece by piece, as soon as each is there.
+        Speak one text and yield the audio piece by piece, as soon as each piece is generated.
 
-        The first piece decides how long the wait for the first chunk is (its `elapsed_s`): a smaller `max_piece_length`
-        makes it shorter. Joined, the chunks are what a call with the same seed returns.
+        The length of the first piece decides how long the first chunk takes (its `elapsed_s`): a
+        smaller `max_piece_length` makes it shorter. Joined, the chunks are what a call with the
+        same seed returns.
 
         Args:
             text (`str` or a chat):
                 What to say.
             kwargs:
-                As for a call, without `batch_size`.
+                The arguments of a call, without `batch_size`.
 
         Yields:
             [`SpeechChunk`]
+
+        Raises:
+            ValueError: Several texts, and for the reasons that a call has.
         """
         start = time.perf_counter()
         if isinstance(text, (list, tuple)):
@@ -130,15 +194,18 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
                     f"`stream` speaks one text or chat, got a {type(text).__name__}: stream each by itself."
                 )
             text = Chat(text)
-        preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
-        preprocess_params = {**self._preprocess_params, **preprocess_params}
-        forward_params = {**self._forward_params, **forward_params}
-        joints = _Joints({**self._postprocess_params, **postprocess_params}.get("crossfade_s", CROSSFADE_S))
+        kwargs = self._resolve_voice(kwargs)
+        if not self._has_voice(kwargs):
+            text = self._invent_voice(text, kwargs)
+        preprocess_params, forward_params, postprocess_params = self._parameters(kwargs)
+        crossfade_s = postprocess_params.get("crossfade_s", CROSSFADE_S)
+        crossfader = None
         for item in self.preprocess(text, **preprocess_params):
             piece = self.forward(item, **forward_params)
-            audio = joints.add(piece)
+            if crossfader is None:
+                crossfader = Crossfader(round(crossfade_s * piece["sampling_rate"]))
             yield SpeechChunk(
-                audio=audio,
+                audio=crossfader.add(piece["audio"].numpy(), piece["is_last"]),
                 sampling_rate=piece["sampling_rate"],
                 text=piece["text"],
                 elapsed_s=time.perf_counter() - start,
@@ -150,9 +217,10 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         reference_text: str,
         sampling_rate: int | None = None,
         language: str | None = None,
-    ) -> Any:
+    ) -> FlexiCodecVoice:
         """
-        A recording to a voice to speak with again and again: `tts("Hello.", voice=tts.encode_voice("me.wav", "..."))`.
+        Encode a recording, to speak with its voice again and again:
+        `tts("Hello.", voice=tts.encode_voice("me.wav", "What I say."))`.
 
         Args:
             reference_audio (`str`, `Path` or `np.ndarray` of shape `(num_samples,)`):
@@ -160,15 +228,15 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
             reference_text (`str`):
                 What it says, word for word.
             sampling_rate (`int`, *optional*):
-                Of a waveform, in hertz.
+                Sampling rate of a waveform, in hertz.
             language (`str`, *optional*):
-                Of the recording.
+                Language of the recording.
 
         Returns:
             [`FlexiCodecVoice`]; its `save` writes a file.
 
         Raises:
-            ValueError: The recording is too short, or silent, or there is nothing to speak in its text.
+            ValueError: The recording is too short or silent, or its text has nothing to speak.
         """
         inputs = self.processor(
             audio=reference_audio, reference_text=reference_text, sampling_rate=sampling_rate, language=language
@@ -176,12 +244,82 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         with torch.no_grad():
             return self.model.encode_voice(**self.ensure_tensor_on_device(**inputs), metadata={"text": reference_text})
 
+    def _requested_voice(
+        self,
+        voice: str | FlexiCodecVoice | None,
+        reference_audio: Any,
+        reference_text: str | None,
+        sampling_rate: int | None,
+        language: str | None,
+    ) -> str | FlexiCodecVoice | None:
+        if reference_audio is None and reference_text is None:
+            return voice
+        if reference_audio is None or reference_text is None:
+            given = "reference_text" if reference_audio is None else "reference_audio"
+            raise ValueError(
+                f"Got `{given}` alone: `reference_audio` goes with `reference_text`, which is what it says, word for "
+                "word."
+            )
+        if voice is not None:
+            raise ValueError("Pass `voice` or `reference_audio`, not both: each says who speaks.")
+        return self.encode_voice(reference_audio, reference_text, sampling_rate, language)
+
+    def _resolve_voice(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with a voice in place of a recording."""
+        rest = dict(kwargs)
+        voice = self._requested_voice(
+            rest.pop("voice", None),
+            rest.pop("reference_audio", None),
+            rest.pop("reference_text", None),
+            rest.pop("reference_sampling_rate", None),
+            kwargs.get("language"),
+        )
+        return rest | _given(voice=voice)
+
+    def _has_voice(self, kwargs: dict[str, Any]) -> bool:
+        return bool(self.model.voices) or "voice" in kwargs or "voice" in self._preprocess_params
+
+    def _invent_voice(self, text: Any, kwargs: dict[str, Any]) -> Any:
+        """Add the voice that the model invents for the first piece to a text of several pieces."""
+        if not isinstance(text, str):
+            return text
+        preprocess_params, forward_params, _ = self._parameters(kwargs)
+        pieces = self._split(text, **preprocess_params)
+        if len(pieces) == 1:
+            return text
+        spoken = self.forward(next(self.preprocess(pieces[0], **preprocess_params)), **forward_params)
+        language = preprocess_params.get("language")
+        try:
+            voice = self.encode_voice(spoken["audio"].numpy(), spoken["text"], spoken["sampling_rate"], language)
+        except ValueError as error:
+            logger.warning(
+                f"There is no voice, and the first piece of the text cannot serve as one: {error} Voices may change "
+                "from piece to piece: pass `voice` or `reference_audio`."
+            )
+            return text
+        return _VoicedText(text, voice)
+
+    def _split(
+        self, text: str, language: str | None = None, max_piece_length: int = MAX_PIECE_LENGTH, **_: Any
+    ) -> list[str]:
+        # An empty text is for the processor to refuse.
+        return split_text(text, max_piece_length, language or self.processor.language) or [text]
+
+    def _parameters(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The parameters of the pipeline and of a call, for `preprocess`, `forward` and `postprocess`."""
+        preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**kwargs)
+        return (
+            {**self._preprocess_params, **preprocess_params},
+            {**self._forward_params, **forward_params},
+            {**self._postprocess_params, **postprocess_params},
+        )
+
+    # ******** FlexiCodec specific ********
+    # The four steps of `Pipeline`: a text gives several items, each is spoken, and they are joined.
+
     def _sanitize_parameters(
         self,
-        reference_audio: Any = None,
-        reference_text: str | None = None,
-        reference_sampling_rate: int | None = None,
-        voice: Any = None,
+        voice: str | FlexiCodecVoice | None = None,
         language: str | None = None,
         merging_threshold: float | None = None,
         seed: int | None = None,
@@ -190,44 +328,33 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if reference_audio is not None or reference_text is not None:
-            if reference_audio is None or reference_text is None:
-                given = "reference_text" if reference_audio is None else "reference_audio"
-                raise ValueError(
-                    f"Got `{given}` alone: `reference_audio` goes with `reference_text`, which is what it says, word for word."
-                )
-            if voice is not None:
-                raise ValueError("Pass `voice` or `reference_audio`, not both: each says who speaks.")
-            voice = self.encode_voice(reference_audio, reference_text, reference_sampling_rate, language)
         if crossfade_s is not None and not 0 <= crossfade_s <= 1:
             raise ValueError(f"`crossfade_s` must be between 0 and 1 second, got {crossfade_s}.")
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
         preprocess_params |= _given(language=language, voice=voice, max_piece_length=max_piece_length)
-        # Not the empty dictionaries of the stock pipeline: they would replace what `pipeline(...)` was given.
+        # Without the empty dictionaries of the stock pipeline, which would replace what
+        # `pipeline(...)` was given.
         forward_params = {name: value for name, value in forward_params.items() if value}
         forward_params |= _given(generate_kwargs=generate_kwargs, merging_threshold=merging_threshold, seed=seed)
-        if forward_params:
-            preprocess_params["invent_with"] = forward_params
         return preprocess_params, forward_params, postprocess_params | _given(crossfade_s=crossfade_s)
 
     def preprocess(
         self,
         text: Any,
-        voice: Any = None,
+        voice: str | FlexiCodecVoice | None = None,
         language: str | None = None,
         max_piece_length: int = MAX_PIECE_LENGTH,
-        invent_with: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Iterator[dict[str, Any]]:
+        if isinstance(text, _VoicedText):
+            text, voice = text.text, text.voice
+        pieces: list[Any]
         if isinstance(text, Chat):
             pieces = [text]
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **_given(language=language)}
         else:
+            pieces = self._split(text, language, max_piece_length)
             kwargs |= _given(language=language)
-            # An empty text is for the processor to refuse.
-            pieces = split_text(text, max_piece_length, language or self.processor.language) or [text]
-            if len(pieces) > 1 and voice is None and not self.model.voices:
-                voice = self._invent_voice(pieces[0], {**self._forward_params, **(invent_with or {})}, kwargs)
         progress = logging.tqdm(pieces, desc="Speaking", unit="piece", disable=True if len(pieces) == 1 else None)
         for index, piece in enumerate(progress):
             inputs = super().preprocess(piece, **kwargs)
@@ -239,19 +366,6 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
                 "text": "" if isinstance(piece, Chat) else piece,
                 "is_last": index == len(pieces) - 1,
             }
-
-    def _invent_voice(self, text: str, forward_params: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """The voice that the model gives to the first piece of a text, for all of them."""
-        item = {**super().preprocess(text, **kwargs), "text": text, "is_last": True}
-        spoken = self.forward(item, **forward_params)
-        try:
-            return self.encode_voice(spoken["audio"].numpy(), text, spoken["sampling_rate"], kwargs.get("language"))
-        except ValueError as error:
-            logger.warning(
-                f"There is no voice, and the first piece of the text cannot serve as one: {error} Voices may change from "
-                "piece to piece: pass `voice` or `reference_audio`."
-            )
-            return None
 
     def _forward(
         self,
@@ -265,41 +379,24 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         output = super()._forward(
             inputs, forward_params={**(forward_params or {}), **settings}, generate_kwargs=generate_kwargs or {}
         )
-        waveforms = [audio[mask] for audio, mask in zip(output.audio, output.audio_mask, strict=True)]
+        waveforms = [audio[0, mask] for audio, mask in zip(output.audio, output.padding_mask, strict=True)]
+        rates = output.sampling_rate.tolist()
         if len(waveforms) != (1 if isinstance(is_last, bool) else len(is_last)):
             raise ValueError("`num_return_sequences` must be 1: this pipeline joins pieces to one waveform.")
         if isinstance(is_last, bool):
-            return {"audio": waveforms[0], "sampling_rate": output.sampling_rate, "text": text, "is_last": is_last}
-        rates = [output.sampling_rate] * len(waveforms)
+            return {"audio": waveforms[0], "sampling_rate": rates[0], "text": text, "is_last": is_last}
         return {"audio": waveforms, "sampling_rate": rates, "text": text, "is_last": is_last}
 
     def postprocess(self, pieces: list[dict[str, Any]], crossfade_s: float = CROSSFADE_S) -> AudioOutput:
-        joints = _Joints(crossfade_s)
-        audio = [joints.add({**piece, "is_last": index == len(pieces) - 1}) for index, piece in enumerate(pieces)]
-        return AudioOutput(audio=np.concatenate(audio), sampling_rate=pieces[0]["sampling_rate"])
+        sampling_rate, last = pieces[0]["sampling_rate"], len(pieces) - 1
+        crossfader = Crossfader(round(crossfade_s * sampling_rate))
+        # In a batch, transformers gives each waveform a batch dimension.
+        audio = [
+            crossfader.add(piece["audio"].reshape(-1).numpy(), index == last) for index, piece in enumerate(pieces)
+        ]
+        return AudioOutput(audio=np.concatenate(audio), sampling_rate=sampling_rate)
 
-
-class _Joints:
-    """Joins waveforms: the end of each fades out while the start of the next fades in."""
-
-    def __init__(self, crossfade_s: float):
-        self.crossfade_s = crossfade_s
-        self._held = np.zeros(0, dtype=np.float32)
-
-    def add(self, piece: dict[str, Any]) -> np.ndarray:
-        """What can be played: all that was added but, before the last piece, the end that will be faded."""
-        waveform = piece["audio"].float().reshape(-1).numpy()
-        overlap = min(len(self._held), len(waveform))
-        before, held = np.split(self._held, [len(self._held) - overlap])
-        # The gains sum to 1: the joint is never louder than both sides.
-        fade_in = np.sin(np.linspace(0, np.pi / 2, overlap + 2, dtype=np.float32)[1:-1]) ** 2
-        joint = held * (1 - fade_in) + waveform[:overlap] * fade_in
-        joined = np.concatenate([before, joint, waveform[overlap:]])
-        end = len(joined)
-        if not piece["is_last"]:
-            end = max(0, end - round(self.crossfade_s * piece["sampling_rate"]))
-        self._held = joined[end:]
-        return joined[:end]
+    # ******** end of FlexiCodec specific ********
 
 
 def _given(**values: Any) -> dict[str, Any]:

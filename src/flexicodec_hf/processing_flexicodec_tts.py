@@ -1,4 +1,7 @@
-"""Processor of FlexiCodec's text-to-speech: text and reference recordings to what the model reads, speech to files."""
+"""
+Processor of FlexiCodec's text-to-speech: from texts and recordings to inputs of the model, from
+speech to files.
+"""
 
 from __future__ import annotations
 
@@ -46,32 +49,33 @@ CHAT_TEMPLATE = """\
 {%- if chat.recordings > 1 -%}
     {{- raise_exception('A conversation can have one recording, of the voice that speaks; this one has more.') -}}
 {%- elif chat.said and not chat.recordings -%}
-    {{- raise_exception('Only the last message is spoken: text before it must be what a recording (type audio) says.') -}}
+    {{- raise_exception('Only the last message is spoken: text before it must be what a recording (audio) says.') -}}
 {%- endif -%}
 {%- if chat.recordings -%}{{- chat.said + '<|audio|>' -}}{%- endif -%}
 {{- chat.say -}}
 """
 
-# Shorter recordings hardly show a voice, and quieter ones hold none.
+# Shorter recordings tell too little of a voice, and quieter ones hold none.
 _MIN_REFERENCE_S = 0.5
 _MIN_REFERENCE_PEAK = 1e-3
 
 
 class FlexiCodecTTSProcessor(ProcessorMixin):
     r"""
-    Text and reference recordings to the inputs of [`FlexiCodecForTextToSpeech`].
+    Turns texts and reference recordings into the inputs of [`FlexiCodecForTextToSpeech`].
 
-    Recordings are brought to the codec's 16 kHz (with soxr), and from there to the 24 kHz of the mel spectrogram: the
-    Voicebox learned from speech without anything above 8 kHz.
+    Recordings are resampled (with soxr) to the codec's 16 kHz, and from there to the 24 kHz of the
+    mel spectrogram, because the Voicebox was trained on speech without anything above 8 kHz.
 
     Args:
-        feature_extractor ([`FlexiCodecFeatureExtractor`]): Of the codec.
-        tokenizer (`PreTrainedTokenizerFast`): Whisper's multilingual vocabulary.
-        chat_template (`str`, *optional*): Jinja template for `apply_chat_template`; a default one if left out.
+        feature_extractor ([`FlexiCodecFeatureExtractor`]): Feature extractor of the codec.
+        tokenizer (`PreTrainedTokenizerFast`): A tokenizer with Whisper's multilingual vocabulary.
+        chat_template (`str`, *optional*):
+            Jinja template for `apply_chat_template`; a default one if left out.
         mel_config (`dict`, *optional*):
-            Arguments of the [`FlexiCodecMelFeatureExtractor`] for a model with a vocoder, `{}` for the released model's.
-            Left out, there are no mel spectrograms.
-        language (`str`, *optional*, defaults to `"en"`): Language of texts that come without one.
+            Arguments of [`FlexiCodecMelFeatureExtractor`], for a model with a vocoder; `{}` for the
+            released model. Without it there are no mel spectrograms.
+        language (`str`, *optional*, defaults to `"en"`): Default language of texts.
 
     Example:
 
@@ -112,7 +116,10 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
 
     @property
     def sampling_rate(self) -> int:
-        """Rate of the speech in hertz: the mel spectrogram's, or the codec's where there is none."""
+        """
+        Sampling rate of the speech in hertz: the mel spectrogram's, or the codec's without mel
+        spectrograms.
+        """
         return (self.mel_extractor or self.feature_extractor).sampling_rate
 
     def __call__(
@@ -130,33 +137,42 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         Prepare texts to speak, recordings of voices, or both.
 
         Args:
-            text (`str` or `list[str]`, *optional*): What to say; phonemes are made of English.
+            text (`str` or `list[str]`, *optional*): What to say. English becomes phonemes.
             audio (`str`, `Path`, `np.ndarray`, `torch.Tensor`, `dict`, or a list of them, *optional*):
-                Recordings of the voice, one for all texts or one for each: a file, a URL, a waveform of shape
-                `(num_samples,)`, or a dictionary with `"array"` and `"sampling_rate"`. All are resampled as needed, and
-                the channels of files are averaged.
+                Recordings of voices, one for all texts or one for each: a file, a URL, a waveform
+                of shape `(num_samples,)`, or a dictionary with `"array"` and `"sampling_rate"`.
+                They are resampled if necessary, and the channels of files are averaged.
             reference_text (`str` or `list[str]`, *optional*):
-                What the recordings say, word for word; goes with `audio`.
-            sampling_rate (`int`, *optional*): Rate of the waveforms in `audio` in hertz, required for these.
+                What the recordings say, word for word. Needs `audio`.
+            sampling_rate (`int`, *optional*):
+                Sampling rate of waveforms in `audio` in hertz; required for these.
             language (`str` or `list[str]`, *optional*):
-                Whisper's code of the language (`"en"`, `"zh"`, ...) of all texts or of each.
-            phonemes (`bool`, *optional*, defaults to `True`): Whether English is spoken from phonemes.
-            return_tensors (`str`, *optional*, defaults to `"pt"`): Nothing else is on offer.
+                Whisper's code of the language (`"en"`, `"zh"`, ...), one for all texts or one for
+                each.
+            phonemes (`bool`, *optional*, defaults to `True`):
+                Whether English is spoken from phonemes.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): Must be `"pt"`.
 
         Returns:
-            [`BatchFeature`] with, for texts, `input_ids` and `attention_mask`, and `continuation_ids` and
-            `continuation_mask` (the form that follows a reference text), all `(batch_size, length)`; for recordings
-            `reference_input_values` and `reference_padding_mask` `(batch_size, num_samples)`, `reference_input_features`
-            `(batch_size, num_features, 560)` and `reference_input_features_mask`, `reference_mel` `(batch_size,
-            num_frames, num_mel_bins)` and `reference_mel_mask`; and for reference texts `reference_text_ids` and
-            `reference_text_mask`. See [`FlexiCodecForTextToSpeech.generate`].
+            [`BatchFeature`], the arguments of [`FlexiCodecForTextToSpeech.generate`]:
+
+            - for texts, `input_ids` and `attention_mask`, and `continuation_ids` and
+              `continuation_mask` (the form that follows a reference text), all
+              `(batch_size, num_ids)`;
+            - for recordings, `reference_input_values` and `reference_padding_mask`
+              `(batch_size, num_samples)`, `reference_input_features`
+              `(batch_size, num_features, 560)` and `reference_input_features_mask`
+              `(batch_size, num_features)`, `reference_mel` `(batch_size, num_frames, num_mel_bins)`
+              and `reference_mel_mask` `(batch_size, num_frames)`;
+            - for reference texts, `reference_text_ids` and `reference_text_mask`, both
+              `(batch_size, num_ids)`.
 
         Raises:
-            ValueError: A text without anything to speak, an unknown language, a recording that is too short or silent or
-                whose rate is not given, lists whose lengths do not fit.
-            AudioError: A file that cannot be read.
+            ValueError: A text has nothing to speak, a language is unknown, a recording is too short
+                or silent or has no sampling rate, or the lengths of lists do not fit each other.
+            AudioError: A file cannot be read.
         """
-        # Chat templates pass what other processors read, always empty here.
+        # Chat templates pass arguments of other processors, always empty here.
         if unknown := sorted(name for name, value in kwargs.items() if value is not None):
             raise TypeError(f"{type(self).__name__} got unexpected arguments: {', '.join(unknown)}.")
         if return_tensors != "pt":
@@ -194,8 +210,10 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         if clips:
             data |= self._process_recordings(clips, sampling_rate)
         if said:
-            # A recording for several texts says what it says in the language of the first.
+            # A recording for several texts is in the language of the first.
             pairs = zip(said, languages, strict=False)
+            # "<reference>, <text>", as in training (flexicodec 0.1.2, ar_tts/modeling_artts.py,
+            # line 1112).
             ids = [self._encode(f"{_prepare_reference(one, code, phonemes)},") for one, code in pairs]
             data["reference_text_ids"], data["reference_text_mask"] = _pad(ids)
         return BatchFeature(data)
@@ -208,18 +226,30 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        Chat messages to inputs, or, with `tokenize=False`, to one string. The text of the last message is spoken; an
-        audio item (`path`, `url`, or `audio` with a waveform, at 16 kHz unless `sampling_rate` beside it says otherwise)
-        is the recording of the voice, and text in an earlier message is what it says:
+        Turn chat messages into inputs, or, with `tokenize=False`, into one string. The text of the
+        last message is spoken. An audio item (`path`, `url`, or `audio` with a waveform, at 16 kHz
+        unless the item has a `sampling_rate`) is the recording of the voice, and text in an earlier
+        message is what it says:
 
         ```python
         [
-            {"role": "voice", "content": [{"type": "audio", "path": "me.wav"}, {"type": "text", "text": "what I said"}]},
+            {
+                "role": "voice",
+                "content": [{"type": "audio", "path": "me.wav"}, {"type": "text", "text": "what I said"}],
+            },
             {"role": "user", "content": [{"type": "text", "text": "Hello there."}]},
         ]
         ```
 
-        Other arguments are those of [`~ProcessorMixin.apply_chat_template`]; `processor_kwargs` go to `__call__`.
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                The messages of a chat, or of several.
+            chat_template (`str`, *optional*): Jinja template; the processor's by default.
+            processor_kwargs (`dict`, *optional*): Arguments of `__call__`, such as `language`.
+            kwargs: See [`~ProcessorMixin.apply_chat_template`].
+
+        Raises:
+            ValueError: An audio item has no recording, or a text holds `<|audio|>`.
         """
         rate = self.feature_extractor.sampling_rate
         processor_kwargs = dict(processor_kwargs or {})
@@ -230,9 +260,10 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
             items: list[dict[str, Any]] = [{"text": content}] if isinstance(content, str) else content
             for item in items:
                 if AUDIO_TOKEN in (item.get("text") or ""):
-                    raise ValueError(f"A message holds {AUDIO_TOKEN}, which stands for a recording: take it out.")
+                    raise ValueError(f"A message holds {AUDIO_TOKEN}, which means a recording: take it out.")
                 if item.get("type") == "audio":
-                    # Files are read here, so that they sound the same whatever audio libraries are installed.
+                    # Files are read here, so that the samples do not depend on the audio libraries
+                    # that are installed.
                     source = next((item.pop(key) for key in ("audio", "path", "url") if key in item), None)
                     if source is None:
                         raise ValueError("An audio item needs `path`, `url` or `audio`.")
@@ -248,19 +279,20 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         The waveforms of a batch.
 
         Args:
-            audio ([`FlexiCodecTTSOutput`], `torch.Tensor`, `np.ndarray`, or a list of waveforms):
-                What the model returned, padded or not.
+            audio ([`FlexiCodecTTSOutput`], or `torch.Tensor` of shape `(batch_size, 1, num_samples)`):
+                What the model returned. Arrays, lists of waveforms, and a single waveform
+                `(num_samples,)` work too.
 
         Returns:
-            `list[np.ndarray]`, each of shape `(num_samples,)`, in float32 and without padding if `audio` says what is
-            padding.
+            `list[np.ndarray]`, each of shape `(num_samples,)`, in float32. Padding is removed if
+            `audio` has a `padding_mask`.
         """
         mask = None
         if isinstance(audio, Mapping):
-            audio, mask = audio["audio"], audio.get("audio_mask")
+            audio, mask = audio["audio"], audio.get("padding_mask")
         if (torch.is_tensor(audio) or isinstance(audio, np.ndarray)) and audio.ndim == 1:
             audio = [audio]
-        waveforms = [torch.as_tensor(one).detach().float().cpu() for one in audio]
+        waveforms = [torch.as_tensor(one).detach().float().cpu().reshape(-1) for one in audio]
         if mask is not None:
             waveforms = [one[valid.cpu()] for one, valid in zip(waveforms, mask, strict=True)]
         return [one.numpy() for one in waveforms]
@@ -272,35 +304,41 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         Write speech to audio files in the format that their suffixes name.
 
         Args:
-            audio ([`FlexiCodecTTSOutput`], `torch.Tensor`, `np.ndarray`, or a list of waveforms): As for `batch_decode`.
+            audio ([`FlexiCodecTTSOutput`], or `torch.Tensor` of shape `(batch_size, 1, num_samples)`):
+                What the model returned. Arrays, lists of waveforms, and a single waveform
+                `(num_samples,)` work too.
             saving_path (`str`, `Path`, or a list of them): A path for each waveform.
-            sampling_rate (`int`, *optional*): Rate of the waveforms; that of the output or else of this processor.
+            sampling_rate (`int`, *optional*):
+                Sampling rate in hertz. Defaults to the one in `audio`, or to the one of the
+                processor.
 
         Raises:
-            ValueError: As many paths as waveforms are needed.
-            AudioError: A file that cannot be written.
+            ValueError: There are more or fewer paths than waveforms.
+            AudioError: A file cannot be written.
         """
         if sampling_rate is None and isinstance(audio, Mapping):
-            sampling_rate = audio["sampling_rate"]
+            sampling_rate = int(audio["sampling_rate"][0])
         waveforms, paths = self.batch_decode(audio), _as_list(saving_path)
         if len(waveforms) != len(paths):
             raise ValueError(f"`saving_path` holds {len(paths)} paths for {len(waveforms)} waveforms.")
         for waveform, path in zip(waveforms, paths, strict=True):
-            write_audio(path, waveform, int(sampling_rate or self.sampling_rate))
+            write_audio(path, waveform, sampling_rate or self.sampling_rate)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _split_chat_texts(self, texts: list[str], said: list[str], has_audio: bool) -> tuple[list[str], list[str]]:
-        """What to say and what the recordings say, of rendered chats as of plain texts."""
+        """Texts to speak and texts of the recordings; rendered chats hold both in one string."""
         if not has_audio or not any(AUDIO_TOKEN in text for text in texts):
             return texts, said
         parts = [text.split(AUDIO_TOKEN) for text in texts]
         if any(len(part) != 2 for part in parts):
-            raise ValueError("Of these conversations, each needs a recording, or none: pass the others by themselves.")
+            raise ValueError(
+                "Either all conversations of a batch need a recording, or none: pass the others by themselves."
+            )
         chat_said = [part[0] for part in parts]
         if any(chat_said) and not all(chat_said):
-            raise ValueError("The recordings need what they say each, or none: pass the others by themselves.")
+            raise ValueError("Either all recordings of a batch need a text, or none: pass the others by themselves.")
         return [part[1] for part in parts], chat_said if any(chat_said) else said
 
     def _process_recordings(self, clips: list[Any], sampling_rate: int | None) -> dict[str, torch.Tensor]:
@@ -311,12 +349,12 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
             name = "`audio`" if len(clips) == 1 else f"`audio[{item}]`"
             if len(waveform) < _MIN_REFERENCE_S * rate:
                 raise ValueError(
-                    f"{name} lasts {len(waveform) / rate:.2f} s, too short to show a voice: at least {_MIN_REFERENCE_S} s "
+                    f"{name} lasts {len(waveform) / rate:.2f} s, too short for a voice: at least {_MIN_REFERENCE_S} s "
                     "are needed, and 3 to 15 s are best."
                 )
             if np.abs(waveform).max() < _MIN_REFERENCE_PEAK:
                 raise ValueError(f"{name} is silent (its peak is below {_MIN_REFERENCE_PEAK}): pass one with speech.")
-        # Two dimensions, so that pipelines can pad it like text.
+        # Two dimensions, so that pipelines can pad the recordings like texts.
         inputs["input_values"] = inputs["input_values"][:, 0]
         if self.mel_extractor is not None:
             mel_rate = self.mel_extractor.sampling_rate
@@ -366,7 +404,7 @@ def _prepare_reference(text: str, language: str, phonemes: bool) -> str:
     try:
         return prepare_text(text, language, phonemes=phonemes)
     except ValueError as error:
-        raise ValueError(f"`reference_text` must say what is heard in `audio`, got {text!r}.") from error
+        raise ValueError(f"`reference_text` must be what `audio` says, got {text!r}.") from error
 
 
 __all__ = ["FlexiCodecTTSProcessor"]

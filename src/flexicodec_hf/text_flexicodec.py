@@ -1,14 +1,21 @@
-"""The text front end of FlexiCodec-TTS: text -> phonemes -> ids, with the language token in front.
+"""
+The text front end of FlexiCodec-TTS: long text -> pieces, and each piece -> phonemes -> ids, after
+a language token.
 
-English is spoken from phonemes and every other language from its plain text. Whisper's BPE is poor at IPA, so a
-substitution table first brings the phonemes closer to letters that it knows.
+English is spoken from phonemes, every other language from its plain text. Whisper's BPE splits IPA
+into many tokens, so a substitution table first replaces phonemes by letters that it knows. A long
+text is split into pieces of a sentence or a few. Where it is unclear whether a full stop ends a
+sentence, it does not: a piece that is longer than necessary is spoken well, half a sentence is not.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -33,33 +40,75 @@ PHONEME_SUBSTITUTIONS = {
     "ᵻ": "i",
     "ɜ": "ə",
 }
-"""IPA -> the letters that the released model was trained on; α ι υ ρ ε ο ψ τ are Greek."""
+"""
+IPA -> the letters that the released model was trained on; α ι υ ρ ε ο ψ τ are Greek (flexicodec
+0.1.2, ar_tts/utils/g2p_phonemizer.py, lines 12-28).
+"""
 
 _SUBSTITUTE = str.maketrans(PHONEME_SUBSTITUTIONS)
 # espeak-ng keeps its state in globals: one call at a time.
 _ESPEAK_LOCK = threading.Lock()
 
+Span = tuple[int, int]
+"""Start and end of a part of the text."""
+
+MAX_PIECE_LENGTH = 200
+"""About 13 seconds of speech."""
+
+# After these, a full stop belongs to the word, in any language that has them. Single letters and
+# words with a full stop inside ("J.", "z. B.", "e.g.", "U.S.") need no entry.
+_ABBREVIATIONS = """
+    mr mrs ms dr prof st mt rev hon gen col capt lt sgt maj cmdr gov sen rep pres supt messrs mmes jr sr esq ed eds vs
+    viz cf approx dept univ inc ltd corp co ave blvd rd hwy tel ext
+    bzw usw ca evtl ggf inkl zzgl vgl hr hrn fr frl jh jhd mio mrd tsd sog geb gest verh dipl ing
+    mme mlle mm sra srta dña dra ud uds vd vds avda dott sig sigg sigra ecc prov gent bijv enz dhr mevr mw drs mej env
+    tél éd г гг ул д кв т им проф акад руб коп тыс млн млрд др пр
+"""
+# After these, only where a number follows: "no. 5", "Jan. 3".
+_NUMBERED = """
+    no nos nr num núm vol vols fig figs eq eqs ch chap cap sec pp pag pág págs blz abs abb bd str art arts av min max
+    jan feb mar apr jun jul aug sept sep oct okt nov dec dez см стр рис табл
+"""
+# Where an ordinal number is written with a full stop: "am 3. Mai".
+_ORDINAL_STOP = "bs cs da de et fi fo hr hu is lb lv nn no pl sk sl sr tr"
+
+_ENDS = ".!?…。！？｡．؟۔।॥։።။"
+# These end a sentence without a space after them.
+_WIDE_ENDS = "。！？｡．"
+_CLOSERS = "\"'”’»›)]}」』）】》〉〗〕"
+# French puts a space before the closing quotation mark.
+_SENTENCE_END = re.compile(rf"([{re.escape(_ENDS)}]+)(?:\s»|[{re.escape(_CLOSERS)}])*")
+_PARAGRAPH_END = re.compile(r"\s*\n\s*\n\s*|[\f\v\u2028\u2029]+")
+# How far the word after a full stop may be.
+_LOOK_AHEAD = 40
+# Places to breathe inside a sentence. A dash has spaces on both sides, or is long.
+_CLAUSE_END = re.compile(rf"[,;:،؛][{re.escape(_CLOSERS)}]*(?=\s)|[，、；：]|(?<=\s)[–—-]+(?=\s)|—")
+
 
 def encode_text(
     tokenizer: Any, text: str, language: str = "en", reference_text: str | None = None, phonemes: bool = True
 ) -> list[int]:
-    """Ids that the text-to-speech model reads: `[language token] + BPE(text)`, without start and end tokens.
+    """
+    Ids that the text-to-speech model reads: `[language token] + BPE(text)`, without start and end
+    tokens.
 
-    Special tokens spelt out in the text, such as `<|endoftext|>`, are read as plain characters.
+    Special tokens that are written in the text, such as `<|endoftext|>`, are read as plain characters.
 
     Args:
-        tokenizer: The tokenizer of the repository: a fast tokenizer with Whisper's multilingual vocabulary.
+        tokenizer: The tokenizer of the repository: a fast tokenizer with Whisper's multilingual
+            vocabulary.
         text: What to say.
         language: Whisper's code of the language of `text`, such as `"en"` or `"zh"`.
         reference_text: What the reference audio says; it goes in front of `text`.
-        phonemes: Whether English is spoken from phonemes, as the released model expects. Needs the `[tts]` extra.
+        phonemes: Whether English is spoken from phonemes, as the released model expects. Needs the
+            `[tts]` extra.
 
     Returns:
         The ids, a list of `int`.
 
     Raises:
         ValueError: Nothing in `text` can be spoken, or the tokenizer has no token for `language`.
-        ImportError: Phonemes are asked for, and the `[tts]` extra is not installed.
+        ImportError: Phonemes are requested, and the `[tts]` extra is not installed.
     """
     prefix = language_token_id(tokenizer, language)
     prepared = prepare_text(text, language, reference_text, phonemes)
@@ -67,9 +116,20 @@ def encode_text(
 
 
 def prepare_text(text: str, language: str = "en", reference_text: str | None = None, phonemes: bool = True) -> str:
-    """The characters that are tokenized: `"<reference text>, <text>"`, in phonemes when the language is English.
+    """
+    The characters that are tokenized: `"<reference text>, <text>"`, in phonemes if the language is
+    English.
 
-    Arguments and errors as in `encode_text`.
+    Args:
+        text: What to say.
+        language: Whisper's code of the language of `text`, such as `"en"` or `"zh"`.
+        reference_text: What the reference audio says; it goes in front of `text`.
+        phonemes: Whether English is spoken from phonemes, as the released model expects. Needs the
+            `[tts]` extra.
+
+    Raises:
+        ValueError: Nothing in `text` can be spoken.
+        ImportError: Phonemes are requested, and the `[tts]` extra is not installed.
     """
     spell = phonemize if phonemes and language == "en" else str
     spelled = spell(text)
@@ -79,15 +139,17 @@ def prepare_text(text: str, language: str = "en", reference_text: str | None = N
 
 
 def phonemize(text: str) -> str:
-    """English text in the phonemes of the released model: espeak-ng's `en-us` IPA without stress, with punctuation
-    kept and `PHONEME_SUBSTITUTIONS` applied.
+    """
+    English text in the phonemes of the released model: espeak-ng's `en-us` IPA without stress, with
+    punctuation and with `PHONEME_SUBSTITUTIONS`.
 
-    The espeak-ng that phonemizer finds is used (`PHONEMIZER_ESPEAK_LIBRARY`, or the system's), and the one inside
-    espeakng-loader where none loads. Versions disagree now and then: in "10:45", 1.51 says `fo~rτi` with a Latin o,
-    1.52 with a Greek one.
+    Uses the espeak-ng that phonemizer finds (`PHONEMIZER_ESPEAK_LIBRARY`, or the system's), or the
+    one inside espeakng-loader if none loads. Versions differ now and then: in "10:45", 1.51 gives
+    `fo~rτi` with a Latin o, 1.52 with a Greek one.
 
     Args:
-        text: English text. `^` is read as an apostrophe.
+        text: English text. `^` is read as an apostrophe (flexicodec 0.1.2,
+            ar_tts/utils/g2p_phonemizer.py, line 44).
 
     Returns:
         The phonemes; an empty string when nothing in `text` makes a sound.
@@ -96,7 +158,7 @@ def phonemize(text: str) -> str:
         ImportError: The `[tts]` extra is not installed.
         RuntimeError: `PHONEMIZER_ESPEAK_LIBRARY` names a library that does not load.
     """
-    # A C string would end at the first NUL.
+    # A C string ends at the first NUL.
     text = text.replace("^", "'").replace("\0", " ")
     with _ESPEAK_LOCK:
         lines = _espeak().phonemize([text])
@@ -104,7 +166,15 @@ def phonemize(text: str) -> str:
 
 
 def language_token_id(tokenizer: Any, language: str) -> int:
-    """Id of `<|language|>`; a `ValueError` lists the languages of the tokenizer when there is no such token."""
+    """Id of the token `<|language|>`.
+
+    Args:
+        tokenizer: A tokenizer with Whisper's multilingual vocabulary.
+        language: Whisper's code, such as `"en"` or `"zh"`.
+
+    Raises:
+        ValueError: The tokenizer has no such token. The message lists those that it has.
+    """
     ids = dict(zip(LANGUAGES, tokenizer.convert_tokens_to_ids([f"<|{code}|>" for code in LANGUAGES]), strict=True))
     known = {code: token for code, token in ids.items() if token not in (None, tokenizer.unk_token_id)}
     if language not in known:
@@ -149,3 +219,150 @@ def _loads(wrapper: Any) -> bool:
             raise
         return False
     return True
+
+
+def split_text(text: str, max_length: int = MAX_PIECE_LENGTH, language: str = "en") -> list[str]:
+    """
+    Split a text into pieces to speak: sentences, the long ones cut at clauses, the short ones
+    together with others.
+
+    No character is lost but white space, of which a single space remains inside a piece. Every
+    piece has a letter or a digit if the text has one.
+
+    Args:
+        text: Any text. An empty line ends a sentence, as a paragraph does; a single line break is a
+            space.
+        max_length: How long a piece may be, in characters; an East Asian one counts for three,
+            since it takes that much longer to say. Only marks without a letter or digit of their
+            own can make a piece longer.
+        language: Whisper's code of the text's language. It decides what a full stop after a number
+            means.
+
+    Returns:
+        The pieces, in order; an empty list for a text of white space.
+
+    Raises:
+        ValueError: `max_length` is less than 12.
+    """
+    if max_length < 12:
+        raise ValueError(f"`max_length` must be at least 12 characters, got {max_length}.")
+    ends = [(match.start(), match.end()) for match in _PARAGRAPH_END.finditer(text)]
+    spans: list[Span] = []
+    for start, end in zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(text)], strict=True):
+        parts = [
+            part
+            for sentence in _sentences(text, (start, end), language)
+            for part in _cut(text, _stripped(text, sentence), max_length)
+        ]
+        spans += _with_neighbours(text, parts, max_length)
+    return [" ".join(text[start:end].split()) for start, end in _with_marks(text, spans)]
+
+
+def _sentences(text: str, paragraph: Span, language: str) -> Iterator[Span]:
+    start, end = paragraph
+    for match in _SENTENCE_END.finditer(text, start, end):
+        if _ends_sentence(text[start : match.start()], match[1], text[match.end() : end][:_LOOK_AHEAD], language):
+            yield start, match.end()
+            start = match.end()
+    yield start, end
+
+
+def _ends_sentence(before: str, marks: str, following: str, language: str) -> bool:
+    if any(mark in _WIDE_ENDS for mark in marks) or not following:
+        return True
+    if not following[0].isspace():
+        return False
+    first = next((character for character in following if character.isalnum()), "")
+    if first.islower():  # He asked "Why?" and left. Wait... what?
+        return False
+    if marks != ".":
+        return True
+    words = before.split()
+    word = words[-1].lstrip("\"'“‘«([„¿¡").lower() if words else ""
+    if word.isdigit():
+        # "It was in 1815. He left." has two sentences even where ordinals have a full stop.
+        return language not in _ORDINAL_STOP.split() or len(word) > 2
+    if word in _NUMBERED.split():
+        return not first.isdigit()
+    return not (word in _ABBREVIATIONS.split() or len(word) == 1 or "." in word)
+
+
+def _length(text: str, span: Span) -> int:
+    return sum(3 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text[slice(*span)])
+
+
+def _stripped(text: str, span: Span) -> Span:
+    start, end = span
+    part = text[start:end]
+    return start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
+
+
+def _cut(text: str, sentence: Span, max_length: int) -> list[Span]:
+    """
+    Nothing, or halves, quarters ... until each fits: cut at a clause unless one is much shorter,
+    else at a word.
+    """
+    start, end = sentence
+    if start >= end:
+        return []
+    if _length(text, sentence) <= max_length:
+        return [sentence]
+    quarter = (end - start) // 4
+    clauses = [match.end() for match in _CLAUSE_END.finditer(text, start, end)]
+    places = (
+        [place for place in clauses if start + quarter <= place <= end - quarter]
+        or [place for place in range(start + 1, end) if text[place].isspace()]
+        or [place for place in range(start + 1, end) if not unicodedata.combining(text[place])]
+        or [end]
+    )
+    place = min(places, key=lambda place: abs(place - (start + end) / 2))
+    if place == end:
+        return [sentence]
+    halves = ((start, place), (place, end))
+    return [part for half in halves for part in _cut(text, _stripped(text, half), max_length)]
+
+
+def _with_neighbours(text: str, parts: list[Span], max_length: int) -> list[Span]:
+    """
+    A part shorter than a quarter of a piece goes with the next, or the last: a lone word is spoken
+    badly.
+    """
+    spans: list[Span] = []
+    for index, part in enumerate(parts):
+        joined = (spans[-1][0], part[1]) if spans else part
+        candidates = [*spans[-1:], part] if index == len(parts) - 1 else spans[-1:]
+        is_short = any(_length(text, span) < max_length // 4 for span in candidates)
+        if spans and is_short and _length(text, joined) <= max_length:
+            spans[-1] = joined
+        else:
+            spans.append(part)
+    return spans
+
+
+def _with_marks(text: str, spans: list[Span]) -> list[Span]:
+    """
+    What cannot be spoken alone, such as a line of asterisks, goes with what is before it, or with
+    the first piece.
+    """
+    result: list[Span] = []
+    for span in spans:
+        if result and not (_speakable(text, span) and _speakable(text, result[-1])):
+            result[-1] = (result[-1][0], span[1])
+        else:
+            result.append(span)
+    return result
+
+
+def _speakable(text: str, span: Span) -> bool:
+    return any(map(str.isalnum, text[slice(*span)]))
+
+
+__all__ = [
+    "MAX_PIECE_LENGTH",
+    "PHONEME_SUBSTITUTIONS",
+    "encode_text",
+    "language_token_id",
+    "phonemize",
+    "prepare_text",
+    "split_text",
+]

@@ -1,4 +1,7 @@
-"""A voice to speak with: the tokens and the mel or latents of a short recording, encoded once and used again."""
+"""
+A voice to speak with: tokens and mel spectrogram (or latents) of a short recording, encoded once
+and used again.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,25 @@ from torch import Tensor
 @dataclass
 class FlexiCodecVoice:
     """
-    What [`FlexiCodecForTextToSpeech`] keeps of a recording to speak with its voice, on the CPU.
+    A voice of [`FlexiCodecForTextToSpeech`], encoded from a recording by its `encode_voice`. All
+    tensors are on the CPU.
 
-    Made by [`FlexiCodecForTextToSpeech.encode_voice`]. A voice belongs to the codec that made it: another codec's tokens
-    mean something else.
+    A voice works with the codec that made it: the tokens of another codec mean something else.
 
     Args:
         tokens (`dict[float, tuple[Tensor, Tensor]]`):
-            For each merging threshold, the semantic codes and the token lengths in codec frames, both
-            `torch.LongTensor` of shape `(num_tokens,)`.
+            For each merging threshold, the semantic codes and the token lengths in codec frames,
+            both `torch.LongTensor` of shape `(num_tokens,)`.
         mel (`torch.FloatTensor` of shape `(num_frames, num_mel_bins)`, *optional*):
-            What the flow-matching stage imitates: the normalised log mel spectrogram at 50 Hz or, where that stage makes
-            latents, the codec's decoder latents at 12.5 Hz with nothing merged.
+            What the Voicebox imitates: the normalized log mel spectrogram at 50 Hz, or the codec's
+            decoder latents at 12.5 Hz (without merging) if the Voicebox predicts latents.
         text_ids (`torch.LongTensor` of shape `(num_ids,)`, *optional*):
-            Ids of what the recording says, ready to stand in front of the ids of a text. Without them the tokens alone
-            go in front: less clear to the model, and the words of the recording may leak into the speech.
+            Ids of what the recording says, which go in front of the ids of a text. Without them,
+            only the tokens go in front: speech is less clear, and words of the recording may leak
+            into it.
         metadata (`dict[str, str]`):
-            Anything worth keeping beside it: `"text"` (what the recording says), `"name"`, `"license"`, ...
+            Anything worth storing with the voice: `"text"` (what the recording says), `"name"`,
+            `"license"`, ...
 
     Example:
 
@@ -54,7 +59,11 @@ class FlexiCodecVoice:
 
     def tokens_at(self, merging_threshold: float) -> tuple[Tensor, Tensor]:
         """
-        The codes and token lengths at a merging threshold.
+        The tokens at a merging threshold.
+
+        Returns:
+            Semantic codes and token lengths in codec frames, both `torch.LongTensor` of shape
+            `(num_tokens,)`.
 
         Raises:
             ValueError: The voice was not encoded at this threshold.
@@ -63,12 +72,14 @@ class FlexiCodecVoice:
             if math.isclose(threshold, merging_threshold, abs_tol=1e-6):
                 return tokens
         raise ValueError(
-            f"The voice has no tokens at `merging_threshold`={merging_threshold}, only at {sorted(self.tokens)}: encode it "
-            f"again with `model.encode_voice(..., merging_thresholds=[{merging_threshold}])`."
+            f"The voice has no tokens at `merging_threshold`={merging_threshold}, only at {sorted(self.tokens)}: "
+            f"encode it again with `model.encode_voice(..., merging_thresholds=[{merging_threshold}])`."
         )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the voice to a `.safetensors` file (about 25 kB for each second of the recording)."""
+        """
+        Write the voice to a `.safetensors` file (about 25 kB for each second of the recording).
+        """
         tensors = {}
         for threshold, (codes, lengths) in self.tokens.items():
             tensors[f"audio_codes/{threshold}"] = codes.to("cpu", torch.int32).contiguous()

@@ -36,12 +36,16 @@ def usage_error(args: argparse.Namespace, message: str) -> NoReturn:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn errors of files and the `ValueError` classes of this package, for users, into [`CommandError`]."""
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """
+    Turn what a user can correct into [`CommandError`]: errors of files, the `ValueError` classes of
+    this package, and `kinds`.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] == __name__.split(".")[0]:
+    except Exception as error:
+        ours = isinstance(error, ValueError) and type(error).__module__.split(".")[0] == __name__.split(".")[0]
+        if ours or isinstance(error, (OSError, *kinds)):
             raise CommandError(error) from error
         raise  # a fault of the program
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-from collections.abc import Callable
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +14,10 @@ from .common import DTYPES, RELEASED_REPO, CommandError, text_beside, usage_erro
 
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.download import ReleasedFiles
     from ..conversion.repository import Part, VoiceSource
 
-# Where the parts go, below the output directory; all of them become one model in `tts` if all are there. The codec of a
-# text-to-speech file is an older one, with other weights than the codec's own file.
-TTS_DIR = Path("tts")
-PARTS = AR_DIR, VOICEBOX_DIR, VOCODER_DIR, TTS_CODEC_DIR = tuple(
-    TTS_DIR / name for name in ("ar", "voicebox", "vocoder", "codec")
-)
-# What decides the result.
-SOURCES = (
-    *("codec", "codec_config", "semantic", "ar", "ar_config", "nar", "nar_config", "vocoder", "vocoder_config"),
-    *("tts_codec", "tts_codec_config", "tokenizer"),
-)
-
+# Options that go with one of others only.
 NEEDED = {
     "codec_config": ("codec", "repo"),
     "semantic_repo": ("repo",),
@@ -51,8 +39,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="released files to a directory for from_pretrained",
-        description="Convert the released files to a repository that `from_pretrained` loads, and that can go to the Hub: "
-        "the codec at its root, and the text-to-speech system. An interrupted conversion goes on where it stopped.",
+        description="Convert the released files to a repository that `from_pretrained` loads, and that can go to the "
+        "Hub: the codec at its root, and the text-to-speech system. An interrupted conversion continues where it "
+        "stopped.",
     )
     parser.add_argument(
         "--repo",
@@ -76,9 +65,9 @@ def add_commands(commands: Any) -> None:
     )
     tts = parser.add_argument_group(
         "text-to-speech",
-        f"With the codec, --ar, --nar, --vocoder and --tokenizer, or with --repo: the whole system, to {TTS_DIR}. With "
-        f"some of them, models of their own, to {AR_DIR}, {VOICEBOX_DIR} and {VOCODER_DIR}; the codec in --ar or --nar to "
-        f"{TTS_CODEC_DIR}.",
+        "With the codec, --ar, --nar, --vocoder and --tokenizer, or with --repo: the whole system, to tts. With some "
+        "of them, models of their own, to tts/ar, tts/voicebox and tts/vocoder; the codec in --ar or --nar to "
+        "tts/codec.",
     )
     for option, name in (("ar", "autoregressive"), ("nar", "Voicebox"), ("vocoder", "vocoder")):
         tts.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"the {name} model, .safetensors or .pt")
@@ -110,8 +99,9 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE[:TEXT]",
-        help="a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: what is in the .txt "
-        "file beside it). May be repeated; the first one, or the one named default, speaks when a call names none",
+        help="a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: the text in the "
+        ".txt file beside it). May be repeated; the first one, or the one named default, speaks when a call names "
+        "none",
     )
     parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
@@ -129,42 +119,29 @@ def add_commands(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit status."""
-    for option, needed in NEEDED.items():
-        if getattr(args, option) is not None and all(getattr(args, other) is None for other in needed):
-            names = " or ".join(f"--{other.replace('_', '-')}" for other in needed)
-            usage_error(args, f"argument --{option.replace('_', '-')}: goes with {names}")
-    parts = ("codec", "repo", "ar", "nar", "vocoder", "tokenizer", "push_to_hub")
-    if all(getattr(args, part) is None for part in parts):
-        usage_error(args, "nothing to convert: pass --codec, --repo, --ar, --nar, --vocoder or --tokenizer")
-    if args.push_to_hub is not None:
-        try:
-            validate_repo_id(args.push_to_hub)
-        except ValueError as error:
-            usage_error(args, f"argument --push-to-hub: {error}")
-    from ..conversion.checkpoint import CheckpointError
-    from ..conversion.progress import Progress
-    from ..conversion.repository import list_parts, push, write_card
+    """Convert, and upload if asked to; returns the exit status."""
+    _check_arguments(args)
+    import torch
 
+    from ..conversion.checkpoint import CheckpointError
+    from ..conversion.download import ReleasedFiles
+    from ..conversion.progress import Progress
+    from ..conversion.repository import convert_release, list_parts, push, write_card
+
+    files = ReleasedFiles(**{field.name: getattr(args, field.name) for field in fields(ReleasedFiles)})
     try:
         voices = [_voice(args, voice) for voice in args.voice]
         if args.repo is not None:
-            _fetch(args)
-        args.whole = None not in (args.codec, args.ar, args.nar, args.vocoder, args.tokenizer)
-        if voices and not args.whole:
+            _fetch(args, files)
+        if voices and not files.is_whole:
             usage_error(args, "argument --voice: goes with the whole text-to-speech system, such as from --repo")
         progress = Progress(args.output_dir, args.overwrite)
-        if args.whole:
-            _convert_whole(args, progress, voices)
-        else:
-            _convert_codec(args, progress)
-            _convert_tts_parts(args, progress)
-            if args.tokenizer is not None:
-                _tokenizer(args).save_pretrained(args.output_dir / AR_DIR)
-        if args.codec is not None:
-            write_card(args.output_dir, "tts" if args.whole else "codec", args.push_to_hub, args.overwrite)
-        if args.nar is not None and not args.whole:
-            write_card(args.output_dir / VOICEBOX_DIR, "voicebox", overwrite=args.overwrite)
+        convert_release(files, args.output_dir, progress, voices, getattr(torch, args.dtype), args.allow_partial)
+        if files.codec is not None:
+            card = "tts" if files.is_whole else "codec"
+            write_card(args.output_dir, card, args.push_to_hub, args.overwrite)
+        if files.nar is not None and not files.is_whole:
+            write_card(args.output_dir / "tts" / "voicebox", "voicebox", overwrite=args.overwrite)
         models = list_parts(args.output_dir)
         if models:
             _print_table(models)
@@ -174,140 +151,44 @@ def run(args: argparse.Namespace) -> int:
             print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
         progress.finish()
     except CheckpointError as error:
-        raise CommandError(error) from error
+        raise CommandError(_with_options(str(error))) from error
     return 0
 
 
-def _fetch(args: argparse.Namespace) -> None:
-    """Fill in what `--repo` has of what was not given."""
-    from ..conversion import download
-    from ..conversion.checkpoint import CheckpointError
-    from ..conversion.tokenizer import DEFAULT_SOURCE
-
-    if args.codec is None:
-        args.codec = download.fetch(args.repo, download.CODEC_FILE)
-        args.codec_config = args.codec_config or download.fetch(args.repo, download.CODEC_CONFIG_FILE)
-    codecs = [args.codec]
-    if not args.no_tts:
+def _check_arguments(args: argparse.Namespace) -> None:
+    for option, needed in NEEDED.items():
+        if getattr(args, option) is not None and all(getattr(args, other) is None for other in needed):
+            names = " or ".join(map(_option, needed))
+            usage_error(args, f"argument {_option(option)}: goes with {names}")
+    parts = ("codec", "repo", "ar", "nar", "vocoder", "tokenizer", "push_to_hub")
+    if all(getattr(args, part) is None for part in parts):
+        usage_error(args, "nothing to convert: pass --codec, --repo, --ar, --nar, --vocoder or --tokenizer")
+    if args.push_to_hub is not None:
         try:
-            args.ar = args.ar or download.fetch(args.repo, download.AR_FILE)
-            args.nar = args.nar or download.fetch(args.repo, download.NAR_FILE)
-            if args.tts_codec is None and not any(map(download.has_codec, (args.ar, args.nar))):
-                args.tts_codec = download.fetch(args.repo, download.TTS_CODEC_FILE)
-            if args.vocoder is None:
-                here = Path(args.repo) / download.VOCODER_FILE
-                repo = args.vocoder_repo or download.VOCODER_REPO
-                args.vocoder = here if here.is_file() else download.fetch(repo, download.VOCODER_FILE)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} Pass --no-tts to convert the codec alone.") from error
-        args.tokenizer = args.tokenizer or DEFAULT_SOURCE
-        codecs.append(_tts_codec(args))
-    if args.semantic is None and not all(map(download.has_semantic_encoder, codecs)):
-        args.semantic = download.fetch(args.semantic_repo or download.SEMANTIC_REPO, download.SEMANTIC_FILE)
+            validate_repo_id(args.push_to_hub)
+        except ValueError as error:
+            usage_error(args, f"argument --push-to-hub: {error}")
 
 
-def _tts_codec(args: argparse.Namespace) -> Path | None:
-    """The file with the codec that the text-to-speech models were trained with; both of theirs carry it."""
-    from ..conversion.download import has_codec
-
-    if args.tts_codec is not None:
-        return args.tts_codec
-    return next((source for source in (args.ar, args.nar) if source is not None and has_codec(source)), None)
+def _option(argument: str) -> str:
+    return f"--{argument.replace('_', '-')}"
 
 
-def _convert_codec(args: argparse.Namespace, progress: Progress) -> None:
-    from ..conversion.codec import convert_codec
-
-    def convert(directory: Path) -> None:
-        convert_codec(args.codec, directory, args.codec_config, args.semantic, **_options(args))
-
-    if args.codec is not None:
-        _convert(args, progress, "codec", Path(), [args.codec, args.codec_config, args.semantic], convert)
+def _with_options(message: str) -> str:
+    """An error of a function with the options in place of the function's arguments."""
+    names = r"`(allow_partial|overwrite|semantic|tts_codec)(?:=True)?`"
+    return re.sub(names, lambda match: _option(match[1]), message)
 
 
-def _convert_tts_parts(args: argparse.Namespace, progress: Progress) -> None:
-    """The models of the text-to-speech system, each to a directory of its own."""
-    from ..conversion.ar import convert_ar
-    from ..conversion.codec import convert_codec
-    from ..conversion.nar import convert_vocoder, convert_voicebox
-
-    def converter(function: Callable[..., Any], source: Path, config: Any) -> Callable[[Path], Any]:
-        return lambda directory: function(source, directory, config, **_options(args))
-
-    for name, directory, function, source, config in (
-        ("autoregressive model", AR_DIR, convert_ar, args.ar, args.ar_config),
-        ("Voicebox model", VOICEBOX_DIR, convert_voicebox, args.nar, args.nar_config),
-        ("vocoder", VOCODER_DIR, convert_vocoder, args.vocoder, args.vocoder_config),
-    ):
-        if source is not None:
-            _convert(
-                args, progress, name, directory, [source, config], converter(function, source, _read_json(config))
-            )
-    if (source := _tts_codec(args)) is not None:
-        _convert(
-            args,
-            progress,
-            "codec of the text-to-speech models",
-            TTS_CODEC_DIR,
-            [source, args.tts_codec_config, args.semantic],
-            lambda directory: convert_codec(source, directory, args.tts_codec_config, args.semantic, **_options(args)),
-        )
-
-
-def _convert_whole(args: argparse.Namespace, progress: Progress, voices: list[VoiceSource]) -> None:
-    """Codec and text-to-speech system as one repository."""
-    from ..conversion.repository import assemble
-
-    if _tts_codec(args) is None:
-        usage_error(args, "neither --ar nor --nar carries the codec of the text-to-speech models: pass --tts-codec")
-    sources = [getattr(args, name) for name in SOURCES] + [str(_options(args))]
-    sources += [part for voice in voices for part in (voice.name, voice.audio, voice.text)]
-    _convert_codec(args, progress)
-    name, result = "text-to-speech system", args.output_dir / TTS_DIR / "model.safetensors"
-    if not progress.is_done(name, result, sources):
-        tokenizer = _tokenizer(args)  # the quickest thing that can fail
-        _convert_tts_parts(args, progress)
-        parts = {directory.name: args.output_dir / directory for directory in PARTS}
-        with progress.making(name, result, sources):
-            assemble(args.output_dir, args.output_dir, parts, tokenizer, voices, _options(args)["dtype"])
-    for directory in PARTS:
-        shutil.rmtree(args.output_dir / directory, ignore_errors=True)
-    print(
-        f"{args.output_dir}: text-to-speech; load it with pipeline('text-to-speech', model={str(args.output_dir)!r})."
-    )
-
-
-def _convert(
-    args: argparse.Namespace,
-    progress: Progress,
-    name: str,
-    part: Path,
-    sources: list[Any],
-    convert: Callable[[Path], Any],
-) -> None:
-    """One model, unless an interrupted conversion did it."""
-    directory = args.output_dir / part
-    sources = [*sources, str(_options(args))]
-    result = directory / "model.safetensors"
-    if progress.is_done(name, result, sources):
-        print(f"{directory}: {name}, done before.")
-        return
-    with progress.making(name, result, sources):
-        convert(directory)
-    if args.whole and part != Path():
-        print(f"{directory}: {name}.")
-        return
-    loader = "AutoModelForCausalLM" if part == AR_DIR else "AutoModel"
-    print(f"{directory}: {name}, {args.dtype}; load it with {loader}.from_pretrained({str(directory)!r}).")
-
-
-def _tokenizer(args: argparse.Namespace) -> Any:
-    from ..conversion.tokenizer import build_tokenizer
+def _fetch(args: argparse.Namespace, files: ReleasedFiles) -> None:
+    from ..conversion.checkpoint import CheckpointError
 
     try:
-        return build_tokenizer(args.tokenizer)
-    except (OSError, ValueError) as error:
-        raise CommandError(error) from error
+        files.fetch(args.repo, not args.no_tts, args.vocoder_repo, args.semantic_repo)
+    except CheckpointError as error:
+        codec_alone_works = not args.no_tts and files.codec is not None and not files.is_whole
+        hint = " Pass --no-tts to convert the codec alone." if codec_alone_works else ""
+        raise CommandError(f"{error}{hint}") from error
 
 
 def _voice(args: argparse.Namespace, voice: str) -> VoiceSource:
@@ -328,21 +209,6 @@ def _voice(args: argparse.Namespace, voice: str) -> VoiceSource:
         raise
     except ValueError as error:
         usage_error(args, f"argument --voice: {error}")
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    return {"dtype": getattr(torch, args.dtype), "allow_partial": args.allow_partial}
-
-
-def _read_json(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CommandError(f"{path} is no JSON: {error}.") from error
 
 
 def _print_table(parts: list[Part]) -> None:

@@ -1,10 +1,9 @@
-"""`evaluate`: measure the codec or text-to-speech on a data set."""
+"""`evaluate`: measure the codec or text-to-speech on a dataset."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,126 +23,63 @@ from .speak import load_speaker
 
 
 if TYPE_CHECKING:
-    from ..evaluation import Judge, System
+    from ..evaluation.methods import Method
+    from ..evaluation.run import Evaluator
 
-# What decides the results: the results in a directory all have the same.
-_SETTINGS = (
-    "task",
-    "model",
-    "data",
-    "config_name",
-    "split",
-    "audio_column",
-    "text_column",
-    "asr",
-    "language",
-    "normalizer",
-    "speaker_model",
-    "chunk_length_s",
-    "seed",
-    "dtype",
-)
+# What decides the results: all results in a directory have the same.
+_DATA_SETTINGS = ("config_name", "split", "audio_column", "text_column")
+_MEASURE_SETTINGS = ("asr", "language", "normalizer", "speaker_model")
+_SETTINGS = ("task", "model", "data", *_DATA_SETTINGS, *_MEASURE_SETTINGS, "chunk_length_s", "seed", "dtype")
 
 
 def add_commands(commands: Any) -> None:
     """Add the command to what `add_subparsers` returned."""
     parser = commands.add_parser(
         "evaluate",
-        help="measure the codec or text-to-speech on a data set",
-        description="Measure what the codec keeps of recordings (or how text-to-speech speaks their texts): error rates, "
-        "quality, rates, speed. `accelerate launch -m flexicodec_hf.cli evaluate ...` does it in several processes.",
+        help="measure the codec or text-to-speech on a dataset",
+        description="Measure how well the codec reconstructs recordings, or how well text-to-speech speaks texts: "
+        "error rates, quality, speed. `accelerate launch -m flexicodec_hf.cli evaluate ...` uses more processes.",
     )
-    parser.add_argument("model", metavar="MODEL", help="what to measure, a Hub id or a directory")
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="folder of audio with metadata.jsonl, metadata.csv or a .txt beside each file; a .jsonl or .csv; an audio "
-        "file; or a data set of `datasets`, a Hub id or local",
-    )
-    parser.add_argument(
-        "--task", default="codec", choices=("codec", "tts"), help="reconstruct the audio, or speak the texts"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model to measure, a Hub id or a directory")
+    add("data", metavar="DATA", help="folder or file of audio, table (.jsonl, .csv), or dataset (Hub id or directory)")
+    add("--task", default="codec", choices=("codec", "tts"), help="reconstruct the audio, or speak the texts")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--config-name", metavar="NAME", help="configuration of a data set on the Hub")
-    group.add_argument("--split", metavar="NAME", help="split of a data set (default: test, or the only one)")
-    group.add_argument("--streaming", action="store_true", help="do not download the data set first")
-    group.add_argument(
-        "--audio-column", metavar="NAME", help="default: audio, file_name, path, file or audio_filepath"
-    )
-    group.add_argument(
-        "--text-column", metavar="NAME", help="default: text, transcription, transcript, sentence or normalized_text"
-    )
-    group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N clips")
+    add = parser.add_argument_group("data").add_argument
+    add("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
+    add("--split", metavar="NAME", help="split of a dataset (default: test, or the only one)")
+    add("--streaming", action="store_true", help="do not download the dataset first")
+    add("--audio-column", metavar="NAME", help="default: audio, file_name, path, file or audio_filepath")
+    add("--text-column", metavar="NAME", help="default: text, transcription, transcript, sentence, ...")
+    add("--limit", type=positive_int, metavar="N", help="only the first N clips")
 
-    group = parser.add_argument_group("settings of the codec, each measured")
-    group.add_argument(
-        "--merging-thresholds", type=cosine, nargs="+", default=[], metavar="X", help="default: the model's"
-    )
-    group.add_argument(
-        "--target-frame-rates", type=float, nargs="+", default=[], metavar="HZ", help="tokens per second"
-    )
-    group.add_argument(
-        "--fixed-frame-rates",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="HZ",
-        help="for comparison, tokens of even length, so many a second, instead of merging by similarity",
-    )
-    group.add_argument(
-        "--num-quantizers",
-        type=positive_int,
-        nargs="+",
-        default=[None],
-        metavar="N",
-        help="rows of codes (default: all)",
-    )
-    group.add_argument(
-        "--chunk-length-s",
-        type=not_negative,
-        default=30.0,
-        metavar="S",
-        help="process clips longer than twice this in chunks of so many seconds; 0 never does (default: 30)",
-    )
+    add = parser.add_argument_group("settings of the codec, each of which is measured").add_argument
+    for name, kind, metavar, help in (
+        ("--merging-thresholds", cosine, "X", "default: the model's"),
+        ("--target-frame-rates", float, "HZ", "tokens per second"),
+        ("--fixed-frame-rates", float, "HZ", "for comparison, tokens of even length instead of merging by similarity"),
+    ):
+        add(name, type=kind, nargs="+", default=[], metavar=metavar, help=help)
+    add("--num-quantizers", type=positive_int, nargs="+", default=[None], metavar="N", help="codebooks (default: all)")
+    text = "process clips longer than twice this in chunks of this many seconds; 0 never does (default: 30)"
+    add("--chunk-length-s", type=not_negative, default=30.0, metavar="S", help=text)
 
-    group = parser.add_argument_group("measures")
-    group.add_argument(
-        "--measures",
-        nargs="+",
-        choices=("wer", "pesq", "stoi", "mcd", "mel", "speaker", "dnsmos"),
-        help="default: pesq, stoi, mcd and mel (of the codec), wer with --asr, speaker with --speaker-model",
-    )
-    group.add_argument(
-        "--asr",
-        metavar="ID_OR_DIR",
-        help="speech recogniser for word and character error rates: a model of the `automatic-speech-recognition` "
-        "pipeline, or a directory in CTranslate2's format (faster-whisper)",
-    )
-    group.add_argument("--language", default="en", metavar="CODE", help="what is spoken (default: en)")
-    group.add_argument(
-        "--normalizer",
-        metavar="FILE_OR_ID",
-        help="where Whisper's table of English spellings is: a normalizer.json, or a model that has one (default: the "
-        "recogniser, then the package whisper-normalizer)",
-    )
-    group.add_argument(
-        "--speaker-model", metavar="ID_OR_DIR", help="speaker encoder: resemblyzer, or a model with an x-vector head"
-    )
+    add = parser.add_argument_group("measures").add_argument
+    text = "default: pesq, stoi, mcd and mel (of the codec), wer with --asr, speaker with --speaker-model"
+    add("--measures", nargs="+", choices=("wer", "pesq", "stoi", "mcd", "mel", "speaker", "dnsmos"), help=text)
+    text = "recognizer for error rates: an `automatic-speech-recognition` model, or one in CTranslate2's format"
+    add("--asr", metavar="ID_OR_DIR", help=text)
+    add("--language", default="en", metavar="CODE", help="spoken language (default: en)")
+    text = "normalizer.json with English spellings, or a model that has it (default: --asr, or whisper-normalizer)"
+    add("--normalizer", metavar="FILE_OR_ID", help=text)
+    add("--speaker-model", metavar="ID_OR_DIR", help="speaker encoder: resemblyzer, or a model with an x-vector head")
 
-    group = parser.add_argument_group("results")
-    group.add_argument(
-        "-o",
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        help="where results.json goes, and the result of each clip at once: an interrupted run goes on where it stopped",
-    )
-    group.add_argument(
-        "--plot", type=Path, metavar="FILE", help="picture of error rate and quality against token rate"
-    )
-    group.add_argument("--per-clip", action="store_true", help="print the results of every clip too")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the speaking (default: 0)")
+    add = parser.add_argument_group("results").add_argument
+    text = "directory for results.json and the results of each clip; an interrupted run continues where it stopped"
+    add("-o", "--output-dir", type=Path, metavar="DIR", help=text)
+    add("--plot", type=Path, metavar="FILE", help="plot of error rate and quality against token rate")
+    add("--per-clip", action="store_true", help="print the results of every clip too")
+    add("--seed", type=int, default=0, metavar="N", help="seed of text-to-speech (default: 0)")
 
     add_running_arguments(parser.add_argument_group("running"))
     parser.set_defaults(run=run_evaluate, parser=parser)
@@ -155,27 +91,30 @@ def run_evaluate(args: argparse.Namespace) -> int:
     device = choose_device(args)
 
     from accelerate import PartialState
+    from datasets import Dataset
 
-    from ..evaluation import EvaluationError, Original, evaluate, load_clips
-    from ..evaluation.common import require
+    from ..data.files import require
+    from ..data.sources import load_speech
+    from ..evaluation.methods import Original
+    from ..evaluation.run import evaluate
 
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1:
         device = str(state.device)
     try:
         if args.plot is not None:
-            require("matplotlib", "the plot")
-        clips = load_clips(
-            args.data, args.config_name, args.split, args.streaming, args.audio_column, args.text_column
-        )
+            require("matplotlib", "the plot", "eval")
+        options = {name: getattr(args, name) for name in _DATA_SETTINGS}
+        dataset = load_speech(args.data, **options, default_split="test", streaming=args.streaming)
         if args.limit is not None:
-            clips = clips[: args.limit] if isinstance(clips, Sequence) else itertools.islice(clips, args.limit)
-        judge = _judge(args, measures, device)
-        systems = (_codec_systems if args.task == "codec" else _speaking_systems)(args, device)
+            size = min(args.limit, len(dataset)) if isinstance(dataset, Dataset) else args.limit
+            dataset = dataset.take(size)
+        evaluator = _evaluator(args, measures, device)
+        methods = (_codec_methods if args.task == "codec" else _speaking_methods)(args, device)
         if {"wer", "dnsmos"} & set(measures):
-            systems.insert(0, Original())
+            methods.insert(0, Original())
         settings = {name: getattr(args, name) for name in _SETTINGS}
-        report = evaluate(clips, systems, judge, args.output_dir, settings, on_error=report_error)
+        report = evaluate(dataset, methods, evaluator, args.output_dir, settings, on_error=report_error)
         if state.is_main_process:
             if args.per_clip:
                 print(report.table_of_clips(), end="\n\n")
@@ -186,7 +125,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
                 report.save(args.output_dir / "results.json")
             if args.plot is not None:
                 report.plot(args.plot)
-    except EvaluationError as error:
+    except ValueError as error:
         raise CommandError(str(error)) from error
     return 1 if report.failed else 0
 
@@ -205,59 +144,56 @@ def _measures(args: argparse.Namespace) -> list[str]:
     return args.measures
 
 
-def _judge(args: argparse.Namespace, measures: list[str], device: str) -> Judge:
-    from ..evaluation import Judge, load_normalizer, load_recognizer, load_speaker_encoder
+def _evaluator(args: argparse.Namespace, measures: list[str], device: str) -> Evaluator:
+    from ..evaluation.recognizers import load_normalizer, load_recognizer, load_speaker_encoder
+    from ..evaluation.run import Evaluator
 
     recognizer = normalizer = speaker_encoder = None
     if "wer" in measures:
-        normalizer = load_normalizer(args.language, (args.normalizer,) if args.normalizer else (args.asr,))
+        normalizer = load_normalizer(args.language, (args.normalizer or args.asr,))
         recognizer = load_recognizer(args.asr, args.language, device)
     if "speaker" in measures:
         speaker_encoder = load_speaker_encoder(args.speaker_model, device)
-    return Judge(measures, recognizer, normalizer, speaker_encoder)
+    return Evaluator(measures, recognizer, normalizer, speaker_encoder)
 
 
-def _codec_systems(args: argparse.Namespace, device: str) -> list[System]:
+def _codec_methods(args: argparse.Namespace, device: str) -> list[Method]:
     import torch
 
-    from ..evaluation import CodecReconstruction
+    from ..cpu_flexicodec import optimize_for_cpu
+    from ..evaluation.methods import CodecReconstruction
     from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
     from ..modeling_flexicodec import FlexiCodecModel
 
-    load_codec_config(args.model)  # says what is wrong with a model that is none
+    load_codec_config(args.model)  # its errors say what is wrong with another kind of model
     codec = FlexiCodecModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
+    if device == "cpu":
+        codec = optimize_for_cpu(codec)
     feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(args.model)
-    rates: list[dict[str, Any]] = [
-        *({"merging_threshold": value} for value in args.merging_thresholds),
-        *({"target_frame_rate": value} for value in args.target_frame_rates),
-        *({"fixed_frame_rate": value} for value in args.fixed_frame_rates),
-    ]
+    rates: list[dict[str, Any]] = [{"merging_threshold": value} for value in args.merging_thresholds]
+    rates += [{"target_frame_rate": value} for value in args.target_frame_rates]
+    rates += [{"fixed_frame_rate": value} for value in args.fixed_frame_rates]
+    chunk_length_s = args.chunk_length_s or None
     return [
-        CodecReconstruction(
-            codec, feature_extractor, **rate, num_quantizers=rows, chunk_length_s=args.chunk_length_s or None
-        )
-        for rate, rows in itertools.product(rates or [{}], args.num_quantizers)
+        CodecReconstruction(codec, feature_extractor, **rate, num_quantizers=number, chunk_length_s=chunk_length_s)
+        for rate, number in itertools.product(rates or [{}], args.num_quantizers)
     ]
 
 
-def _speaking_systems(args: argparse.Namespace, device: str) -> list[System]:
+def _speaking_methods(args: argparse.Namespace, device: str) -> list[Method]:
     import torch
     from transformers import pipeline
 
-    from ..evaluation import TextToSpeech
+    from ..evaluation.methods import TextToSpeech
 
     if str(load_model_config(args.model).get("model_type")).startswith("flexicodec"):
         synthesizer = load_speaker(args)
     else:
         synthesizer = pipeline("text-to-speech", model=args.model, device=device, dtype=getattr(torch, args.dtype))
-    if not args.merging_thresholds:
-        return [TextToSpeech(synthesizer, seed=args.seed)]
+    name = "text-to-speech"
     return [
         TextToSpeech(
-            synthesizer,
-            f"text-to-speech, threshold {threshold:g}",
-            args.seed,
-            forward_params={"merging_threshold": threshold},
+            synthesizer, f"{name}, threshold {value:g}", args.seed, forward_params={"merging_threshold": value}
         )
-        for threshold in args.merging_thresholds
-    ]
+        for value in args.merging_thresholds
+    ] or [TextToSpeech(synthesizer, name, args.seed)]

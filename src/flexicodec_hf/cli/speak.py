@@ -7,15 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import soundfile
-import soxr
 from tqdm import tqdm
 
+from ..audio_flexicodec import AudioWriter, audio_seconds, read_stretches
 from ..data.files import atomic_file
 from .common import (
     CommandError,
@@ -26,15 +24,15 @@ from .common import (
     positive_int,
     text_beside,
     usage_error,
+    user_errors,
 )
 
 
 if TYPE_CHECKING:
     from ..pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 
-# A source longer than this is converted stretch by stretch, each cut where it is most quiet near its end.
+# A longer source is converted stretch by stretch, each cut in a pause near its end.
 STRETCH_S = 300.0
-CUT_S = 30.0
 
 
 def add_commands(commands: Any) -> None:
@@ -42,7 +40,7 @@ def add_commands(commands: Any) -> None:
     speak = commands.add_parser(
         "speak",
         help="text to speech",
-        description="Speak a text of any length. Long texts are spoken piece by piece, and written as they are spoken.",
+        description="Speak a text of any length. Long texts are spoken and written piece by piece.",
     )
     source = speak.add_mutually_exclusive_group(required=True)
     source.add_argument("text", nargs="?", metavar="TEXT", help="what to say")
@@ -88,8 +86,8 @@ def add_commands(commands: Any) -> None:
     convert = commands.add_parser(
         "convert-voice",
         help="a recording in another voice",
-        description="The words of one recording in the voice of another. Recordings of any length are read and written "
-        "piece by piece.",
+        description="The words of one recording in the voice of another. Long recordings are read and written in "
+        "pieces.",
     )
     convert.add_argument("source", type=Path, metavar="SOURCE", help="audio file with the words")
     convert.add_argument(
@@ -149,7 +147,7 @@ def run_speak(args: argparse.Namespace) -> int:
         options["reference_text"] = args.reference_text or text_beside(args.reference_audio)
 
     speaker = load_speaker(args)
-    with mendable():
+    with user_errors(ValueError, ImportError):
         if args.voice is not None:
             options["voice"] = _saved_voice(args.voice)
         first_audio_s = None
@@ -163,11 +161,9 @@ def run_speak(args: argparse.Namespace) -> int:
 
 def run_convert_voice(args: argparse.Namespace) -> int:
     """`convert-voice SOURCE REFERENCE -o OUT`; returns the exit status."""
-    from ..audio_flexicodec import audio_seconds
-
     check_output(args)
     options = _given(args, "merging_threshold", "seed", "num_inference_steps", "guidance_scale")
-    with mendable():
+    with user_errors(ValueError, ImportError):
         seconds = audio_seconds(args.source)
         speaker = load_speaker(args)
         model, extractor = speaker.model, speaker.processor.feature_extractor
@@ -182,111 +178,45 @@ def run_convert_voice(args: argparse.Namespace) -> int:
             tqdm(total=round(seconds), unit="s", disable=None if seconds > STRETCH_S else True) as progress,
         ):
             rate = extractor.sampling_rate
-            for stretch in stretches(args.source, rate):
+            for stretch in read_stretches(args.source, rate, max_length_s=STRETCH_S):
                 inputs = extractor(stretch, sampling_rate=rate, return_tensors="pt")
                 converted = model.convert_voice(**speaker.ensure_tensor_on_device(**inputs), **options)
-                waveform = converted.audio[0].float().cpu().numpy()
-                # As long as what it was made of: the codec drops up to two frames at the end of a stretch.
-                length = round(len(stretch) / rate * converted.sampling_rate)
-                waveform = np.pad(waveform[:length], (0, max(0, length - len(waveform))))
-                output.write(waveform, converted.sampling_rate)
+                waveform, output_rate = converted.audio[0, 0].cpu().numpy(), int(converted.sampling_rate)
+                # Padded to the length of the source: the codec drops up to two frames at the end of
+                # a stretch.
+                length = round(len(stretch) / rate * output_rate)
+                output.write(np.pad(waveform[:length], (0, max(0, length - len(waveform)))), output_rate)
                 progress.update(round(len(stretch) / rate))
     _report(args, speaker, output, f"the words of {args.source}", time.perf_counter() - start)
     return 0
 
 
 def load_speaker(args: argparse.Namespace) -> FlexiCodecTTSPipeline:
-    """The pipeline of the model that the arguments name, on the device and in the type that they name."""
+    """
+    The pipeline of the model that the arguments name, on their device and in their type; fast on a
+    CPU.
+    """
     import torch
 
-    from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech, FlexiCodecRepositoryForTextToSpeech
+    from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech
     from ..pipeline_flexicodec_tts import FlexiCodecTTSPipeline
     from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
 
-    whole = load_model_config(args.model).get("model_type") == FlexiCodecForTextToSpeech.config_class.model_type
-    model_class = FlexiCodecForTextToSpeech if whole else FlexiCodecRepositoryForTextToSpeech
-    with mendable():
-        model = model_class.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    load_model_config(args.model)  # a clear error if there is no model
+    with user_errors(ValueError, ImportError):
+        model = FlexiCodecForTextToSpeech.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
         processor = FlexiCodecTTSProcessor.from_pretrained(args.model)
     return FlexiCodecTTSPipeline(model, processor=processor, tokenizer=processor.tokenizer, device=choose_device(args))
 
 
-class AudioWriter:
-    """An audio file that is written stretch by stretch. Its format is that of the path's suffix."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.num_samples = 0
-        self.sampling_rate = 0
-        self._file: soundfile.SoundFile | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self.num_samples / self.sampling_rate if self.num_samples else 0.0
-
-    def write(self, waveform: np.ndarray, sampling_rate: int) -> None:
-        """Append `(num_samples,)`, floats in [-1, 1]; what lies beyond is clipped."""
-        if not np.isfinite(waveform).all():
-            raise CommandError("the audio has NaN or infinite samples: try --dtype float32.")
-        if self._file is None:
-            self.sampling_rate = sampling_rate
-            self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
-        self._file.write(waveform)
-        self.num_samples += len(waveform)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
 @contextmanager
 def audio_output(path: Path) -> Iterator[AudioWriter]:
-    """A file to write stretch by stretch, which becomes `path` at the end."""
+    """A writer of a file that becomes `path` when it is complete."""
     with atomic_file(path) as temporary:
-        writer = AudioWriter(temporary)
-        try:
+        with AudioWriter(temporary) as writer:
             yield writer
-        finally:
-            writer.close()
         if not writer.num_samples:
-            raise CommandError("the model said nothing: try another --seed, or a longer text.")
-
-
-def stretches(path: Path, sampling_rate: int) -> Iterator[np.ndarray]:
-    """
-    An audio file of any length as waveforms `(num_samples,)` at `sampling_rate`, of `STRETCH_S` seconds at most.
-
-    Each but the last ends where its last `CUT_S` seconds are most quiet: a pause, if there is one.
-    """
-    with soundfile.SoundFile(path) as file:
-        resampler = soxr.ResampleStream(file.samplerate, sampling_rate, 1, dtype="float32")
-        held = np.zeros(0, dtype=np.float32)
-        blocks = file.blocks(file.samplerate * 10, dtype="float32", always_2d=True)
-        for block in chain(blocks, [None]):
-            mono = np.zeros(0, dtype=np.float32) if block is None else block.mean(axis=1)
-            held = np.concatenate([held, resampler.resample_chunk(mono, last=block is None)])
-            while len(held) > STRETCH_S * sampling_rate:
-                cut = quietest(held[: int(STRETCH_S * sampling_rate)], sampling_rate)
-                yield held[:cut]
-                held = held[cut:]
-        yield held
-
-
-def quietest(waveform: np.ndarray, sampling_rate: int) -> int:
-    """The sample in the middle of the 80 ms of least energy, in the last `CUT_S` seconds."""
-    frame = sampling_rate * 8 // 100
-    num_frames = min(int(CUT_S * sampling_rate), len(waveform)) // frame
-    frames = waveform[len(waveform) - num_frames * frame :].reshape(num_frames, frame)
-    return len(waveform) - (num_frames - int(np.square(frames).sum(axis=1).argmin())) * frame + frame // 2
-
-
-@contextmanager
-def mendable() -> Iterator[None]:
-    """What the models and the processor refuse is for the user to mend: one line, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        raise CommandError(error) from error
+            raise CommandError("the model generated no speech: try another --seed, or a longer text.")
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

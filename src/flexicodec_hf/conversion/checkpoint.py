@@ -1,103 +1,108 @@
-"""Reading a released checkpoint tensor by tensor, with an account of what was used; writing a repository whole."""
+"""Reading a released checkpoint, with an account of the tensors that were used."""
 
 from __future__ import annotations
 
-import copy
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 
-# Where the text-to-speech files keep the codec that their model was trained with.
-TTS_CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.")
-
-
 class CheckpointError(ValueError):
-    """A source file that cannot be converted: unreadable, incomplete, or with tensors nobody knows."""
+    """A released file that cannot be converted. The message says why and what to do."""
 
 
 class SourceCheckpoint:
-    """The tensors of one released file, read one at a time.
+    """
+    The tensors of a released file, by the reference's names.
 
-    Both containers of the release are understood: `.safetensors`, and `.pt`/`.pth`/`.bin` files read with
-    `weights_only=True`, whose tensors may sit under a top-level `model` or `state_dict`. Weight-normalised
-    convolutions are read by their plain name, in both namings (`weight_g`/`weight_v` and
-    `parametrizations.weight.original0/1`), and fused in float64. Fused weights are float32: the reference casts a
-    half-precision file to float32 before it fuses.
+    Weight-normalized convolutions are read by their plain name, in both namings
+    (`weight_g`/`weight_v` and `parametrizations.weight.original0/1`), and fused in float64. Fused
+    weights are float32: the reference loads a half-precision file into a float32 model, which
+    fuses them (flexicodec 0.1.2, infer.py, line 42).
 
     Args:
-        path: The file.
-        prefix: Only tensors whose name starts with `prefix` belong to this view; names are given without it.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file is corrupt, or is not a mapping of names to tensors.
+        path: The file, for error messages.
+        tensors: Its tensors.
+        prefix: Only tensors whose name starts with `prefix` are seen; their names are given without
+            it.
     """
 
-    def __init__(self, path: str | Path, prefix: str = ""):
+    def __init__(self, path: str | Path, tensors: Mapping[str, Tensor], prefix: str = ""):
         self.path = Path(path)
         self.prefix = prefix
+        self._tensors = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        # The file that each tensor is from, and its full name there.
+        self._origins = {name: (self.path, prefix + name) for name in self._tensors}
         self._used: set[str] = set()
-        self._tensors, names = _open(self.path)
-        self._names = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+    @classmethod
+    def open(cls, path: str | Path) -> SourceCheckpoint:
+        """
+        Read a `.safetensors` file, or a `.pt`/`.pth`/`.bin` file with `weights_only=True`.
+
+        The tensors of the second kind may be under a top-level `model` or `state_dict`. The data is
+        mapped into
+        memory: it is read from the disk when a tensor is used.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CheckpointError: The file is corrupt, or is not a mapping of names to tensors.
+        """
+        return cls(path, _read_tensors(Path(path)))
 
     def view(self, prefix: str) -> SourceCheckpoint:
-        """The tensors under a further `prefix`, with an account of their own."""
-        view = copy.copy(self)
-        view.prefix = self.prefix + prefix
-        view._used = set()
-        view._names = {name.removeprefix(prefix) for name in self._names if name.startswith(prefix)}
-        return view
+        """The tensors whose name starts with `prefix`, with an account of their own."""
+        return SourceCheckpoint(
+            self.path, {self.prefix + name: self._tensors[name] for name in self}, self.prefix + prefix
+        )
+
+    def replace(self, prefix: str, part: SourceCheckpoint) -> None:
+        """Put the tensors of another file in the place of those under `prefix`."""
+        kept = [name for name in self if not name.startswith(prefix)]
+        self._tensors = {name: self._tensors[name] for name in kept}
+        self._origins = {name: self._origins[name] for name in kept}
+        for name in part:
+            self._tensors[prefix + name] = part._tensors[name]
+            self._origins[prefix + name] = part._origins[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names or self._weight_norm_names(name) is not None
+        return name in self._tensors or self._weight_norm_names(name) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return iter(sorted(self._tensors))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, with weight norm fused, without reading its data."""
-        if (pair := self._weight_norm_names(name)) is not None:
-            name = pair[1]
-        if name not in self._names:
-            raise CheckpointError(f"{self.path} has no tensor '{self.prefix}{name}'.")
-        tensor = self._tensors[self.prefix + name] if isinstance(self._tensors, Mapping) else None
-        return tuple(tensor.shape if tensor is not None else self._tensors.get_slice(self.prefix + name).get_shape())
+        """Shape of a tensor, with weight norm fused."""
+        pair = self._weight_norm_names(name)
+        return tuple(self._get(pair[1] if pair is not None else name).shape)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, with weight norm fused, and marked as used."""
-        if (pair := self._weight_norm_names(name)) is not None:
-            magnitude, direction = (self._read(part) for part in pair)
-            dims = tuple(range(1, direction.ndim))
-            weight = direction.double()
-            weight = weight * (magnitude.double() / weight.norm(dim=dims, keepdim=True))
-            return weight.float()
-        return self._read(name)
+        """A tensor, with weight norm fused, which then counts as used."""
+        pair = self._weight_norm_names(name)
+        self._used.update(pair or (name,))
+        if pair is None:
+            return self._get(name).detach()
+        magnitude, direction = (self._get(part).detach().double() for part in pair)
+        norm = direction.norm(dim=tuple(range(1, direction.ndim)), keepdim=True)
+        return (direction * (magnitude / norm)).float()
 
-    def skip(self, *names: str) -> None:
-        """Mark tensors as known and not needed."""
-        self._used.update(names)
+    def full_name(self, name: str) -> str:
+        """The name in the file, of a tensor that may be missing."""
+        return self._origins.get(name, (self.path, self.prefix + name))[1]
 
     def unused(self) -> list[str]:
-        """Full names of the tensors that were neither read nor skipped."""
-        return [self.prefix + name for name in sorted(self._names - self._used)]
+        """Names of the tensors that were not read."""
+        return sorted(self._tensors.keys() - self._used)
 
-    def _read(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise CheckpointError(f"{self.path} has no tensor '{self.prefix}{name}'.")
-        self._used.add(name)
-        if isinstance(self._tensors, Mapping):
-            return self._tensors[self.prefix + name].detach()
-        return self._tensors.get_tensor(self.prefix + name)
+    def _get(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path} has no tensor '{self.prefix}{name}': is it the right file?")
+        return self._tensors[name]
 
     def _weight_norm_names(self, name: str) -> tuple[str, str] | None:
         stem, _, leaf = name.rpartition(".")
@@ -107,24 +112,23 @@ class SourceCheckpoint:
             (f"{stem}.weight_g", f"{stem}.weight_v"),
             (f"{stem}.parametrizations.weight.original0", f"{stem}.parametrizations.weight.original1"),
         ):
-            if pair[0] in self._names and pair[1] in self._names:
+            if pair[0] in self._tensors and pair[1] in self._tensors:
                 return pair
         return None
 
 
-def _open(path: Path):  # type: ignore[no-untyped-def]
+def _read_tensors(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
     if path.suffix == ".safetensors":
         try:
-            handle = safe_open(path, framework="pt")
+            return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a complete safetensors file: {error}.") from error
-        return handle, list(handle.keys())
     try:
         # Files of PyTorch before 1.6 are no zip files and cannot be mapped into memory.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
+    except Exception as error:  # torch.load has no class for a broken file
         raise CheckpointError(
             f"{path} cannot be read as a PyTorch file with `weights_only=True`: {error}. "
             "Only files that hold plain tensors are accepted."
@@ -136,26 +140,4 @@ def _open(path: Path):  # type: ignore[no-untyped-def]
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise CheckpointError(f"{path} does not hold a mapping of names to tensors.")
-    return content, list(content)
-
-
-@contextmanager
-def written_whole(output_dir: str | Path) -> Iterator[Path]:
-    """
-    A folder to write the files of a repository into, which move to `output_dir` once all are complete, the weights last.
-
-    Whatever interrupts the writing, `output_dir` never holds weights that are cut short or that belong to another
-    configuration. The source may be a file of `output_dir`.
-    """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=output_dir) as folder:
-        yield Path(folder)
-        files = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
-        for directory in {output_dir / file.parent for file in files}:
-            directory.mkdir(parents=True, exist_ok=True)
-            for old in directory.glob("model*.safetensors*"):
-                old.unlink()
-        # The index names all shards: with it, a directory of several looks complete.
-        for file in sorted(files, key=lambda file: (file.match("model*.safetensors*"), file.suffix == ".json", file)):
-            (Path(folder) / file).replace(output_dir / file)
+    return content

@@ -1,109 +1,92 @@
-"""What a conversion has done so far, so that an interrupted one goes on."""
+"""What a conversion has done so far, so that an interrupted one continues where it stopped."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..data.files import atomic_directory
 from .checkpoint import CheckpointError
 
 
 RECORD = ".conversion.json"
+"""Beside the weights while a conversion is unfinished: the files and options of its making."""
+
+# Where a converted repository has weights, and so records and what a killed process left.
+_WEIGHT_FOLDERS = ("", "tts/", "tts/*/")
 
 
 class Progress:
     """
-    The record of an unfinished conversion, a file in its output directory.
+    The parts of a conversion that an interrupted run need not do again.
 
-    It names the parts that were begun and what each is made of. It is gone when all is done.
+    Each part has a record of what it was made of beside its weights, until all parts are done.
 
     Args:
-        output_dir: Of the conversion; made when missing.
-        overwrite: Begin again where the record is of other sources, and replace what other conversions left.
-
-    Raises:
-        CheckpointError: The directory holds a record that cannot be read.
+        output_dir: Directory of the conversion.
+        overwrite: Whether to replace models of other conversions, or of other files and options.
     """
 
     def __init__(self, output_dir: Path, overwrite: bool = False):
         self.output_dir = output_dir
         self.overwrite = overwrite
-        self._path = output_dir / RECORD
-        self._begun: dict[str, Any] = {}
-        if self._path.exists():
-            try:
-                self._begun = json.loads(self._path.read_text())
-            except ValueError as error:
-                raise CheckpointError(f"{self._path} is no record of a conversion: {error}. Remove it.") from error
-        for leftover in output_dir.glob("**/.incomplete-*"):
-            shutil.rmtree(leftover)
+        for where in _WEIGHT_FOLDERS:
+            for leftover in output_dir.glob(f"{where}.incomplete-*"):
+                shutil.rmtree(leftover)
 
-    def is_done(self, part: str, result: Path, sources: Sequence[Any]) -> bool:
+    def convert(
+        self, name: str, directory: Path, sources: Sequence[Any], convert: Callable[[Path], Any], weights: str = ""
+    ) -> bool:
         """
-        Whether a part is done already, of the same sources.
+        Convert a part, unless it is done.
 
         Args:
-            part: Its name in the record.
-            result: Its last file, which is there when it is done.
-            sources: What it is made of: files, and options in plain words.
+            name: Name of the part, for error messages.
+            directory: Where its files go.
+            sources: What decides the result: files, and other values.
+            convert: Called with a folder to write the files to.
+            weights: Folder of the weights inside the directory.
+
+        Returns:
+            Whether it was converted now.
 
         Raises:
-            CheckpointError: `result` is there but of other sources, or of another conversion, and is not to be replaced.
+            CheckpointError: There is a model already, of another conversion or of other sources,
+                and `overwrite` is not set.
         """
-        if not result.exists():
-            return False
-        begun = self._begun.get(part)
-        finished = begun is not None and begun["replaces"] != _fingerprint(result)
-        if begun is not None and finished and begun["made_of"] == _fingerprints(sources):
-            return True
-        if self.overwrite:
-            return False
-        if finished:
-            raise CheckpointError(
-                f"{self.output_dir} holds an unfinished conversion whose {part} is of other files or options: repeat it "
-                "with those, or pass --overwrite."
-            )
-        raise CheckpointError(f"{result} exists: pass --overwrite to replace it.")
-
-    @contextmanager
-    def making(self, part: str, result: Path, sources: Sequence[Any]) -> Iterator[None]:
-        """
-        Make a part in the body. What it is made of is noted before: it is done as soon as `result`, its last file, is there
-        anew, even if nothing runs after that.
-        """
-        before = dict(self._begun)
-        replaces = _fingerprint(result)
-        self._write(self._begun | {part: {"made_of": _fingerprints(sources), "replaces": replaces}})
+        result, record = (directory / weights / file for file in ("model.safetensors", RECORD))
+        made_of = json.dumps([_fingerprint(source) for source in sources])
+        if result.exists():
+            if record.exists() and record.read_text() == made_of:
+                return False
+            if not self.overwrite and record.exists():
+                raise CheckpointError(
+                    f"{self.output_dir} holds an unfinished conversion whose {name} is of other files or options: "
+                    "repeat it with those, or pass `overwrite`."
+                )
+            if not self.overwrite:
+                raise CheckpointError(f"{result} exists: pass `overwrite` to replace it.")
+        # What a killed process leaves is then inside, where the next run looks.
+        directory.mkdir(parents=True, exist_ok=True)
         try:
-            yield
+            with atomic_directory(directory) as folder:
+                convert(folder)
+                (folder / weights / RECORD).write_text(made_of)
         except BaseException:
-            if _fingerprint(result) == replaces:
-                self._write(before)
+            with suppress(OSError):  # it holds something
+                directory.rmdir()
             raise
+        return True
 
     def finish(self) -> None:
-        """All is done: a later conversion to the directory is another one."""
-        self._path.unlink(missing_ok=True)
-
-    def _write(self, begun: dict[str, Any]) -> None:
-        self._begun = begun
-        if not begun:
-            self.finish()
-            with suppress(OSError):  # it holds something
-                self.output_dir.rmdir()
-            return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(begun))
-        temporary.replace(self._path)
-
-
-def _fingerprints(sources: Sequence[Any]) -> list[Any]:
-    return [_fingerprint(source) for source in sources]
+        """Remove the records: a later conversion to the directory is another one."""
+        for where in _WEIGHT_FOLDERS:
+            for record in self.output_dir.glob(where + RECORD):
+                record.unlink()
 
 
 def _fingerprint(source: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The text tokenizer: Whisper's multilingual BPE with the table of 99 languages, as a transformers fast tokenizer."""
+"""The text tokenizer: Whisper's multilingual BPE with 99 languages, as a fast tokenizer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.utils import cached_file
 
+from .checkpoint import CheckpointError
+
 
 DEFAULT_SOURCE = "openai/whisper-tiny"
-"""Every multilingual `openai/whisper-*` has the same vocabulary; this is the smallest repository."""
+"""Every multilingual `openai/whisper-*` has this vocabulary; this is the smallest repository."""
 
 _BPE_SIZE = 50257
 _SPECIAL_TOKENS = (
@@ -35,18 +37,19 @@ _PROBE_IDS = [23436, 7250, 2604, 93, 2283, 11, 10930, 2131, 0]
 def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerFast:
     """Whisper's multilingual tokenizer as FlexiCodec-TTS uses it; `save_pretrained` it for `AutoTokenizer`.
 
-    Ids 0..50256 are the BPE, 50257 `<|endoftext|>`, 50259 + i the i-th of 99 languages, 51864 the last timestamp.
-    Encoding a text gives `<|en|>` and the text; special tokens spelt out in it are read as plain characters. Only the
-    BPE of the source is used, which all multilingual Whisper models share: from a large-v3 one, whose 100th language
-    (`yue`) shifts the ids of all special tokens after it, comes the same table of 99.
+    Ids 0..50256 are the BPE, 50257 `<|endoftext|>`, 50259 + i the i-th of 99 languages, 51864 the
+    last timestamp. Encoding a text gives `<|en|>` and the text; special tokens spelt out in it are
+    read as plain characters. Only the BPE of the source is used, which all multilingual Whisper
+    models share: from a large-v3 one, whose 100th language (`yue`) shifts the ids of all special
+    tokens after it, comes the same table of 99.
 
     Args:
-        source: A Whisper repository on the Hub, a directory with its `tokenizer.json` (or `vocab.json` and
-            `merges.txt`), or a `tokenizer.json`.
+        source: A Whisper repository on the Hub, a directory with its `tokenizer.json` (or
+            `vocab.json` and `merges.txt`), or a `tokenizer.json`.
 
     Raises:
         OSError: The repository or the files cannot be found.
-        ValueError: The files do not hold Whisper's multilingual BPE.
+        CheckpointError: The files do not hold Whisper's multilingual BPE.
     """
     vocabulary, merges = _read_bpe(source)
     # The empty token, which no text contains, is the last id of the BPE.
@@ -55,7 +58,7 @@ def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerF
     # other ids than from OpenAI's own tokenizer, with which FlexiCodec-TTS was trained.
     if ("Ġ", "t") not in merges:
         merges.insert(0, ("Ġ", "t"))
-    mismatch = ValueError(
+    mismatch = CheckpointError(
         f"{source} does not hold the multilingual vocabulary of Whisper. Use the tokenizer of a multilingual model, "
         f"such as {DEFAULT_SOURCE}; English-only models (`openai/whisper-*.en`) have another."
     )
@@ -94,7 +97,9 @@ def _read_bpe(source: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]
     tokenizer_file = path if path.is_file() else Path(cached_file(str(source), "tokenizer.json"))
     model = _read_json(tokenizer_file).get("model", {})
     if model.get("type") != "BPE":
-        raise ValueError(f"{tokenizer_file} must be a tokenizer.json that holds a BPE, got {model.get('type')!r}.")
+        raise CheckpointError(
+            f"{tokenizer_file} must be a tokenizer.json that holds a BPE, got {model.get('type')!r}."
+        )
     # Older files write a merge as "a b", newer ones as ["a", "b"].
     return model["vocab"], [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
 
@@ -103,7 +108,7 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
+        raise CheckpointError(f"{path} is not a JSON file: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content

@@ -113,14 +113,14 @@ def check_same_settings(
         raise DataError(f"{place} was made with other settings ({'; '.join(differences)}): {remedy}.")
 
 
-def require(module: str, purpose: str, extra: str) -> ModuleType:
+def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
     """
     Import an optional package.
 
     Args:
         module: Name of the module.
         purpose: What needs it, for the error.
-        extra: The extra of this package that installs it, for the error.
+        extra: The extra of this package that installs it, for the error. By default the package is installed itself.
 
     Raises:
         DataError: The module cannot be imported.
@@ -128,9 +128,8 @@ def require(module: str, purpose: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(
-            f"{purpose} needs the package `{module}` ({error}): pip install 'flexicodec-hf[{extra}]'"
-        ) from error
+        install = f"'flexicodec-hf[{extra}]'" if extra else module.split(".")[0].replace("_", "-")
+        raise DataError(f"{purpose} needs the package `{module}` ({error}): pip install {install}") from error
 
 
 def _process() -> str:

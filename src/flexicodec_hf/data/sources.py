@@ -319,8 +319,9 @@ def _computed(table: pa.Table, names: tuple[str, ...], field: str | None) -> dic
     return columns
 
 
-def _audio_entries(paths: Iterable[str | None]) -> pa.StructArray:
-    return pa.array([None if path is None else {"bytes": None, "path": path} for path in paths], _AUDIO_TYPE)
+def _audio_entries(audio: Iterable[Any]) -> pa.StructArray:
+    """Entries of paths. What is an entry already, of another type because all its paths are missing, stays."""
+    return pa.array([{"bytes": None, "path": one} if isinstance(one, str) else one for one in audio], _AUDIO_TYPE)
 
 
 def _paths(audio: pa.ChunkedArray) -> list[str | None]:

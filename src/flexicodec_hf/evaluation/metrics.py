@@ -1,39 +1,41 @@
 """
 Measures of speech, as functions on arrays.
 
-Waveforms are `(num_samples,)`, floats in [-1, 1] at 16 kHz. Measures that compare two waveforms want them aligned and of
-the same length, as a codec gives them. A measure that is not defined for a clip (too short, or silent) is `None`.
+Waveforms are `(num_samples,)`, floats in [-1, 1] at 16 kHz. Measures that compare two waveforms need them aligned and
+of the same length, as a codec gives them, and raise `ValueError` otherwise. A measure that is not defined for a clip
+(too short, or silent) is `None`. Functions that need an optional package raise `DataError` if it is missing.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from .common import SAMPLING_RATE, EvaluationError, require
+from ..data.files import require
 
 
-# Magnitudes below are silence: about 110 dB under a full-scale tone.
+# Of all measures, in hertz: wide-band PESQ, Whisper and most speaker encoders accept no other rate.
+SAMPLING_RATE = 16_000
+# Magnitudes below this are silence: about 110 dB below a full-scale tone.
 _FLOOR = 1e-5
 _NUM_CEPSTRA = 13
-# STOI compares stretches of 30 frames (of 256 samples every 128, at 10 kHz).
+# STOI compares segments of 30 frames (of 256 samples every 128, at 10 kHz).
 _STOI_SECONDS = (256 + 29 * 128) / 10_000
 
 
 class ErrorCount(NamedTuple):
     """
-    Edits that make the hypothesis of the reference.
+    Edits that turn the reference into the hypothesis.
 
     Args:
-        errors: Substitutions, deletions and insertions.
-        length: Words or characters of the reference.
+        errors: Number of substitutions, deletions and insertions.
+        length: Number of words or characters of the reference.
     """
 
     errors: int
@@ -41,15 +43,13 @@ class ErrorCount(NamedTuple):
 
 
 def word_errors(reference: str, hypothesis: str) -> ErrorCount:
-    """Edits between the words of two normalised texts. A corpus's WER is the sum of errors over the sum of lengths."""
-    output = require("jiwer", "the word error rate").process_words(reference, hypothesis)
-    return _error_count(output)
+    """Edits between the words of two normalized texts. The WER of a corpus is total errors over total length."""
+    return _error_count(require("jiwer", "the error rate", "eval").process_words(reference, hypothesis))
 
 
 def character_errors(reference: str, hypothesis: str) -> ErrorCount:
-    """Edits between the characters of two normalised texts, spaces included."""
-    output = require("jiwer", "the character error rate").process_characters(reference, hypothesis)
-    return _error_count(output)
+    """Edits between the characters of two normalized texts, including spaces."""
+    return _error_count(require("jiwer", "the error rate", "eval").process_characters(reference, hypothesis))
 
 
 def pesq(reference: np.ndarray, degraded: np.ndarray, band: Literal["nb", "wb"] = "wb") -> float | None:
@@ -58,13 +58,13 @@ def pesq(reference: np.ndarray, degraded: np.ndarray, band: Literal["nb", "wb"] 
 
     Args:
         reference, degraded: `(num_samples,)` at 16 kHz.
-        band: `"nb"`, as telephones sound, or `"wb"`.
+        band: `"nb"` (telephone band) or `"wb"`.
 
     Returns:
-        The score; `None` where there is no utterance in one of them, or less than a quarter of a second.
+        The score; `None` if one of them has no utterance, or if they are shorter than a quarter of a second.
     """
     _check_pair(reference, degraded)
-    package = require("pesq", "PESQ")
+    package = require("pesq", "PESQ", "eval")
     if not (reference.any() and degraded.any()):
         return None  # the package would divide by the peak
     try:
@@ -81,10 +81,10 @@ def stoi(reference: np.ndarray, degraded: np.ndarray) -> float | None:
         reference, degraded: `(num_samples,)` at 16 kHz.
 
     Returns:
-        The score; `None` where fewer than 30 frames (0.4 s) of the reference are not silent.
+        The score; `None` if fewer than 30 frames (0.4 s) of the reference are not silent.
     """
     _check_pair(reference, degraded)
-    package = require("pystoi", "STOI")
+    package = require("pystoi", "STOI", "eval")
     if not reference.any() or len(reference) < _STOI_SECONDS * SAMPLING_RATE:
         return None
     with warnings.catch_warnings():
@@ -101,10 +101,10 @@ def mel_cepstral_distortion(reference: np.ndarray, degraded: np.ndarray) -> floa
 
         10 / ln 10 * sqrt(2 * sum over d = 1..13 of (c_d - c'_d)^2)
 
-    where ln |H(k)| = c_0 + sum over d of c_d cos(pi d (k + 1/2) / K) expands the magnitudes of K = 40 mel bands (Slaney's
-    scale, 0 to 8 kHz; Hann windows of 25 ms every 10 ms). So it is the root mean square difference of the two smoothed
-    log-mel spectra, without the loudness c_0. Frames are compared one by one, not warped in time: a codec keeps time.
-    Implementations differ in their cepstra; compare figures of the same one only.
+    where ln |H(k)| = c_0 + sum over d of c_d cos(pi d (k + 1/2) / K) expands the magnitudes of K = 40 mel bands
+    (Slaney's scale, 0 to 8 kHz; Hann windows of 25 ms every 10 ms). It is the root mean square difference of the two
+    smoothed log-mel spectra, without the loudness c_0. Frames are compared one by one, without time warping, because
+    a codec keeps the timing. Implementations differ in their cepstra: compare only figures of the same one.
 
     Args:
         reference, degraded: `(num_samples,)` at 16 kHz.
@@ -133,36 +133,34 @@ def log_mel_distance(reference: np.ndarray, degraded: np.ndarray) -> float:
 
 
 def cosine_similarity(first: np.ndarray, second: np.ndarray) -> float:
-    """Of two vectors, such as those of a speaker encoder."""
+    """Cosine similarity of two vectors `(size,)`, for example from a speaker encoder."""
     return float(np.dot(first, second) / (np.linalg.norm(first) * np.linalg.norm(second)))
 
 
 def dnsmos(waveform: np.ndarray) -> dict[str, float]:
     """
-    Predicted opinion scores from 1 to 5 without a reference (DNSMOS P.835, arXiv:2110.01763), by the package `speechmos`.
+    Predicted opinion scores from 1 to 5 without a reference (DNSMOS P.835, arXiv:2110.01763), from `speechmos`.
 
     Args:
-        waveform: `(num_samples,)` at 16 kHz. Clips under 9 s are repeated, as the models want it.
+        waveform: `(num_samples,)` at 16 kHz. Clips shorter than 9 s are repeated, because the models need 9 s.
 
     Returns:
         `dnsmos_signal`, `dnsmos_background`, `dnsmos_overall` and `dnsmos_p808`.
     """
-    package = require("speechmos.dnsmos", "DNSMOS", "pip install speechmos")
+    package = require("speechmos.dnsmos", "DNSMOS")
     scores = package.run(np.clip(waveform, -1, 1), SAMPLING_RATE, return_df=False)
     names = {"signal": "sig_mos", "background": "bak_mos", "overall": "ovrl_mos", "p808": "p808_mos"}
     return {f"dnsmos_{name}": float(scores[key]) for name, key in names.items()}
 
 
-def _error_count(output: object) -> ErrorCount:
-    hits, substitutions, deletions, insertions = (
-        getattr(output, name) for name in ("hits", "substitutions", "deletions", "insertions")
-    )
-    return ErrorCount(substitutions + deletions + insertions, hits + substitutions + deletions)
+def _error_count(output: Any) -> ErrorCount:
+    errors = output.substitutions + output.deletions + output.insertions
+    return ErrorCount(errors, output.hits + output.substitutions + output.deletions)
 
 
 def _check_pair(reference: np.ndarray, degraded: np.ndarray) -> None:
     if reference.ndim != 1 or reference.shape != degraded.shape or not len(reference):
-        raise EvaluationError(
+        raise ValueError(
             "the waveforms to compare must have the same shape (num_samples,), got "
             f"{reference.shape} and {degraded.shape}: cut both to the shorter one."
         )
@@ -180,11 +178,6 @@ def _log_mel(waveform: np.ndarray, window: int, hop: int, num_bands: int) -> Ten
         pad_mode="constant",
         return_complex=True,
     )
-    return (spectrum.abs().T @ _mel_filters(fft_length, num_bands)).clamp(min=_FLOOR).log()
-
-
-@lru_cache
-def _mel_filters(fft_length: int, num_bands: int) -> Tensor:
     filters = mel_filter_bank(
         num_frequency_bins=fft_length // 2 + 1,
         num_mel_filters=num_bands,
@@ -194,4 +187,4 @@ def _mel_filters(fft_length: int, num_bands: int) -> Tensor:
         norm="slaney",
         mel_scale="slaney",
     )
-    return torch.from_numpy(filters)
+    return (spectrum.abs().T @ torch.from_numpy(filters)).clamp(min=_FLOOR).log()

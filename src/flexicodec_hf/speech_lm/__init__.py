@@ -1,8 +1,12 @@
-"""Speech language models on FlexiCodec's tokens: the vocabulary, collators for `Trainer`, and a head for durations."""
+"""
+Speech language models on FlexiCodec's tokens: the vocabulary, collators for `Trainer`, and a head
+for durations.
+"""
 
 from .collators import SpeechChatCollator, SpeechTextCollator
 from .modeling import DurationLMMixin, duration_lm_class
-from .vocabulary import FlexiCodecSpeechVocabulary, MalformedSpeechError
+from .tokens import MalformedSpeechError
+from .vocabulary import FlexiCodecSpeechVocabulary
 
 
 __all__ = [

@@ -40,7 +40,10 @@ class PeriodDiscriminator(nn.Module):
 
 
 class MultiBandSTFTDiscriminator(nn.Module):
-    """Looks at the complex spectrogram of one resolution, in bands that have layers of their own (DAC, arXiv:2306.06546)."""
+    """
+    Looks at the complex spectrogram of one resolution, in bands that have layers of their own (DAC,
+    arXiv:2306.06546).
+    """
 
     window: Tensor
 
@@ -109,7 +112,8 @@ class Discriminators(nn.Module):
             waveforms: `(batch_size, 1, num_samples)`.
 
         Returns:
-            The scores of each discriminator, and what each of its layers saw; the first axis of all is the batch.
+            The scores of each discriminator, and what each of its layers saw; the first axis of all
+            is the batch.
         """
         outputs = [discriminator(waveforms) for discriminator in self.discriminators]
         return [output[-1] for output in outputs], [output[:-1] for output in outputs]

@@ -1,4 +1,7 @@
-"""Losses of the codec and the vocoder: spectral distance, and the least-squares game with discriminators."""
+"""
+Losses of the codec and the vocoder: spectral distance, and the least-squares game with
+discriminators.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class MultiScaleMelLoss(nn.Module):
     L1 distance of log10 mel spectra, summed over resolutions (arXiv:2306.06546, section 3.4).
 
     Args:
-        sampling_rate: Of the waveforms, in hertz.
+        sampling_rate: Sampling rate of the waveforms, in hertz.
         num_mels: Mel bands of each resolution.
         window_lengths: Hann window of each, in samples; it moves on by a quarter.
     """
@@ -51,7 +54,10 @@ class MultiScaleMelLoss(nn.Module):
 
 
 def magnitudes(waveforms: Tensor, window: Tensor) -> Tensor:
-    """Magnitude spectra `(batch_size, num_frames, window_length / 2 + 1)` of waveforms `(batch_size, num_samples)`."""
+    """
+    Magnitude spectra `(batch_size, num_frames, window_length / 2 + 1)` of waveforms `(batch_size,
+    num_samples)`.
+    """
     length = window.shape[0]
     spectrum = torch.stft(waveforms, length, length // 4, window=window, return_complex=True)
     # The gradient of a magnitude is not defined at 0.
@@ -59,7 +65,10 @@ def magnitudes(waveforms: Tensor, window: Tensor) -> Tensor:
 
 
 def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """What the discriminators minimise: their scores should be 1 for recorded and 0 for made audio (arXiv:1611.04076)."""
+    """
+    What the discriminators minimise: their scores should be 1 for recorded and 0 for made audio
+    (arXiv:1611.04076).
+    """
     loss = [(1 - r).square().mean() + f.square().mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(loss).sum()
 
@@ -70,13 +79,19 @@ def adversarial_loss(fake: Sequence[Tensor]) -> Tensor:
 
 
 def feature_matching_loss(real: Sequence[Sequence[Tensor]], fake: Sequence[Sequence[Tensor]]) -> Tensor:
-    """L1 distance of what the layers of the discriminators see, summed over all of them (arXiv:1910.06711)."""
+    """
+    L1 distance of what the layers of the discriminators see, summed over all of them
+    (arXiv:1910.06711).
+    """
     pairs = [(r, f) for reals, fakes in zip(real, fake, strict=True) for r, f in zip(reals, fakes, strict=True)]
     return torch.stack([F.l1_loss(f, r.detach()) for r, f in pairs]).sum()
 
 
 def _mel_filters(window_length: int, num_mels: int, sampling_rate: int) -> Tensor:
-    """`(window_length / 2 + 1, num_mels)`: triangles of equal area. Narrow ones may hold no bin, and then count nothing."""
+    """
+    `(window_length / 2 + 1, num_mels)`: triangles of equal area. Narrow ones may hold no bin, and
+    then count nothing.
+    """
     filters = mel_filter_bank(
         num_frequency_bins=window_length // 2 + 1,
         num_mel_filters=num_mels,

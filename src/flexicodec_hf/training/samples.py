@@ -19,23 +19,28 @@ if TYPE_CHECKING:
 
 
 def write_samples(
-    writer: SummaryWriter, directory: Path, step: int, waveforms: dict[str, np.ndarray], sampling_rate: int
+    directory: Path, step: int, waveforms: dict[str, np.ndarray], sampling_rate: int, *writers: SummaryWriter
 ) -> None:
     """
-    Write waveforms for the ear and their spectrograms for the eye, to TensorBoard and to a folder.
+    Write waveforms and a picture of their spectrograms to a folder and to TensorBoard.
 
     Args:
         directory: Each step gets a folder in it.
-        waveforms: `(num_samples,)` each, in [-1, 1]; by name. One picture shows them all.
+        step: The step of the training.
+        waveforms: Waveforms `(num_samples,)`, in [-1, 1], by name.
+        sampling_rate: Their sampling rate, in hertz.
+        writers: The writers of TensorBoard, if there are any.
     """
     folder = directory / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, waveform in waveforms.items():
-        writer.add_audio(name, waveform[None], step, sampling_rate)
-        write_audio(folder / f"{name}.flac", waveform, sampling_rate)
     figure = plot_spectrograms(waveforms, sampling_rate)
     figure.savefig(folder / "spectrograms.png")
-    writer.add_figure("spectrograms", figure, step)
+    for name, waveform in waveforms.items():
+        write_audio(folder / f"{name}.flac", waveform, sampling_rate)
+    for writer in writers:
+        for name, waveform in waveforms.items():
+            writer.add_audio(name, waveform[None], step, sampling_rate)
+        writer.add_figure("spectrograms", figure, step)
 
 
 def plot_spectrograms(waveforms: dict[str, np.ndarray], sampling_rate: int) -> Figure:

@@ -1,4 +1,4 @@
-"""The semantic encoder as a speech recogniser, which is how it learns what sounds alike."""
+"""The semantic encoder as a speech recognizer, which is how it learns what sounds alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNa
 
 class SemanticEncoderForCTC(PreTrainedModel):
     """
-    A SAN-M encoder (arXiv:2006.01713) with a learned query in front, as the codec runs it, and a CTC head.
+    A SAN-M encoder (arXiv:2006.01713) with a learned query in front, as the codec runs it, and a
+    CTC head.
 
     Args:
-        config: Sizes of the encoder; `vocab_size` is that of the head, `pad_token_id` its blank.
+        config: Sizes of the encoder; the head has `vocab_size` outputs, of which `pad_token_id` is
+            the blank.
     """
 
     config_class = FunAsrNanoEncoderConfig
@@ -51,8 +53,8 @@ class SemanticEncoderForCTC(PreTrainedModel):
             labels: `(batch_size, num_labels)`, -100 at padding.
 
         Returns:
-            The logits `(batch_size, num_features, vocab_size)`, and the CTC loss: of each item by the number of its labels,
-            and the mean of that.
+            The logits `(batch_size, num_features, vocab_size)`, and the CTC loss: the mean over
+            items of each item's loss divided by its number of labels.
         """
         query = self.query_embedding.weight.expand(input_features.shape[0], -1, -1)
         mask = F.pad(input_features_mask, (1, 0), value=1).bool()
@@ -73,7 +75,10 @@ class SemanticEncoderForCTC(PreTrainedModel):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Pieces of words (byte-pair encoding of letters and apostrophes, in lower case); the padding is CTC's blank."""
+    """
+    Pieces of words (byte-pair encoding of letters and apostrophes, in lower case); the padding is
+    CTC's blank.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -90,13 +95,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
-def decode_ctc(tokenizer: PreTrainedTokenizerFast, logits: Tensor, mask: Tensor) -> list[str]:
-    """The words of the likeliest path through logits `(batch_size, num_features, vocab_size)`."""
+def best_paths(logits: Tensor, mask: Tensor) -> Tensor:
+    """
+    The likeliest ids `(batch_size, num_features)` of logits `(batch_size, num_features,
+    vocab_size)`; -100 at padding.
+    """
+    return logits.argmax(dim=-1).masked_fill(mask == 0, -100)
+
+
+def decode_ctc(tokenizer: PreTrainedTokenizerFast, paths: Tensor) -> list[str]:
+    """The words of paths `(batch_size, num_features)`, as `best_paths` gives them."""
     texts = []
-    for path, length in zip(logits.argmax(dim=-1), mask.sum(dim=1), strict=True):
-        pieces = path[:length].unique_consecutive()
-        texts.append(tokenizer.decode(pieces[pieces != tokenizer.pad_token_id]))
+    for path in paths:
+        pieces = path.unique_consecutive()
+        texts.append(tokenizer.decode(pieces[(pieces >= 0) & (pieces != tokenizer.pad_token_id)]))
     return texts
 
 
-__all__ = ["SemanticEncoderForCTC", "decode_ctc", "train_tokenizer"]
+__all__ = ["SemanticEncoderForCTC", "best_paths", "decode_ctc", "train_tokenizer"]

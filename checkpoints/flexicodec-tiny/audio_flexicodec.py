@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/audio_flexicodec.py

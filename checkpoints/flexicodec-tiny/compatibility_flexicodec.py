@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/compatibility_flexicodec.py

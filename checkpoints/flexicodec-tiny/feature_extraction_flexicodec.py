@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/feature_extraction_flexicodec.py

@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/linear_flexicodec.py

@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/modeling_flexicodec_vocoder.py

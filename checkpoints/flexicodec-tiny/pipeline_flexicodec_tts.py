@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/pipeline_flexicodec_tts.py

@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/processing_flexicodec_tts.py

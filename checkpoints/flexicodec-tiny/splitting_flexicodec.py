@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/splitting_flexicodec.py

@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/text_flexicodec.py

@@ -1,1 +1,0 @@
-../../../src/flexicodec_hf/configuration_flexicodec_vocoder.py

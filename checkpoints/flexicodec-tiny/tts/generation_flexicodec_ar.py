@@ -1,1 +1,0 @@
-../../../src/flexicodec_hf/generation_flexicodec_ar.py

@@ -1,1 +1,0 @@
-../../../src/flexicodec_hf/scheduling_flexicodec.py

@@ -1,1 +1,0 @@
-../../src/flexicodec_hf/voice_flexicodec.py

@@ -1,0 +1,348 @@
+"""Conversion of the released files to models that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from tqdm import tqdm
+from transformers import FeatureExtractionMixin
+from transformers.utils import logging
+
+from ..data.files import atomic_directory, require
+from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
+from ..modeling_flexicodec import FlexiCodecModel
+from ..modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
+from ..modeling_flexicodec_vocoder import FlexiCodecVocoderModel
+from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
+from .checkpoint import CheckpointError, SourceCheckpoint
+from .tables import AR, CODEC, TTS_CODEC_PREFIXES, VOCODER, VOICEBOX, Table
+
+
+logger = logging.get_logger(__name__)
+
+Settings = str | Path | Mapping[str, Any] | None
+"""A model's settings by the reference's names: a mapping, a `.json` file, or a YAML file."""
+
+
+def convert_codec(
+    source: str | Path,
+    output_dir: str | Path | None = None,
+    config: Settings = None,
+    semantic: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_partial: bool = False,
+) -> FlexiCodecModel:
+    """
+    Convert a released codec, alone or inside a text-to-speech file.
+
+    Args:
+        source: `.safetensors` or `.pt` file with the codec at its root, or under
+            `flexicodec_model.` or `dualcodec_model.`.
+        output_dir: Where to save the model and its feature extractor, for
+            `AutoModel.from_pretrained` and `AutoFeatureExtractor.from_pretrained`; nothing is saved
+            without it.
+        config: The codec's YAML, with or without the top-level `model:`. What the tensors do not
+            show (attention heads, quantization levels, thresholds) is as in the released codec
+            unless the YAML says otherwise.
+        semantic: SenseVoice-small's `model.pt`, for codec files without the semantic encoder.
+        dtype: Type of the weights.
+        allow_partial: Accept unknown and missing tensors, as `convert` does. The transformers of
+            the dynamic frame rate may be missing too: a codec of a fixed rate is a start for
+            training one of a dynamic rate. Their sizes are then the YAML's or the released ones.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        CheckpointError: A file is corrupt, is of another variant of the codec, contradicts the
+            YAML, or has unknown or missing tensors.
+    """
+    settings = _read_settings(config, section="model")
+    whole = SourceCheckpoint.open(source)
+    views = (whole.view(prefix) for prefix in (*TTS_CODEC_PREFIXES, ""))
+    codec = next((view for view in views if "dac.decoder.model.0.bias" in view), None)
+    if codec is None:
+        raise CheckpointError(
+            f"{source} holds no codec: there is no 'dac.decoder.model.0.bias' at its root or under "
+            f"'{TTS_CODEC_PREFIXES[0]}' or '{TTS_CODEC_PREFIXES[1]}'."
+        )
+    if semantic is not None:
+        codec.replace("semantic_model.", SourceCheckpoint.open(semantic))
+    elif not any(name.startswith("semantic_model.") for name in codec):
+        raise CheckpointError(
+            f"{source} does not hold the semantic encoder. Pass the file `model.pt` of FunAudioLLM/SenseVoiceSmall as "
+            "`semantic`."
+        )
+    fixed_rate = not any(name.startswith(("semantic_aggregator.", "bottleneck_transformer.")) for name in codec)
+    if "semantic_aggregator.query_embedding" not in codec and not (fixed_rate and allow_partial):
+        raise CheckpointError(
+            f"{source} has no query token aggregator ('{codec.prefix}semantic_aggregator.query_embedding'): it is not "
+            "a FlexiCodec with a dynamic frame rate. A codec of a fixed rate, without any of the transformers, can be "
+            "converted as a start for training with `allow_partial=True`."
+        )
+    return convert(codec, CODEC, settings, output_dir, dtype, allow_partial, released_feature_extractor())
+
+
+def convert_ar(
+    source: str | Path,
+    output_dir: str | Path | None = None,
+    config: Settings = None,
+    dtype: torch.dtype = torch.float32,
+    allow_partial: bool = False,
+) -> FlexiCodecARForConditionalGeneration:
+    """
+    Convert a released autoregressive text-to-speech model.
+
+    Args:
+        source: `.safetensors` or `.pt` file with tensors under `transformer_lm.`. The codec beside
+            them and the untrained speaker projection are left out.
+        output_dir: Where to save the model, for `AutoModelForCausalLM.from_pretrained`; nothing is
+            saved without it.
+        config: The reference's keyword arguments (`llm_dropout_rate`, `flex_framerate_options`,
+            ...), where they are not the released ones.
+        dtype: Type of the weights.
+        allow_partial: Accept unknown and missing tensors, as `convert` does.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
+            tensors.
+    """
+    return convert(SourceCheckpoint.open(source), AR, _read_settings(config), output_dir, dtype, allow_partial)
+
+
+def convert_voicebox(
+    source: str | Path,
+    output_dir: str | Path | None = None,
+    config: Settings = None,
+    dtype: torch.dtype = torch.float32,
+    allow_partial: bool = False,
+) -> FlexiCodecVoiceboxModel:
+    """
+    Convert a released Voicebox model.
+
+    Args:
+        source: `.safetensors` or `.pt` file with tensors under `voicebox_model.` and, for training,
+            `repa_projection.`. The codec beside them is left out.
+        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved
+            without it.
+        config: The reference's keyword arguments (`num_heads`, `sigma`, `repa_layer_idx`, ...),
+            flat or below `voicebox_config`, where they are not the released ones.
+        dtype: Type of the weights.
+        allow_partial: Accept unknown and missing tensors, as `convert` does.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
+            tensors.
+    """
+    settings = _read_settings(config)
+    if "voicebox_config" in settings:
+        # The reference stores the outer setting of this name and never reads it (flexicodec 0.1.2,
+        # nar_tts/modeling_voicebox.py, line 112).
+        settings.pop("repa_layer_idx", None)
+        settings |= settings.pop("voicebox_config")
+    return convert(SourceCheckpoint.open(source), VOICEBOX, settings, output_dir, dtype, allow_partial)
+
+
+def convert_vocoder(
+    source: str | Path,
+    output_dir: str | Path | None = None,
+    config: Settings = None,
+    dtype: torch.dtype = torch.float32,
+    allow_partial: bool = False,
+) -> FlexiCodecVocoderModel:
+    """
+    Convert a released Vocos vocoder.
+
+    Args:
+        source: `.safetensors` or `.pt` file with tensors under `backbone.` and `head.`.
+        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved
+            without it.
+        config: The reference's keyword arguments (`dim`, `hop_size`, ...), where they are not the
+            released ones. Without them the hop is a quarter of the FFT size.
+        dtype: Type of the weights.
+        allow_partial: Accept unknown and missing tensors, as `convert` does.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
+            tensors.
+    """
+    return convert(SourceCheckpoint.open(source), VOCODER, _read_settings(config), output_dir, dtype, allow_partial)
+
+
+def convert(
+    source: SourceCheckpoint,
+    table: Table,
+    settings: Mapping[str, Any] | None = None,
+    output_dir: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_partial: bool = False,
+    feature_extractor: FeatureExtractionMixin | None = None,
+) -> Any:
+    """
+    Convert a model by its table.
+
+    Tensors are read, converted and cast one by one: the peak of memory is one copy of the converted
+    model. Files are put in their place when all are written: an interrupted conversion leaves no
+    weights there.
+
+    Args:
+        source: The released tensors.
+        table: What becomes of them.
+        settings: By the reference's names. They are checked against what the tensors show.
+        output_dir: Where to save the model; nothing is saved without it.
+        dtype: Type of the weights.
+        allow_partial: Warn about unknown and missing tensors instead of refusing the file. Unknown
+            ones are left out. Missing ones are freshly initialized: here, and again by
+            `from_pretrained`, since they are not saved. Tensors that show the sizes of the model
+            must be there.
+        feature_extractor: To save beside the model.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: The source contradicts the settings, or has unknown or missing tensors.
+    """
+    config = infer_config(source, table, settings)
+    with torch.device("meta"):
+        targets = table.model_class(config).state_dict()
+    tensors: dict[str, Tensor] = {}
+    missing: set[str] = set()
+    for name, target in tqdm(targets.items(), f"Converting {table.model_class.__name__}", unit="tensor", leave=False):
+        source_names = table.source_names(name, config)
+        if absent := [theirs for theirs in source_names if theirs not in source]:
+            missing.update(map(source.full_name, absent))
+            # The others of the group are known.
+            for theirs in set(source_names) - set(absent):
+                source.read(theirs)
+            continue
+        try:
+            tensor = table.read(source, name, config)
+            fits = tensor.shape == target.shape
+        except RuntimeError:  # such as a projection that does not divide into heads
+            fits = False
+        if not fits:
+            shapes = " and ".join(f"'{source.full_name(theirs)}' {source.shape(theirs)}" for theirs in source_names)
+            raise CheckpointError(
+                f"{source.path} has {shapes}, which does not make a `{name}` of shape {tuple(target.shape)}."
+            )
+        tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    unknown = [source.full_name(name) for name in source.unused() if not re.fullmatch(table.unused, name)]
+    if missing or unknown:
+        report = _report(source.path, table, sorted(missing), unknown)
+        if not allow_partial:
+            raise CheckpointError(f"{report} Pass `allow_partial=True` to convert in spite of that.")
+        logger.warning(report)
+    model = table.model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+    if output_dir is not None:
+        with atomic_directory(output_dir) as folder:
+            model.save_pretrained(folder, state_dict=tensors)
+            if feature_extractor is not None:
+                feature_extractor.save_pretrained(folder)
+    return model
+
+
+def infer_config(source: SourceCheckpoint, table: Table, settings: Mapping[str, Any] | None = None) -> Any:
+    """
+    The configuration that the tensors show, completed by the settings.
+
+    Args:
+        source: The released tensors.
+        table: The model's table.
+        settings: By the reference's names; None as a value says nothing.
+
+    Raises:
+        CheckpointError: A setting is unknown, not supported, or contradicts the tensors; or a
+            tensor that shows a size is missing.
+    """
+    given = dict(settings or {})
+    for name, only in table.fixed.items():
+        if given.get(name, only) != only:
+            raise CheckpointError(
+                f"The configuration says `{name}: {given[name]}`; only `{name}: {only}`, as in the released files, is "
+                "supported."
+            )
+    shown, fields = table.infer(source, given)
+    known = {*table.settings, *table.fixed, *shown, *(table.ignored or ())}
+    if table.ignored is not None and (unknown := sorted(given.keys() - known)):
+        raise CheckpointError(
+            f"The configuration has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+        )
+    for name, value in given.items():
+        if value is not None and name in shown and value != shown[name]:
+            raise CheckpointError(
+                f"The configuration says `{name}: {value}`; the tensors show {shown[name]} ({source.path})."
+            )
+    values = {name: value for name, value in given.items() if value is not None} | shown
+    config_class = table.model_class.config_class
+    for name, field in table.settings.items():
+        if name in values:
+            value = values[name]
+            outer, _, inner = field.rpartition(".")
+            if isinstance(value, int) and isinstance(getattr(config_class, field, None), float):
+                value = float(value)  # a YAML may say 1 where 1.0 is meant, or `true` for a share of all
+            (fields.setdefault(outer, {}) if outer else fields)[inner] = value
+    try:
+        return config_class(**fields)
+    except StrictDataclassError as error:
+        raise CheckpointError(f"The configuration and the tensors of {source.path} do not agree: {error}") from error
+
+
+def released_feature_extractor() -> FlexiCodecFeatureExtractor:
+    """The feature extractor of the released codec, with the mean and scale of SenseVoice."""
+    cmvn = json.loads(Path(__file__).with_name("cmvn.json").read_text())
+    extractor = FlexiCodecFeatureExtractor()
+    # Kaldi's `am.mvn` repeats the 80 numbers for each of the stacked frames.
+    repeats = extractor.num_stacked_frames
+    return FlexiCodecFeatureExtractor(cmvn_shift=cmvn["shift"] * repeats, cmvn_scale=cmvn["scale"] * repeats)
+
+
+def _read_settings(config: Settings, section: str | None = None) -> dict[str, Any]:
+    """Settings as a mapping: those below `section` if there is one."""
+    if config is None:
+        return {}
+    content: Any = config
+    if not isinstance(config, Mapping):
+        path = Path(config)
+        is_json = path.suffix == ".json"
+        yaml = None if is_json else require("yaml", f"The configuration {path}", "convert")
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if yaml is None else yaml.safe_load(text)
+        except (json.JSONDecodeError, UnicodeDecodeError, getattr(yaml, "YAMLError", json.JSONDecodeError)) as error:
+            raise CheckpointError(f"{path} is not a {'JSON' if is_json else 'YAML'} file: {error}") from error
+    if isinstance(content, Mapping) and section in content:
+        content = content[section]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{config} must hold a mapping of names of settings to values, but holds {type(content).__name__}."
+        )
+    return dict(content)
+
+
+def _report(path: Path, table: Table, missing: list[str], unknown: list[str]) -> str:
+    lines = [f"{path} does not hold exactly the tensors of a {table.model_class.__name__}."]
+    lines += [f"Missing ({len(missing)}): {', '.join(missing)}."] if missing else []
+    lines += [f"Unknown ({len(unknown)}): {', '.join(unknown)}."] if unknown else []
+    return " ".join(lines)

@@ -1,0 +1,294 @@
+"""
+What the recipes that use transformers' `Trainer` share: options, time limits, samples along the
+way, and going on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..data.files import atomic_directory
+from .batches import EpochSampler, SeededExamples, SpeechDataArguments, with_seeds
+from .samples import write_samples
+
+
+logger = logging.get_logger("transformers.flexicodec_hf")
+
+
+def parse_arguments(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """
+    Parse the options of a recipe, and set the seed of the last dataclass, the training arguments.
+
+    Args:
+        classes: Dataclasses with the options.
+        argv: The command line without the script (default: `sys.argv`). A single JSON file is read
+            instead of options.
+
+    Returns:
+        An instance of each class.
+    """
+    parser = HfArgumentParser(classes)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        arguments = parser.parse_json_file(argv[0])
+    else:
+        arguments = parser.parse_args_into_dataclasses(argv)
+    set_seed(arguments[-1].seed)
+    logging.enable_explicit_format()
+    return arguments
+
+
+def fresh_config(config_class: type[PreTrainedConfig], overrides: str | None, **values: Any) -> PreTrainedConfig:
+    """
+    The configuration of a model to train from nothing: the defaults, with other values in their
+    place, at any depth.
+
+    Args:
+        config_class: The class of the configuration.
+        overrides: A JSON object, or the path of a file with one.
+        values: Values that follow from the codec or the tokenizer; `overrides` goes before them.
+
+    Raises:
+        ValueError: `overrides` is no JSON object, or has a key that the configuration does not
+            have.
+    """
+    config = _merge(config_class().to_dict(), values)
+    if overrides is not None:
+        text = overrides if overrides.lstrip().startswith("{") else Path(overrides).read_text(encoding="utf-8")
+        try:
+            config = _merge(config, json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`--config_overrides` must be a JSON object, or a file with one: {error}.") from error
+    return config_class.from_dict(config)
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any], where: str = "") -> dict[str, Any]:
+    merged = dict(values)
+    for key, new in changes.items():
+        if key not in values:
+            raise ValueError(
+                f"`--config_overrides` names {where}{key}, which the configuration does not have. It has: "
+                f"{', '.join(sorted(values))}."
+            )
+        nested = isinstance(values[key], dict) and isinstance(new, dict)
+        merged[key] = _merge(values[key], new, f"{where}{key}.") if nested else new
+    return merged
+
+
+@dataclass
+class SpeechTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with a time limit, and with the defaults that recipes of raw audio need.
+    """
+
+    time_limit: float | None = field(
+        default=None, metadata={"help": "Save and stop after so many minutes; the same command goes on."}
+    )
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: collators read the columns."})
+    # `Trainer` writes it into the model's configuration: false would make what is trained slow to
+    # generate.
+    use_cache: bool = field(default=True, metadata={"help": "Whether the trained model generates with a cache."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Each process reads a stream and takes its share: batches of one process could not be cut
+        # up for the others.
+        self.accelerator_config.dispatch_batches = False
+        if self.should_log:
+            logging.set_verbosity_info()
+
+
+class SpeechTrainer(Trainer):
+    """
+    `Trainer` whose training examples have seeds for their random choices (`batches.with_seeds`),
+    whose order a resumed run repeats, and that heeds the time limit.
+    """
+
+    def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any):
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        if train_dataset is not None:
+            self.train_dataset = with_seeds(train_dataset, self.args.seed)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"There are {self.args.n_gpu} GPUs, and one process: start one for each with `accelerate launch` or "
+                "`torchrun --nproc_per_node`, or show it one with CUDA_VISIBLE_DEVICES."
+            )
+        if getattr(self.args, "time_limit", None) is not None:
+            self.add_callback(TimeLimit(self.args.time_limit))
+
+    # ******** FlexiCodec specific ********
+    # An order that does not depend on the global random state, which a resumed run does not have at
+    # the start of its epoch, nor on the number of processes, and that tells the examples the epoch.
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler | None:
+        args, dataset = self.args, self.train_dataset
+        if not isinstance(dataset, SeededExamples):
+            return None
+        grouped = args.train_sampling_strategy == "group_by_length"
+        lengths = dataset.dataset[args.length_column_name][:] if grouped else None
+        sampler = EpochSampler(len(dataset), args.seed, lengths, args.train_batch_size * args.world_size)
+        self.add_callback(_SetEpoch(sampler))
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        return None
+
+    # A training that is killed while it saves must not leave a part of a model.
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        with atomic_directory(output_dir or self.args.output_dir) as folder:
+            super()._save(str(folder), state_dict)
+
+    # ******** end ********
+
+
+class _SetEpoch(TrainerCallback):
+    """TODO: drop once `Trainer` sets the epoch of samplers in resumed runs of several processes."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))
+
+
+class TimeLimit(TrainerCallback):
+    """Saves and stops after some minutes, in all processes at the same step."""
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+        self._start = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time_is_up(self._start, self.minutes):
+            control.should_save = control.should_training_stop = True
+
+
+def time_is_up(start: float, minutes: float | None) -> bool:
+    """
+    Whether `minutes` have passed since `start` (of `time.monotonic`). All processes get the answer
+    of the first one.
+    """
+    if minutes is None:
+        return False
+    return broadcast_object_list([time.monotonic() - start > minutes * 60])[0]
+
+
+class SpeechSamples(TrainerCallback):
+    """
+    Lets the model speak at regular steps and at the end, into `output_dir/samples` and TensorBoard.
+    Training goes on as
+    if it had not: random states are put back.
+
+    Args:
+        speak: Called with the model, yields names and waveforms `(num_samples,)`.
+        sampling_rate: Sampling rate of the waveforms, in hertz.
+        every: Steps between samples.
+    """
+
+    def __init__(self, speak: Callable[[Any], Iterator[tuple[str, Tensor]]], sampling_rate: int, every: int):
+        self.speak, self.sampling_rate, self.every = speak, sampling_rate, every
+        self._last_step = -1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._write(args, state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step != self._last_step:
+            self._write(args, state, model)
+
+    def _write(self, args: Any, state: Any, model: Any) -> None:
+        self._last_step = state.global_step
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / "samples"
+        training = model.training
+        model.eval()
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(args.seed)
+            waveforms = {name: waveform.cpu().numpy() for name, waveform in self.speak(model)}
+        model.train(training)
+        if waveforms:
+            with SummaryWriter(str(folder)) as writer:
+                write_samples(folder, state.global_step, waveforms, self.sampling_rate, writer)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The last whole checkpoint of `Trainer` in a directory. One that was cut off, after it, is
+    deleted.
+    """
+    while Path(output_dir).is_dir() and (checkpoint := get_last_checkpoint(str(output_dir))) is not None:
+        try:
+            json.loads((Path(checkpoint) / "trainer_state.json").read_text())  # `Trainer` writes it last
+            return checkpoint
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning(f"{checkpoint} is not whole and is deleted: the run was stopped while it was written.")
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def run_training(trainer: Trainer, data: SpeechDataArguments, **card: Any) -> None:
+    """
+    Train, from the last checkpoint in the output directory if there is one (unless
+    `--resume_from_checkpoint` names another); evaluate; write the metrics, the model and its card;
+    and push them to the Hub if asked to.
+
+    Args:
+        trainer: The trainer.
+        data: Names the data set for the card.
+        card: More about the model, as `Trainer.create_model_card` takes it.
+    """
+    args = trainer.args
+    if args.do_train:
+        with args.main_process_first(local=False):
+            checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
+        if checkpoint is not None:
+            logger.info(f"Going on from {checkpoint}.")
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    card = {"tags": ["speech", "flexicodec"], "dataset": data.dataset, **card}
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
+__all__ = [
+    "SpeechSamples",
+    "SpeechTrainer",
+    "SpeechTrainingArguments",
+    "fresh_config",
+    "last_checkpoint",
+    "parse_arguments",
+    "run_training",
+    "time_is_up",
+]
