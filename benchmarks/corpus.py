@@ -7,7 +7,7 @@ the same run.
 The plain loop encodes one file at a time, once for each threshold, with all threads.
 `tokenize_corpus` runs in one process with all threads, and in several that share them. The codec is
 half as deep as the released one in every part (`--full`: as deep). Times exclude the loading of the
-model; rows that model; rows that differ from those of the loop are counted. CPU seconds are the sum over threads and
+model; rows that differ from those of the loop are counted. CPU seconds are the sum over threads and
 processes: compare these, with `--threads 1 --processes 1`, on a machine that is not quiet.
 """
 

@@ -50,8 +50,9 @@ def add_commands(commands: Any) -> None:
     encode = commands.add_parser(
         "encode",
         help="audio files to files of tokens",
-        description="Encode audio files, each to a safetensors file with `audio_codes` (num_quantizers, num_tokens) and "
-        "`token_lengths` (num_tokens,). Files that are done already are skipped, so that an interrupted run can go on.",
+        description="Encode audio files, each to a safetensors file with `audio_codes` (num_quantizers, "
+        "num_tokens) and `token_lengths` (num_tokens,). Files that are done already are skipped, "
+        "so that an interrupted run can go on.",
     )
     encode.add_argument(
         "inputs", type=Path, nargs="+", metavar="IN", help="audio file; any rate, any number of channels"
@@ -62,8 +63,8 @@ def add_commands(commands: Any) -> None:
     decode = commands.add_parser(
         "decode",
         help="files of tokens to audio files",
-        description="Decode files of tokens that `encode` wrote, and all rows of those that `tokenize` wrote, each to a "
-        "WAV file as long as the clip was. Files that are done already are skipped.",
+        description="Decode files of tokens that `encode` wrote, and all rows of those that `tokenize` wrote, each to "
+        "a WAV file as long as the clip was. Files that are done already are skipped.",
     )
     decode.add_argument(
         "inputs", type=Path, nargs="+", metavar="FILE", help="file of tokens, .safetensors or .parquet"

@@ -36,9 +36,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "tokenize",
         help="a dataset of speech to a dataset of tokens",
-        description="Encode a dataset to Parquet files with a row for each clip and rate, which `datasets` loads. A run "
-        "that was interrupted goes on where it stopped. With `accelerate launch --no-python`, several processes share the "
-        "work.",
+        description="Encode a dataset to Parquet files with a row for each clip and rate, which `datasets` loads. A "
+        "run that was interrupted goes on where it stopped. With `accelerate launch --no-python`, several "
+        "processes share the work.",
     )
     parser.add_argument(
         "dataset",

@@ -5,8 +5,8 @@
     DIR/broken.jsonl                       clips that were skipped, and why
     DIR/README.md                          a dataset card, through which `datasets` finds the shards
 
-Shards are complete or absent. So the shards alone say what is done, whenever a run ends, and everything else follows from
-them.
+Shards are complete or absent. So the shards alone say what is done, whenever a run ends, and
+everything else follows from them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Shard:
         stream, block: Which part of the dataset it holds: streams are read by one process or by all in turns, and cut
             into blocks.
         settings: What decides its rows.
-        summary: `num_clips` that were read, `seconds` of audio and `tokens` for each setting, `resampled` and `downmixed`
-            clips, `last` of its stream or not, and the `broken` clips.
+        summary: `num_clips` that were read, `seconds` of audio and `tokens` for each setting,
+            `resampled` and `downmixed` clips, `last` of its stream or not, and the `broken` clips.
     """
 
     path: Path
@@ -85,7 +85,8 @@ def find_shards(directory: Path, settings: Mapping[str, Any]) -> dict[tuple[int,
         match = _SHARD_NAME.fullmatch(path.name)
         try:
             metadata = json.loads((pq.read_metadata(path).metadata or {})[METADATA_KEY])
-            shard = Shard(path, int(match[2]), int(match[3]), metadata["settings"], metadata["summary"])  # type: ignore[index]
+            stream, block = int(match[2]), int(match[3])  # type: ignore[index]
+            shard = Shard(path, stream, block, metadata["settings"], metadata["summary"])
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{path}: not a shard of tokens: {error!r}. Move it away.") from error
         check_same_settings(directory, shard.settings, settings)
@@ -185,8 +186,9 @@ configs:
 
 # Tokens of {settings["source"].get("dataset", "a dataset")}
 
-{manifest["hours"]:.3f} hours of speech in {manifest["num_clips"]} clips, encoded with the codec `{settings["model"]}` in
-{settings["num_quantizers"]} codebooks. One row for each clip and rate setting; `flexicodec-hf decode` makes audio of them.
+{manifest["hours"]:.3f} hours of speech in {manifest["num_clips"]} clips, encoded with the
+codec `{settings["model"]}` in {settings["num_quantizers"]} codebooks. There is one row for each clip and rate setting.
+`flexicodec-hf decode` turns rows into audio.
 
 | setting | tokens | per second |
 | --- | --- | --- |

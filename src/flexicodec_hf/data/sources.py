@@ -47,8 +47,8 @@ AUDIO_NAMES = ("audio", "file_name", "path", "file", "audio_filepath", "audio_pa
 TEXT_NAMES = ("text", "transcription", "transcript", "sentence", "normalized_text", "txt", "json.text")
 ID_NAMES = ("id", "__key__")
 
-# An undecoded clip, as the type of a column. Not `Audio(decode=False)`: when `datasets` encodes or streams that type, it
-# asks for torchcodec. TODO: drop once `datasets` reads undecoded audio without torchcodec.
+# An undecoded clip, as the type of a column. Not `Audio(decode=False)`: `datasets` asks for torchcodec when it encodes
+# or streams that type. TODO: drop once `datasets` reads undecoded audio without torchcodec.
 UNDECODED = {"bytes": Value("binary"), "path": Value("string")}
 _AUDIO_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 

@@ -35,7 +35,7 @@ def num_streams(dataset: IterableDataset) -> int:
 
 @dataclass(frozen=True)
 class ProcessShard:
-    """The part of a dataset that one process works on: whole streams if there are enough, else blocks of each in turns."""
+    """What one process works on: whole streams if there are enough, else blocks of each in turns."""
 
     rank: int
     world_size: int
