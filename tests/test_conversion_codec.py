@@ -350,7 +350,7 @@ def test_missing_and_unknown_tensors(weights, golden, convert):
         "semantic_encoder.layers.1.input_layernorm.weight",
     }
     assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
-    # What is missing is initialised, the rest is the reference's.
+    # What is missing is initialized, the rest is the reference's.
     assert model.semantic_encoder.layers[1].input_layernorm.weight.eq(1).all()
     assert model.semantic_quantizer.out_proj.weight.std() > 0
     expected = golden("codec_tiny").weights["semantic_vq.fsq.project_out.weight"]

@@ -528,7 +528,7 @@ def test_saves_and_loads(load, tmp_path, device, golden):
         assert torch.equal(output.audio_values, expected.audio_values)
 
 
-def test_fresh_weights_are_initialised():
+def test_fresh_weights_are_initialized():
     """Models are built on the meta device: nothing may be left as it was in memory."""
     config = FlexiCodecConfig(
         semantic_model_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32},

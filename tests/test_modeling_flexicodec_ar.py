@@ -304,7 +304,7 @@ def test_trainer_learns_a_handful_of_clips(tmp_path):
     assert losses[0] > 1.0
     assert losses[-1] < 0.05
     assert trainer.evaluate(clips)["eval_loss"] < 0.05
-    # What was learnt is what is spoken.
+    # What was learned is what is spoken.
     prompts = {name: inputs[name][:, :9] for name in ("input_ids", "token_lengths", "attention_mask")}
     spoken = model.eval().generate(**prompts, do_sample=False, max_new_tokens=6, return_dict_in_generate=True)
     assert torch.equal(spoken.sequences, inputs["input_ids"])
@@ -335,7 +335,7 @@ def test_save_and_load(tmp_path, device):
         assert_close(loaded.eval().to(device)(**inputs).logits, model(**inputs).logits.cpu(), atol=0)
 
 
-def test_every_parameter_is_initialised():
+def test_every_parameter_is_initialized():
     model = tiny_model()
     with torch.device("meta"):
         blank = FlexiCodecARForConditionalGeneration(model.config)

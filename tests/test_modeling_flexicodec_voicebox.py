@@ -106,7 +106,7 @@ def training_batch(device: str) -> dict[str, torch.Tensor]:
 
 
 def condition_on(model: FlexiCodecVoiceboxModel, condition: torch.Tensor) -> torch.Tensor:
-    """The fixtures have conditions without codes: every embedding becomes this one. Returns codes of as many frames."""
+    """Make every embedding this condition, since the fixtures have no codes. Returns codes of as many frames."""
     model.code_embedding.register_forward_hook(lambda *_: condition)
     num_frames = -(-condition.shape[1] // model.config.upsample_factor)
     return torch.zeros(len(condition), num_frames, dtype=torch.long, device=condition.device)
@@ -189,8 +189,8 @@ def test_whole_tts_run_matches_the_reference(golden, tmp_path, device):
     frames, condition = embedded[0]
     assert_close(condition, fixture["nar/cond_feature"])
 
-    # The reference's prompt mel is a frame longer than its codes and takes the target's first frame. With codes for each
-    # mel frame, ours does the same.
+    # The reference's prompt mel is a frame longer than its codes and takes the target's first frame.
+    # With codes for each mel frame, ours does the same.
     model.config.upsample_factor = 1
     output = model.sample(
         frames[:, 65:],

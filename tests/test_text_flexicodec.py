@@ -217,7 +217,7 @@ def test_long_sentences_are_cut_at_clauses_then_at_words():
     assert split_text("a" * 100, 60) == ["a" * 50, "a" * 50]
 
 
-def test_short_sentences_go_with_their_neighbours():
+def test_short_sentences_go_with_their_neighbors():
     assert split_text("Yes. No. I think that this is the better answer. Oh.", 60) == [
         "Yes. No. I think that this is the better answer. Oh."
     ]

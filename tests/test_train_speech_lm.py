@@ -43,7 +43,7 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def workplace(codec_dir, tmp_path_factory):
-    """A directory with a codec, and with tokens that can be learnt: every clip says the same."""
+    """A directory with a codec, and with tokens that can be learned: every clip says the same."""
     folder = tmp_path_factory.mktemp("speech_lm")
     (folder / "flexicodec").symlink_to(codec_dir())
     rng = random.Random(0)

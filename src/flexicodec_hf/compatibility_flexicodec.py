@@ -9,7 +9,8 @@ import transformers
 from packaging.version import Version
 
 
-# transformers 5.24 renamed `past_key_values` to `cache`, in the arguments of models and in the fields of their outputs.
+# transformers 5.24 renamed `past_key_values` to `cache`, in the arguments of models and in the
+# fields of their outputs.
 # TODO: write `cache` instead, and drop this file, once 5.24 is the lowest supported version.
 CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
 

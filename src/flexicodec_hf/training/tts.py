@@ -91,7 +91,7 @@ class SpeechEncoder:
         codec: The codec.
         feature_extractor: Its feature extractor.
         thresholds: The merging thresholds to draw from.
-        semantic_frames: Whether its semantic frames are learnt too (the Voicebox's alignment loss).
+        semantic_frames: Whether its semantic frames are learned too (the Voicebox's alignment loss).
         latents: Whether its decoder latents are, at 12.5 Hz with nothing merged (a Voicebox that
             predicts them).
     """
