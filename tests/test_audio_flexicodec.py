@@ -155,3 +155,88 @@ def test_audio_is_written_in_parts(tmp_path):
             writer.write(part, 16_000)
     assert writer.seconds == len(waveform) / 16_000
     np.testing.assert_allclose(read_audio(writer.path, 16_000).waveform, waveform, atol=1 / 32_768)
+
+
+# Files that end early
+
+
+def cut(path, share=0.7, **options):
+    """A file of noise without its end."""
+    noise = np.random.default_rng(0).uniform(-0.2, 0.2, 10 * RATE).astype(np.float32)
+    soundfile.write(path, noise, RATE, **options)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return noise
+
+
+def test_a_cut_mp3_is_refused_with_both_numbers(tmp_path, monkeypatch):
+    path = tmp_path / "cut.mp3"
+    cut(path)
+    with pytest.raises(AudioError, match=r"cut\.mp3: .*cut short.* says 160000 samples, but there are 11\d{4}\."):
+        read_audio(path, RATE)
+    # The same in a stream, and with blocks that end before the file does.
+    monkeypatch.setattr("flexicodec_hf.audio_flexicodec._BLOCK", 1 << 12)
+    with pytest.raises(AudioError, match="says 160000 samples, but there are 11"):
+        list(read_stretches(path, RATE, max_length_s=2, cut_s=1))
+
+
+@pytest.mark.parametrize("name", ["wav", "aiff", "au", "w64", "rf64", "ogg"])
+@pytest.mark.parametrize("share", [0.7, 0.999])
+def test_a_cut_file_is_read_with_a_warning(tmp_path, caplog, name, share):
+    path = tmp_path / f"cut.{name}"
+    noise = cut(path, share, format=name.upper())
+    clip = read_audio(path, RATE)
+    assert 0.5 * len(noise) < clip.num_samples < len(noise)
+    if name != "ogg":
+        np.testing.assert_allclose(clip.waveform, noise[: clip.num_samples], atol=1e-4)
+    assert sum(map(len, read_stretches(path, RATE))) == clip.num_samples
+    assert len(caplog.messages) == 2 and all(f"{path}: the file was cut short (" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["mp3", "wav", "aiff", "au", "w64", "rf64", "ogg", "flac"])
+def test_a_whole_file_is_read_without_a_warning(tmp_path, caplog, name):
+    noise = cut(tmp_path / f"whole.{name}", share=1.0, format=name.upper())
+    assert read_audio(tmp_path / f"whole.{name}", RATE).num_samples == len(noise)
+    assert caplog.messages == []
+
+
+def test_a_length_that_the_writer_did_not_know_is_no_end_that_is_missing(tmp_path, caplog):
+    noise = cut(tmp_path / "pipe.wav", share=1.0)
+    content = bytearray((tmp_path / "pipe.wav").read_bytes())
+    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"
+    (tmp_path / "pipe.wav").write_bytes(content)
+    assert read_audio(tmp_path / "pipe.wav", RATE).num_samples == len(noise)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 0])
+def test_rates_that_are_no_rates_are_refused(rate):
+    with pytest.raises(AudioError, match=f"`target_rate` must be a positive number of hertz, got {rate}"):
+        resample(np.zeros(100, dtype=np.float32), RATE, rate)
+    with pytest.raises(AudioError, match="`source_rate` must be a positive number"):
+        resample(np.zeros(100, dtype=np.float32), rate, RATE)
+    with pytest.raises(AudioError, match="`sampling_rate` must be a positive number"):
+        read_audio(AUDIO / "silence_2s.wav", rate)
+
+
+@pytest.mark.parametrize("rate", [1, 2**31 - 1])
+def test_a_header_with_a_rate_that_no_audio_has_is_refused(tmp_path, rate):
+    cut(tmp_path / "rate.wav", share=1.0)
+    content = bytearray((tmp_path / "rate.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "rate.wav").write_bytes(content)
+    with pytest.raises(AudioError, match=f"rate.wav: its header says {rate} Hz, which no audio has"):
+        read_audio(tmp_path / "rate.wav", RATE)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_reading_in_blocks_gives_what_resampling_the_whole_gives(tmp_path, monkeypatch, rate):
+    monkeypatch.setattr("flexicodec_hf.audio_flexicodec._BLOCK", 3000)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 50_000).astype(np.float32)
+    soundfile.write(tmp_path / "noise.wav", noise, rate, subtype="FLOAT")
+    np.testing.assert_array_equal(read_audio(tmp_path / "noise.wav", RATE).waveform, resample(noise, rate, RATE))
+
+
+def test_a_stream_with_broken_samples_is_refused(tmp_path):
+    soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan, 1]), RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match="the audio has NaN or infinite samples"):
+        list(read_stretches(tmp_path / "nan.wav", RATE))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,8 +16,15 @@ import soundfile
 import soxr
 
 
+logger = logging.getLogger(__name__)
+
 # Samples of each channel that are read at once. Their channels are averaged before the next are read.
 _BLOCK = 1 << 20
+# What libsndfile's log says of a file that ends early. An Ogg file has no length in its header, but a last page.
+_MISSING = re.compile(r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_NO_LAST_PAGE = "lacks an end-of-stream bit"
+# The sizes that programs write that do not know how much will follow: nothing is missing then.
+_UNKNOWN_SIZE = 0x7FFF0000
 
 
 class AudioError(ValueError):
@@ -72,22 +81,19 @@ def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = Non
     Returns:
         The clip.
 
+    A file whose header shows that its end is missing is read as far as it goes, with a warning in the log.
+
     Raises:
-        AudioError: The file does not exist, is not an audio file, is damaged, is empty, or has NaN or
-            infinite samples.
+        AudioError: The file does not exist, is not an audio file, is damaged, is empty, has fewer samples than
+            its header says, or has NaN or infinite samples.
     """
     path = Path(path)
     with _open(path, file) as audio:
-        file_sampling_rate, num_channels = audio.samplerate, audio.channels
-        blocks = [block.mean(axis=1) for block in audio.blocks(_BLOCK, dtype="float32", always_2d=True)]
-    waveform = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
-    if not np.isfinite(waveform).all():
-        raise AudioError(f"{path}: the audio has NaN or infinite samples.")
-    num_samples = len(waveform)
-    waveform = resample(waveform, file_sampling_rate, sampling_rate)
+        file_sampling_rate, num_channels, num_frames = audio.samplerate, audio.channels, audio.frames
+        waveform = np.concatenate(list(_blocks(audio, path, sampling_rate)))
     if len(waveform) == 0:
         raise AudioError(
-            f"{path}: the audio is empty ({num_samples} samples at {file_sampling_rate} Hz): at least one sample at "
+            f"{path}: the audio is empty ({num_frames} samples at {file_sampling_rate} Hz): at least one sample at "
             f"{sampling_rate} Hz is needed."
         )
     return AudioClip(path, waveform, sampling_rate, file_sampling_rate, num_channels)
@@ -119,7 +125,11 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
 
     Returns:
         Samples of shape `(num_resampled,)`, float32. The waveform itself if the rates are equal.
+
+    Raises:
+        AudioError: A rate is not a positive finite number.
     """
+    _check_rates(source_rate=source_rate, target_rate=target_rate)
     if source_rate == target_rate or len(waveform) == 0:
         return waveform
     return soxr.resample(waveform, source_rate, target_rate)
@@ -166,9 +176,52 @@ def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
         raise AudioError(f"{path}: a file without a header does not say its sampling rate; convert it to WAV.")
     try:
         with soundfile.SoundFile(path if file is None else file) as audio:
+            if not 1_000 <= audio.samplerate <= 1_000_000:
+                raise AudioError(
+                    f"{path}: its header says {audio.samplerate} Hz, which no audio has: between 1000 and 1000000 Hz "
+                    "are expected. The file is damaged."
+                )
             yield audio
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: not an audio file, or a damaged one: {error.error_string}") from error
+
+
+def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float) -> Iterator[np.ndarray]:
+    """All samples of an open file, its channels averaged and resampled, checked, in blocks of any lengths."""
+    _check_rates(sampling_rate=sampling_rate)
+    log = audio.extra_info
+    missing = max(
+        (int(said) - int(found) for said, found in _MISSING.findall(log) if int(said) < _UNKNOWN_SIZE), default=0
+    )
+    if missing > 0 or _NO_LAST_PAGE in log:
+        what = f"{missing} bytes that its header announces are missing" if missing > 0 else "its last page is missing"
+        logger.warning("%s: the file was cut short (%s); what is there is read.", path, what)
+    # In blocks and in one call, the resampler gives the same samples.
+    resampler = None
+    if audio.samplerate != sampling_rate:
+        resampler = soxr.ResampleStream(audio.samplerate, sampling_rate, 1, dtype="float32")
+    num_frames = 0
+    while True:
+        # Not `SoundFile.blocks`: it trusts the header, and goes on with old memory where the file ends early.
+        block = audio.read(_BLOCK, dtype="float32", always_2d=True)
+        num_frames += len(block)
+        waveform = block.mean(axis=1)
+        if not np.isfinite(waveform).all():
+            raise AudioError(f"{path}: the audio has NaN or infinite samples.")
+        yield waveform if resampler is None else resampler.resample_chunk(waveform, last=len(block) == 0)
+        if len(block) == 0:
+            break
+    if num_frames < audio.frames:
+        raise AudioError(
+            f"{path}: the file was cut short or is damaged: its header says {audio.frames} samples, but there are "
+            f"{num_frames}. Get it again, or convert what is there to WAV."
+        )
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not (math.isfinite(rate) and rate > 0):
+            raise AudioError(f"`{name}` must be a positive number of hertz, got {rate}.")
 
 
 class AudioWriter:
@@ -233,16 +286,13 @@ def read_stretches(
         Waveforms `(num_samples,)`, float32. Together they are the whole recording.
 
     Raises:
-        AudioError: The file is missing, or it is no audio file or a damaged one.
+        AudioError: As [`read_audio`], but an empty file gives one empty stretch.
     """
     max_length = int(max_length_s * sampling_rate)
     with _open(Path(path), None) as file:
-        resampler = soxr.ResampleStream(file.samplerate, sampling_rate, 1, dtype="float32")
         held = np.zeros(0, dtype=np.float32)
-        blocks = file.blocks(file.samplerate * 10, dtype="float32", always_2d=True)
-        for block in chain(blocks, [None]):
-            mono = np.zeros(0, dtype=np.float32) if block is None else block.mean(axis=1)
-            held = np.concatenate([held, resampler.resample_chunk(mono, last=block is None)])
+        for block in _blocks(file, Path(path), sampling_rate):
+            held = np.concatenate([held, block])
             while len(held) > max_length:
                 cut = find_pause(held[:max_length], sampling_rate, cut_s)
                 yield held[:cut]

@@ -214,6 +214,12 @@ class CodecRunner:
                     f"tokens of a codec at {item.sampling_rate} Hz and {item.frame_rate} frames per second; the model "
                     f"works at {self.config.sampling_rate} Hz and {self.config.frame_rate}."
                 )
+            longest = int(item.token_lengths.max())
+            if longest > self.config.max_frames_per_token:
+                raise DataError(
+                    f"a token covers {longest} frames, but a token of this model covers 1 to "
+                    f"{self.config.max_frames_per_token}: the file is damaged, or of another model."
+                )
         codes = pad_sequence([item.audio_codes.T for item in tokens], batch_first=True).transpose(1, 2)
         lengths = pad_sequence([item.token_lengths for item in tokens], batch_first=True)
         device = self.codec.device

@@ -66,8 +66,10 @@ class Tokens:
                 f"`audio_codes` {tuple(codes.shape)} {codes.dtype} and `token_lengths` {tuple(lengths.shape)} "
                 f"{lengths.dtype} are not int32 of shapes (num_quantizers, num_tokens) and (num_tokens,)."
             )
-        num_frames = int(lengths.sum())
-        positive = min(self.num_samples, self.sampling_rate) > 0 and bool((lengths > 0).all())
+        num_frames = int(lengths.sum(dtype=torch.int64))
+        # No audio has such numbers, and floats can hold those below them.
+        plausible = 0 < self.num_samples < 2**53 and 0 < self.sampling_rate < 2**31 and 0 < self.frame_rate < 1e6
+        positive = plausible and bool((lengths > 0).all())
         # The codec drops up to two frames at the end of a clip.
         if not (positive and -2 <= num_frames - self.seconds * self.frame_rate < 1):
             raise DataError(
@@ -158,6 +160,8 @@ def token_sources(path: Path) -> list[TokenSource]:
     if path.suffix != ".parquet":
         return [TokenSource(path, path.stem)]
     pq = require("pyarrow.parquet", f"{path}: a Parquet file", "train")
+    from pyarrow import ArrowException
+
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
     try:
@@ -168,9 +172,9 @@ def token_sources(path: Path) -> list[TokenSource]:
             raise ValueError(f"it has no column {missing[0]!r}")
         table = pq.read_table(path, columns=columns, partitioning=None)
         metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, "{}"))
-    except ValueError as error:  # of pyarrow, too
-        raise DataError(f"{path}: not a file of tokens from `tokenize`: {error}.") from error
-    model = {"model": metadata["settings"]["model"]} if "settings" in metadata else {}
+        model = {"model": metadata["settings"]["model"]} if "settings" in metadata else {}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ArrowException) as error:
+        raise DataError(f"{path}: not a file of tokens from `tokenize`, or a damaged one: {error}.") from error
     sources = []
     names = table.select(["id", *_RATES]).to_pylist()
     for i, (clip, threshold, rate) in enumerate(row.values() for row in names):
