@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -479,6 +480,8 @@ class Louder:
 
     def __call__(self, clip):
         self.clips.append(clip.name)
+        if clip.waveform is None:
+            return None
         return Speech(clip.waveform * 2, aligned=True, processing_seconds=1.0)
 
 
@@ -509,6 +512,61 @@ def test_a_row_cut_inside_a_character_is_measured_again(folder, tmp_path):
     part.write_bytes(part.read_bytes()[: part.read_bytes().rfind("é".encode()) + 1])
     assert evaluate(clips, [Original()], Evaluator([]), tmp_path / "results").rows == expected.rows
     assert [json.loads(line) for line in part.read_text().splitlines()] == expected.rows
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 40 + b"\n", b"{}\n", b"[1]\n", b'{"clip": []}\n'])
+def test_rows_that_are_damaged_are_measured_again(folder, tmp_path, damage):
+    clips, louder = load_rows(folder), Louder()
+    expected = evaluate(clips, [louder], Evaluator([]), tmp_path / "results")
+    part = tmp_path / "results" / "parts" / "000.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
+    assert evaluate(clips, [louder], Evaluator([]), tmp_path / "results").rows == expected.rows
+    assert louder.clips == [*CLIPS, list(CLIPS)[1]]
+    assert sorted(part.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_killed_run_leaves_whole_rows_and_a_second_run_at_once_is_refused(folder, tmp_path):
+    clips, output, (read, write) = load_rows(folder), tmp_path / "results", os.pipe()
+    expected = evaluate(clips, [Louder()], Evaluator([])).rows
+
+    class Waiting(Louder):
+        def __call__(self, clip):
+            if len(self.clips) == 2:
+                os.write(write, b"x")
+                signal.pause()
+            return super().__call__(clip)
+
+    if (child := os.fork()) == 0:
+        evaluate(clips, [Waiting()], Evaluator([]), output, {"model": "a"})
+    os.read(read, 1)
+    with pytest.raises(DataError, match="results: another run works in this directory"):
+        evaluate(clips, [Louder()], Evaluator([]), output, {"model": "a"})
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert json.loads((output / "settings.json").read_text()) == {"measures": [], "model": "a"}
+    assert [json.loads(line) for line in (output / "parts" / "000.jsonl").open()] == expected[:2]
+    louder = Louder()
+    assert evaluate(clips, [louder], Evaluator([]), output, {"model": "a"}).rows == expected
+    assert louder.clips == list(CLIPS)[2:]
+
+
+def test_a_clip_without_what_the_methods_need_is_reported(folder):
+    clips: list[dict] = [*load_rows(folder)[:1], {"id": "bare", "text": "hello", "audio": None}, {"id": "\ud800"}]
+    report = evaluate(clips, [Original(), Louder()], Evaluator([]))
+    assert [row["clip"] for row in report.rows] == [next(iter(CLIPS))] * 2
+    assert report.failed[0] == "bare: it has no audio for the methods to work on."
+    assert report.failed[1].startswith("\\ud800: 'utf-8' codec can't encode")
+
+
+def test_data_that_break_off_are_reported(folder):
+    def rows():
+        yield load_rows(folder)[0]
+        raise RuntimeError("the archive is cut")
+
+    report = evaluate(rows(), [Original()], Evaluator([]))
+    assert len(report.rows) == 1
+    assert report.failed == ["the data cannot be read any further: RuntimeError: the archive is cut"]
 
 
 def test_clips_of_one_name_are_measured_each(folder, tmp_path):
@@ -691,6 +749,69 @@ def test_the_command_measures_a_folder(run, folder, asr, tmp_path):
 
     status, again, errors = run(*arguments, "--limit", 4)
     assert (status, errors) == (0, "") and again.strip() in output
+
+
+GOOD_ROW = b'{"file_name": "short_0p08s.wav", "text": "he"}'
+BAD_ROWS = {
+    b"{": "line 2: Expecting property name",
+    b"[" * 100_000: "line 2: ",
+    b"5": "line 2: expected an object with columns, got '5'",
+    b"null": "line 2: expected an object with columns, got 'None'",
+    b'{"text": "no audio"}': "it has no audio for the methods to work on",
+    b'{"file_name": null, "text": "x"}': "it has no audio for the methods to work on",
+    b'{"file_name": ["a.wav"], "text": "x"}': "line 2: 'file_name' is \"['a.wav']\", of another type",
+    b'{"file_name": "silence_2s.wav", "text": 5}': "line 2: 'text' is '5', of another type than in most rows",
+    b'{"file_name": "silence_2s.wav", "text": NaN}': "line 2: 'text' is 'nan', of another type",
+    b'{"file_name": "\\ud800.wav", "text": "x"}': "line 2: it has characters that are not UTF-8",
+    b'{"file_name": "\xff.wav", "text": "x"}': "line 2: it has characters that are not UTF-8",
+    b'{"file_name": "gone.wav", "text": "x"}': "gone.wav: there is no such file",
+    b'{"file_name": "a\\u0000b.wav", "text": "x"}': "",
+    json.dumps({"file_name": "a" * 5000, "text": "x"}).encode(): "",
+    b'{"file_name": ".", "text": "x"}': "",
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_the_command_reports_a_bad_row_and_goes_on(run, folder, tmp_path, row):
+    table = folder / "table.jsonl"
+    table.write_bytes(b"\n".join([GOOD_ROW, row, GOOD_ROW.replace(b"short_0p08s", b"stereo_48k"), b""]))
+    status, output, errors = run(table, "--measures", "mel", "-o", tmp_path / "out")
+    assert status == 1 and "1 failed" in output
+    (error,) = errors.splitlines()
+    assert BAD_ROWS[row] in error
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [clip["clip"] for clip in results["clips"]] == ["short_0p08s.wav", "stereo_48k.wav"]
+    assert len(results["failed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("silence_2s.wav," + "a" * 200_000, "line 2: field larger than field limit"),
+        ("silence_2s.wav,a,b", "line 2: 3 fields, but 2 columns"),
+        ('silence_2s.wav,"a"b', "line 2: ',' expected after '\"'"),
+        (",a", "it has no audio for the methods to work on"),
+    ],
+)
+def test_the_command_reports_a_bad_line_of_csv_and_goes_on(run, folder, tmp_path, line, message):
+    (folder / "table.csv").write_text(f"file_name,text\n{line}\nstereo_48k.wav,he\n")
+    status, _, errors = run(folder / "table.csv", "--measures", "mel", "-o", tmp_path / "out")
+    assert status == 1 and message in errors and len(errors.splitlines()) == 1
+    (clip,) = json.loads((tmp_path / "out" / "results.json").read_text())["clips"]
+    assert clip["clip"] == "stereo_48k.wav"
+
+
+def test_the_command_reports_names_and_texts_that_are_not_utf8(run, folder, tmp_path):
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    (folder / "metadata.csv").unlink(missing_ok=True)
+    shutil.copy(folder / "stereo_48k.wav", os.fsencode(folder) + b"/\xff.wav")
+    (folder / "stereo_48k.txt").write_bytes(b"\xff")
+    status, _, errors = run(folder, "--measures", "mel", "-o", tmp_path / "out")
+    assert status == 1
+    assert "\\udcff.wav': the name of the file is not UTF-8: rename it" in errors
+    assert "stereo_48k.txt: a text in UTF-8 was expected" in errors
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["failed"]) == 2 and [clip["clip"] for clip in results["clips"]] == sorted(CLIPS)
 
 
 def test_the_command_streams_part_of_a_dataset(run, tmp_path):

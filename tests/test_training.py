@@ -182,8 +182,8 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
 
 
 def test_training_options_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="`save_total_limit` must be at least 2, got 1"):
-        GANTrainingArguments("", save_total_limit=1)
+    with pytest.raises(ValueError, match="`save_total_limit` must be at least 1, got 0"):
+        GANTrainingArguments("", save_total_limit=0)
     with pytest.raises(ValueError, match="`push_to_hub` needs `hub_model_id`"):
         GANTrainingArguments("", push_to_hub=True)
 

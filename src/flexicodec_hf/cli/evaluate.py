@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +105,16 @@ def run_evaluate(args: argparse.Namespace) -> int:
     try:
         if args.plot is not None:
             require("matplotlib", "the plot", "eval")
-        options = {name: getattr(args, name) for name in _DATA_SETTINGS}
-        dataset = load_speech(args.data, **options, default_split="test", streaming=args.streaming)
+        options: dict[str, Any] = {name: getattr(args, name) for name in _DATA_SETTINGS}
+        unusable: list[str] = []
+
+        def report_row(message: str) -> None:
+            unusable.append(message.encode(errors="backslashreplace").decode())
+            if state.is_main_process:
+                report_error(unusable[-1])
+
+        options |= {"streaming": args.streaming, "on_bad_row": report_row}
+        dataset = load_speech(args.data, default_split="test", **options)
         if args.limit is not None:
             size = min(args.limit, len(dataset)) if isinstance(dataset, Dataset) else args.limit
             dataset = dataset.take(size)
@@ -115,6 +124,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             methods.insert(0, Original())
         settings = {name: getattr(args, name) for name in _SETTINGS}
         report = evaluate(dataset, methods, evaluator, args.output_dir, settings, on_error=report_error)
+        report = replace(report, failed=[*unusable, *report.failed])
         if state.is_main_process:
             if args.per_clip:
                 print(report.table_of_clips(), end="\n\n")

@@ -7,7 +7,8 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO
@@ -64,6 +65,7 @@ def load_speech(
     audio_column: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
+    on_bad_row: Callable[[str], None] | None = None,
 ) -> Dataset | IterableDataset:
     """
     Load speech without decoding its audio.
@@ -93,6 +95,8 @@ def load_speech(
         text_column: A column, or a field `column.field` of one. By default the first of `text`, `transcription`,
             `transcript`, `sentence`, `normalized_text`, `txt` and `json.text`.
         id_column: By default `id` or `__key__`.
+        on_bad_row: Called with a message for each file or row of a folder or table that cannot be used, such as a
+            line that is no JSON; the others are loaded. By default the first one is an error.
 
     Returns:
         A dataset with the columns
@@ -114,7 +118,7 @@ def load_speech(
         splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     else:
         name = (split or default_split or "").split("[")[0]
-        files = _load_files(path, name, audio_column, text_column, id_column)
+        files = _load_files(path, name, audio_column, text_column, id_column, on_bad_row or _refuse)
         splits = files or _load_dataset(str(source), config_name, revision, streaming)
     dataset = _select(source, splits, split, default_split)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -335,8 +339,17 @@ def _name_of(path: str | None) -> str | None:
 # Files and tables
 
 
+def _refuse(message: str) -> None:
+    raise DataError(message)
+
+
 def _load_files(
-    path: Path, split: str, audio_column: str | None, text_column: str | None, id_column: str | None
+    path: Path,
+    split: str,
+    audio_column: str | None,
+    text_column: str | None,
+    id_column: str | None,
+    on_bad_row: Callable[[str], None],
 ) -> dict[str, Dataset] | None:
     """
     Audio files, and what tables and text files tell about them, as the only split.
@@ -352,6 +365,9 @@ def _load_files(
             name, path = split, path / split
         folder, found = path, _names(path)
         files = [file for file in found if PurePath(file).suffix.lower() in AUDIO_SUFFIXES]
+        for file in [file for file in files if not _is_unicode(file)]:
+            files.remove(file)
+            on_bad_row(f"{os.path.join(path, file)!a}: the name of the file is not UTF-8: rename it.")
         texts = {file for file in found if file.endswith(".txt")}
         by_folder: dict[str, str] = {}
         for kind in METADATA_NAMES:
@@ -372,7 +388,7 @@ def _load_files(
     else:
         return None
 
-    tables = [_described(folder, file, audio_column, text_column, id_column) for file in metadata]
+    tables = [_described(folder, file, audio_column, text_column, id_column, on_bad_row) for file in metadata]
     audio = audio_column or "audio"
     pairs = [(table, column) for table in tables for column in (audio, "reference_audio")]
     named = {entry for table, column in pairs if column in table.column_names for entry in _paths(table[column])}
@@ -387,7 +403,8 @@ def _load_files(
         raise DataError(f"{path}: the metadata of its subfolders do not fit together: {error}") from error
     if texts and audio in table.column_names:
         text = text_column or next((name for name in TEXT_NAMES if name in table.column_names), "text")
-        table = _with_texts_beside(table, {os.path.join(folder, file) for file in texts}, audio, text)
+        beside = {os.path.join(folder, file) for file in texts}
+        table = _with_texts_beside(table, beside, audio, text, on_bad_row)
     return {name: Dataset(table, info=DatasetInfo(features=Features.from_arrow_schema(table.schema)))}
 
 
@@ -402,10 +419,15 @@ def _names(folder: Path) -> list[str]:
 
 
 def _described(
-    folder: Path, file: str, audio_column: str | None, text_column: str | None, id_column: str | None
+    folder: Path,
+    file: str,
+    audio_column: str | None,
+    text_column: str | None,
+    id_column: str | None,
+    on_bad_row: Callable[[str], None],
 ) -> pa.Table:
     """A table with entries of audio instead of paths, and with ids."""
-    table = read_table(folder / file)
+    table = read_table(folder / file, on_bad_row)
     columns = table.column_names
     audio = audio_column or next((name for name in AUDIO_NAMES if name in columns), None)
     if audio is not None and audio not in columns:
@@ -431,39 +453,114 @@ def _described(
     return table
 
 
-def _with_texts_beside(table: pa.Table, files: set[str], audio: str, text: str) -> pa.Table:
+def _with_texts_beside(
+    table: pa.Table, files: set[str], audio: str, text: str, on_bad_row: Callable[[str], None]
+) -> pa.Table:
     """Rows without a text get the text in the file beside their audio file, if there is one."""
     texts = table[text].to_pylist() if text in table.column_names else [None] * len(table)
     for row, path in enumerate(_paths(table[audio])):
         beside = os.path.splitext(path or "")[0] + ".txt"
         if texts[row] is None and beside in files and os.path.isfile(beside):
-            texts[row] = Path(beside).read_text(encoding="utf-8").strip()
+            try:
+                texts[row] = Path(beside).read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError as error:
+                on_bad_row(f"{beside}: a text in UTF-8 was expected: {error}")
     if text in table.column_names:
         return table.set_column(table.column_names.index(text), text, pa.array(texts))
     return table.append_column(text, pa.array(texts)) if any(texts) else table
 
 
-def read_table(path: Path) -> pa.Table:
-    """A JSON Lines, JSON, CSV, TSV or Parquet file. Fields of CSV and TSV are strings, empty ones missing values."""
+def read_table(path: Path, on_bad_row: Callable[[str], None] = _refuse) -> pa.Table:
+    """
+    A JSON Lines, JSON, CSV, TSV or Parquet file. Fields of CSV and TSV are strings, empty ones missing values.
+
+    `on_bad_row` is called with a message for each row that cannot be used, which is left out.
+    """
     if path.suffix == ".parquet":
-        return pq.read_table(path)
-    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            if path.suffix.lower() == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            elif path.suffix.lower() == ".json":
-                rows = json.load(file)
-            else:
-                # Transcripts in TSV files have quotation marks that quote nothing.
-                tabs = path.suffix.lower() == ".tsv"
-                reader = csv.DictReader(
-                    file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-                )
-                rows = [{name: value or None for name, value in row.items() if name} for row in reader]
-            columns = list(dict.fromkeys(name for row in rows for name in row))
-            return pa.table({name: pa.array([row.get(name) for row in rows]) for name in columns})
-        except (ValueError, AttributeError, TypeError, pa.ArrowException, csv.Error) as error:
-            raise DataError(f"{path}: not a table of rows: {error}") from error
+            return pq.read_table(path)
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: not a Parquet file: {error}") from error
+    rows: dict[int, Any] = {}
+
+    def bad(line: int, reason: object) -> None:
+        rows.pop(line, None)
+        on_bad_row(f"{path}: not a table of rows in line {line}: {reason}")
+
+    # What is not UTF-8 becomes surrogates, which are found row by row.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if path.suffix.lower() in (".jsonl", ".json"):
+            try:
+                lines = json.load(file) if path.suffix.lower() == ".json" else file
+                lines = list(lines)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise DataError(f"{path}: not a table of rows: {error}") from error
+            for number, line in enumerate(lines, start=1):
+                try:
+                    if not isinstance(line, str) or line.strip():
+                        rows[number] = json.loads(line) if path.suffix.lower() == ".jsonl" else line
+                except (ValueError, RecursionError) as error:
+                    bad(number, error)
+        else:
+            for number, row, error in _csv_rows(path, file):
+                rows[number] = row
+                if error is not None:
+                    bad(number, error)
+    for number, row in list(rows.items()):
+        if not isinstance(row, dict):
+            bad(number, f"expected an object with columns, got {str(row)[:40]!a}")
+        elif not _is_unicode(json.dumps(row, ensure_ascii=False)):
+            bad(number, "it has characters that are not UTF-8.")
+    columns: dict[str, pa.Array] = {}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    for name in names:
+        kinds = Counter(_kind(row[name]) for row in rows.values() if row.get(name) is not None)
+        for number, row in list(rows.items()) if len(kinds) > 1 else ():
+            if row.get(name) is not None and _kind(row[name]) != kinds.most_common(1)[0][0]:
+                bad(number, f"{name!r} is {str(row[name])[:40]!a}, of another type than in most rows.")
+    try:
+        columns = {name: pa.array([row.get(name) for row in rows.values()]) for name in names}
+        return pa.table(columns)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a table of rows: {error}") from error
+
+
+def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, str | None], str | None]]:
+    """Line, row and what is wrong with it."""
+    # Transcripts in TSV files have quotation marks that quote nothing.
+    tabs = path.suffix.lower() == ".tsv"
+    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    reader = csv.reader(file, delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
+    header: list[str] | None = None
+    while True:
+        row, error = [], None
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as wrong:
+            error = str(wrong)
+        if header is None:
+            if error or any(count > 1 for name, count in Counter(row).items() if name):
+                raise DataError(f"{path}: not a table of rows: line 1: {error or f'columns of one name: {row}'}")
+            header = row
+        elif row or error:
+            if any(row[len(header) :]):
+                error = f"{len(row)} fields, but {len(header)} columns."
+            values = dict(zip(header, [*row, *[""] * (len(header) - len(row))], strict=False))
+            yield reader.line_num, {name: value or None for name, value in values.items() if name}, error
+
+
+def _kind(value: Any) -> type:
+    return float if type(value) is int else type(value)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 # Datasets

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..audio_flexicodec import AudioError
-from ..data.files import DataError, check_settings, require
+from ..data.files import DataError, atomic_file, check_settings, only_run, require
 from ..data.sources import decode_audio
 from . import metrics
-from .methods import Clip, Method, Speech
+from .methods import Clip, Method, Original, Speech
 from .metrics import SAMPLING_RATE
 from .recognizers import Normalizer, Recognizer, SpeakerEncoder
 from .report import Report, Row
@@ -130,48 +131,54 @@ def evaluate(
         output_dir: Each result is appended to a file here at once, so that an interrupted run continues where it
             stopped. Results that are there are not measured again.
         settings: What else decides the results (the model, the data, the recognizer, ...). Kept in `output_dir`.
-        on_error: Called with a message for each clip that cannot be read, or that a method rejects; the others go
-            on. Such a clip counts for no method, so that all are compared on the same clips.
+        on_error: Called with a message for each clip that cannot be read, lacks what the methods need, or that a
+            method rejects; the others go on. Such a clip counts for no method, so that all are compared on the
+            same clips.
 
     Raises:
         ValueError: Two methods have the same label.
-        DataError: `output_dir` has results of other settings, or nothing could be measured.
+        DataError: `output_dir` has results of other settings, another run works in it, or nothing could be measured.
     """
     labels = [method.label for method in methods]
     if len(set(labels)) < len(labels):
         raise ValueError(f"each method needs a label of its own, got {', '.join(labels)}.")
     state = PartialState()
     settings = {"measures": sorted(evaluator.measures), **(settings or {})}
-    results = _Results(None if output_dir is None else Path(output_dir), settings, state.process_index)
+    with nullcontext() if output_dir is None else only_run(output_dir, state.is_main_process):
+        results = _Results(None if output_dir is None else Path(output_dir), settings, state.process_index)
+        # What a clip must have: for recordings alone, a recording.
+        needed = [method.label for method in methods if not isinstance(method, Original)] or labels
+        rows: list[tuple[int, int, Row]] = []
+        failed: list[str] = []
+        names: set[str] = set()
 
-    rows: list[tuple[int, int, Row]] = []
-    failed: list[str] = []
-    names: set[str] = set()
-    for index, item in enumerate(tqdm(dataset, unit="clip", disable=None if state.is_main_process else True)):
-        name, text = str(item.get("id") or f"{index:06d}"), item.get("text") or None
-        if name in names:  # ids may be file names, without their folders
-            name = f"{name} ({index:06d})"
-        names.add(name)
-        if index % state.num_processes != state.process_index:
-            continue
-        done = results.of(name, text)
-        missing = [method for method in methods if method.label not in done]
-        try:
-            if missing:
-                clip = Clip(
-                    name,
-                    text,
-                    _waveform(item, "audio"),
-                    _waveform(item, "reference_audio"),
-                    item.get("reference_text"),
-                )
-                for row in filter(None, (_measure(clip, method, evaluator) for method in missing)):
-                    results.append(row)
-        except ValueError as error:
-            failed.append(str(error) if isinstance(error, AudioError) else f"{name}: {error}")
+        def fail(message: str) -> None:
+            failed.append(message.encode(errors="backslashreplace").decode())
             on_error(failed[-1])
-            continue
-        rows += [(index, number, done[label]) for number, label in enumerate(labels) if label in done]
+
+        items = _rows(dataset, fail if state.is_main_process else lambda message: None)
+        for index, item in enumerate(tqdm(items, unit="clip", disable=None if state.is_main_process else True)):
+            name, text = str(item.get("id") or f"{index:06d}"), item.get("text") or None
+            if name in names:  # ids may be file names, without their folders
+                name = f"{name} ({index:06d})"
+            names.add(name)
+            if index % state.num_processes != state.process_index:
+                continue
+            try:
+                f"{name}{text}".encode()  # results are files in UTF-8
+                done = results.of(name, text)
+                missing = [method for method in methods if method.label not in done]
+                if missing:
+                    recordings = (_waveform(item, column) for column in ("audio", "reference_audio"))
+                    clip = Clip(name, text, *recordings, item.get("reference_text"))
+                    for row in filter(None, (_measure(clip, method, evaluator) for method in missing)):
+                        results.append(row)
+                if not all(label in done for label in needed):
+                    raise ValueError(f"it has no {'audio' if text else 'text'} for the methods to work on.")
+            except (ValueError, OSError) as error:
+                fail(str(error) if isinstance(error, AudioError) else f"{name}: {error}")
+                continue
+            rows += [(index, number, done[label]) for number, label in enumerate(labels) if label in done]
 
     rows, failed = gather_object(rows), gather_object(failed)
     rows.sort(key=lambda item: item[:2])
@@ -183,6 +190,14 @@ def evaluate(
     return Report(
         [row for *_, row in rows], {method.label: dict(method.settings) for method in methods}, settings, failed
     )
+
+
+def _rows(dataset: Iterable[Mapping[str, Any]], fail: Callable[[str], None]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a dataset, until it ends or cannot be read any further."""
+    try:
+        yield from dataset
+    except Exception as error:  # libraries of files raise whatever comes
+        fail(f"the data cannot be read any further: {type(error).__name__}: {error}")
 
 
 def _waveform(item: Mapping[str, Any], column: str) -> np.ndarray | None:
@@ -217,23 +232,29 @@ class _Results:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         check_settings(directory / "settings.json", settings)
-        for part in sorted(self._path.parent.glob("*.jsonl")):
-            content = part.read_bytes()
-            complete = content[: content.rfind(b"\n") + 1]  # the rest is a row that an interrupted run began
-            if part == self._path and len(complete) < len(content):
-                part.write_bytes(complete)
-            for line in complete.splitlines():
-                self._remember(json.loads(line))
+        for part in sorted(self._path.parent.glob("[!.]*.jsonl")):
+            lines = part.read_bytes().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith(b"\n") and self._remember(line)]
+            if part == self._path and len(whole) < len(lines):  # rows that an interrupted run began
+                with atomic_file(part) as temporary:
+                    temporary.write_bytes(b"".join(whole))
 
     def of(self, name: str, text: str | None) -> dict[str, Row]:
         """The rows of a clip by method, empty if its text has changed. Rows that are appended later show up in it."""
         return self._rows.setdefault((name, text), {})
 
     def append(self, row: Row) -> None:
-        self._remember(row)
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self._remember(line)
         if self._path is not None:
             with self._path.open("ab", buffering=0) as file:  # one write for the row
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                file.write(line)
 
-    def _remember(self, row: Row) -> None:
-        self.of(row["clip"], row["text"])[row["method"]] = row
+    def _remember(self, line: bytes) -> bool:
+        """Whether the line is a row."""
+        try:
+            row = json.loads(line)
+            self.of(row["clip"], row["text"])[row["method"]] = row
+            return True
+        except (ValueError, TypeError, KeyError):
+            return False

@@ -68,11 +68,8 @@ class GANTrainingArguments:
     hub_model_id: str | None = field(default=None, metadata={"help": "The repository to push to."})
 
     def __post_init__(self) -> None:
-        if self.save_total_limit < 2:
-            raise ValueError(
-                f"`save_total_limit` must be at least 2, got {self.save_total_limit}: a run that is killed may need the "
-                "checkpoint before the last."
-            )
+        if self.save_total_limit < 1:
+            raise ValueError(f"`save_total_limit` must be at least 1, got {self.save_total_limit}.")
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to push to.")
 
