@@ -187,8 +187,8 @@ def _merge(source: Path, target: Path) -> None:
     for directory in {file.parent for file in files}:
         (target / directory).mkdir(parents=True, exist_ok=True)
         new, old = (list((folder / directory).glob("model*.safetensors*")) for folder in (source, target))
-        configs = [folder / directory / "config.json" for folder in (source, target)]
-        same = all(config.is_file() for config in configs) and filecmp.cmp(*configs, shallow=False)
+        config, earlier = (folder / directory / "config.json" for folder in (source, target))
+        same = config.is_file() and earlier.is_file() and filecmp.cmp(config, earlier, shallow=False)
         if not (same and [file.name for file in new] == [file.name for file in old] == ["model.safetensors"]):
             for file in old:
                 file.unlink()

@@ -502,10 +502,10 @@ def read_table(path: Path, on_bad_row: Callable[[str], None] = _refuse) -> pa.Ta
                 except (ValueError, RecursionError) as error:
                     bad(number, error)
         else:
-            for number, row, error in _csv_rows(path, file):
+            for number, row, problem in _csv_rows(path, file):
                 rows[number] = row
-                if error is not None:
-                    bad(number, error)
+                if problem is not None:
+                    bad(number, problem)
     for number, row in list(rows.items()):
         if not isinstance(row, dict):
             bad(number, f"expected an object with columns, got {str(row)[:40]!a}")
@@ -529,8 +529,8 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, 
     """Line, row and what is wrong with it."""
     # Transcripts in TSV files have quotation marks that quote nothing.
     tabs = path.suffix.lower() == ".tsv"
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    reader = csv.reader(file, delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
+    delimiter, quoting = ("\t", csv.QUOTE_NONE) if tabs else (",", csv.QUOTE_MINIMAL)
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     header: list[str] | None = None
     while True:
         row, error = [], None

@@ -169,8 +169,8 @@ def evaluate(
                 done = results.of(name, text)
                 missing = [method for method in methods if method.label not in done]
                 if missing:
-                    recordings = (_waveform(item, column) for column in ("audio", "reference_audio"))
-                    clip = Clip(name, text, *recordings, item.get("reference_text"))
+                    audio, reference = (_waveform(item, column) for column in ("audio", "reference_audio"))
+                    clip = Clip(name, text, audio, reference, item.get("reference_text"))
                     for row in filter(None, (_measure(clip, method, evaluator) for method in missing)):
                         results.append(row)
                 if not all(label in done for label in needed):
