@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from flexicodec_hf.data.files import DataError, atomic_directory, atomic_file, check_settings, require
+from flexicodec_hf.data.files import DataError, atomic_directory, atomic_file, check_settings, only_run, require
 
 
 def test_a_file_is_complete_or_absent(tmp_path):
@@ -94,3 +95,43 @@ def test_a_missing_package_is_named():
         DataError, match=r"the plot needs the package `not_there` .*: pip install 'flexicodec-hf\[eval\]'"
     ):
         require("not_there", "the plot", "eval")
+
+
+def test_weights_of_the_same_configuration_are_there_at_every_moment(tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("old")
+    found = []
+
+    def replace(file: Path, target: Path) -> None:
+        found.append((tmp_path / "model.safetensors").read_text())
+        os.replace(file, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with atomic_directory(tmp_path) as folder:
+        (folder / "config.json").write_text("old")
+        (folder / "model.safetensors").write_text("new")
+    assert found == ["old", "old"] and (tmp_path / "model.safetensors").read_text() == "new"
+
+
+def test_damaged_settings_are_named(tmp_path):
+    for content in ("", '{"rate', "3", "[1]"):
+        (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(DataError, match=r"settings.json: expected the settings of an earlier run .* damaged"):
+            check_settings(tmp_path / "settings.json", {"rate": 1})
+
+
+def test_a_second_run_is_kept_out_until_the_first_ends_or_is_killed(tmp_path):
+    folder, (read, write) = tmp_path / "out", os.pipe()
+    if (child := os.fork()) == 0:
+        with only_run(folder):
+            os.mkdir(folder / ".incomplete-model")
+            os.write(write, b"x")
+            signal.pause()
+    os.read(read, 1)
+    with pytest.raises(DataError, match="out: another run works in this directory: wait for its end"), only_run(folder):
+        pass
+    assert (folder / ".incomplete-model").is_dir()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with only_run(folder):
+        assert not (folder / ".incomplete-model").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import json
 import os
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 class DataError(ValueError):
@@ -43,9 +46,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     A directory to write files to, which becomes `path` at the end.
 
     It is renamed if `path` does not exist. If it does, for example because `path` is a repository with
-    other files, the new files move into it, and the weights of models (`model*.safetensors*`) are
-    replaced: the old ones are removed first, the new ones move last. So `path` never holds incomplete
-    weights, or weights that belong to another configuration. The body may read files of `path`.
+    other files, the new files move into it. Weights of models (`model*.safetensors*`) move last. Those of
+    one file and the same `config.json` take the place of the old ones at once; otherwise the old ones are
+    removed first. So `path` never holds incomplete weights, or weights that belong to another
+    configuration. The body may read files of `path`.
 
     Raises:
         FileExistsError: `path` is a file.
@@ -66,6 +70,30 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def only_run(directory: str | Path) -> Iterator[None]:
+    """
+    Keep other runs out of an output directory, which is made if it does not exist.
+
+    The lock is gone when the process ends, however it ends. What killed runs left of directories that
+    they wrote (`.incomplete-*`) is removed.
+
+    Raises:
+        DataError: Another run works in the directory.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / "_lock", timeout=0):
+            for leftover in directory.glob(".incomplete-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+    except Timeout as error:
+        raise DataError(
+            f"{directory}: another run works in this directory: wait for its end, or choose another output."
+        ) from error
+
+
 def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     """
     Check that a run continues with the settings it started with.
@@ -79,7 +107,14 @@ def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     if path.exists():
-        check_same_settings(path.parent, json.loads(path.read_text(encoding="utf-8")), settings)
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}: expected the settings of an earlier run as a JSON object, but it is damaged ({error}): delete "
+                "the file if you know that they were the same, or choose another output."
+            ) from error
+        check_same_settings(path.parent, found, settings)
         return
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -139,10 +174,14 @@ def _process() -> str:
 
 def _merge(source: Path, target: Path) -> None:
     files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
-    for directory in {target / file.parent for file in files}:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("model*.safetensors*"):
-            old.unlink()
+    for directory in {file.parent for file in files}:
+        (target / directory).mkdir(parents=True, exist_ok=True)
+        new, old = (list((folder / directory).glob("model*.safetensors*")) for folder in (source, target))
+        configs = [folder / directory / "config.json" for folder in (source, target)]
+        same = all(config.is_file() for config in configs) and filecmp.cmp(*configs, shallow=False)
+        if not (same and [file.name for file in new] == [file.name for file in old] == ["model.safetensors"]):
+            for file in old:
+                file.unlink()
     # Weights last, and last of all their index: once it is there, the directory looks complete.
     for file in sorted(files, key=lambda file: (file.match("model*.safetensors*"), file.suffix == ".json", file)):
         (source / file).replace(target / file)
