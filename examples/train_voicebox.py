@@ -58,8 +58,8 @@ class ModelArguments:
     predict_latents: bool = field(
         default=False,
         metadata={
-            "help": "A new model predicts the codec's decoder latents at 12.5 Hz instead of a mel spectrogram. It needs no "
-            "vocoder."
+            "help": "A new model predicts the codec's decoder latents at 12.5 Hz instead of a mel spectrogram. It "
+            "needs no vocoder."
         },
     )
     merging_thresholds: list[float] = field(

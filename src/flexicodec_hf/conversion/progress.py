@@ -40,8 +40,8 @@ class Progress:
             for leftover in output_dir.glob(f"{where}.incomplete-*"):
                 if _is_written(leftover):
                     raise CheckpointError(
-                        f"Another conversion still writes to {output_dir} ({leftover.name}): wait for its end, or choose "
-                        "another directory."
+                        f"Another conversion still writes to {output_dir} ({leftover.name}): wait for its end, or "
+                        "choose another directory."
                     )
                 shutil.rmtree(leftover)
 

@@ -111,8 +111,8 @@ def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{path}: expected the settings of an earlier run as a JSON object, but it is damaged ({error}): delete "
-                "the file if you know that they were the same, or choose another output."
+                f"{path}: expected the settings of an earlier run as a JSON object, but it is damaged ({error}): "
+                "delete the file if you know that they were the same, or choose another output."
             ) from error
         check_same_settings(path.parent, found, settings)
         return
@@ -178,7 +178,7 @@ def _merge(source: Path, target: Path) -> None:
         (target / directory).mkdir(parents=True, exist_ok=True)
         new, old = (list((folder / directory).glob("model*.safetensors*")) for folder in (source, target))
         configs = [folder / directory / "config.json" for folder in (source, target)]
-        same = all(config.is_file() for config in configs) and filecmp.cmp(*configs, shallow=False)
+        same = all(config.is_file() for config in configs) and filecmp.cmp(configs[0], configs[1], shallow=False)
         if not (same and [file.name for file in new] == [file.name for file in old] == ["model.safetensors"]):
             for file in old:
                 file.unlink()

@@ -70,8 +70,8 @@ class GANTrainingArguments:
     def __post_init__(self) -> None:
         if self.save_total_limit < 2:
             raise ValueError(
-                f"`save_total_limit` must be at least 2, got {self.save_total_limit}: the oldest checkpoint is deleted "
-                "before the new one is written."
+                f"`save_total_limit` must be at least 2, got {self.save_total_limit}: the oldest checkpoint is "
+                "deleted before the new one is written."
             )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to push to.")
