@@ -35,12 +35,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Trainer,
 )
 
 from flexicodec_hf.audio_flexicodec import write_audio
-from flexicodec_hf.data.files import only_run
 from flexicodec_hf.speech_lm import FlexiCodecSpeechVocabulary, SpeechTextCollator, duration_lm_class
-from flexicodec_hf.training.trainer import SafeTrainer, SpeechTrainingArguments, last_checkpoint, parse_arguments
+from flexicodec_hf.training.trainer import SpeechTrainingArguments, last_checkpoint, parse_arguments
 
 
 @dataclass
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model, vocabulary = make_model(arguments, codec_config)
     training.label_names = ["labels", "duration_labels"] if vocabulary.is_parallel else ["labels"]
     metrics = SpeechMetrics(vocabulary, codec_config.frame_rate)
-    trainer = SafeTrainer(
+    trainer = Trainer(
         model=model,
         args=training,
         train_dataset=rows,
@@ -249,11 +249,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.scores,
     )
-    with only_run(training.output_dir, trainer.is_world_process_zero()):
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last_checkpoint(training.output_dir))
-        trainer.save_model()
-        result = trainer.evaluate()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last_checkpoint(training.output_dir))
+    trainer.save_model()
 
+    result = trainer.evaluate()
     num_tokens = sum(map(len, eval_rows["token_lengths"]))
     raw = num_tokens * codec_config.bits_per_token(1) / sum(eval_rows["duration"])
     print(

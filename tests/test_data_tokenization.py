@@ -213,7 +213,7 @@ def test_a_killed_run_goes_on_without_loss_or_doubles(tokenize, clips, tmp_path,
     replace = Path.replace
 
     def dying(self: Path, target: Path) -> Path:
-        if self.name.startswith(".incomplete-train") and rng.random() < 0.6:
+        if self.name.startswith(".train") and rng.random() < 0.6:
             self.write_bytes(self.read_bytes()[: rng.randrange(1000)])
             raise KeyboardInterrupt
         return replace(self, target)

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ from conftest import AUDIO, assert_close
 from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import CheckpointError, convert_codec
-from flexicodec_hf.data.files import DataError, only_run
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -282,46 +280,6 @@ def test_a_run_that_was_killed_while_it_saved_is_repaired(run, codec, codec_opti
     assert not partial.exists()
     for name, weight in load_file(folder / "model" / "model.safetensors").items():
         assert torch.equal(weight, weights[name]), name
-
-
-@pytest.mark.parametrize("moment", ["checkpoints/checkpoint_1", "trainer_state.json", "model/model.safetensors"])
-def test_a_run_killed_at_a_rename_of_its_last_save_is_repaired(run, data, codec, codec_options, tmp_path, moment):
-    folder, whole = tmp_path / "codec", tmp_path / "whole"
-    for copy in (folder, whole):
-        shutil.copytree(codec[0], copy)
-    options = (*codec_options, "--max_steps", 5, "--learning_rate", 0.001)
-    script = f"""
-import os, signal, sys
-def hook(event, arguments):
-    if event == "os.rename" and os.fspath(arguments[1]).endswith({moment!r}):
-        os.kill(os.getpid(), signal.SIGKILL)
-import train_codec, flexicodec_hf.training.gan as gan
-save = gan.GANTrainer._save
-gan.GANTrainer._save = lambda self: (sys.addaudithook(hook), save(self))
-train_codec.main(sys.argv[1:])
-"""
-    arguments = [str(argument) for argument in (*common(data, folder), *options)]
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], cwd=EXAMPLES, timeout=300)
-    assert killed.returncode == -signal.SIGKILL
-
-    weights, state = folder / "model" / "model.safetensors", json.loads((folder / "trainer_state.json").read_text())
-    assert {path.name for path in (folder / "model").iterdir() if path.name[0] != "."} == {
-        path.name for path in (whole / "model").iterdir()
-    }
-    before = load_file(codec[0] / "model" / "model.safetensors")
-    assert all(torch.equal(weight, before[name]) for name, weight in load_file(weights).items())
-    assert state["global_step"] == (5 if moment.startswith("model") else 4)
-
-    assert run("train_codec", folder, *options) == run("train_codec", whole, *options)
-    expected = load_file(whole / "model" / "model.safetensors")
-    assert not all(torch.equal(weight, before[name]) for name, weight in expected.items())
-    assert all(torch.equal(weight, expected[name]) for name, weight in load_file(weights).items())
-    assert not list(folder.rglob(".*"))
-
-
-def test_a_second_training_in_a_folder_is_refused(run, codec, codec_options):
-    with only_run(codec[0]), pytest.raises(DataError, match="another run works in this directory"):
-        run("train_codec", codec[0], *codec_options, "--max_steps", 4)
 
 
 def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):

@@ -30,7 +30,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     suffix. It is removed if the body raises.
     """
     path = Path(path)
-    temporary = path.with_name(f".incomplete-{path.stem}.{_process()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_process()}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -71,32 +71,22 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def only_run(directory: str | Path, main: bool = True) -> Iterator[None]:
+def only_run(directory: str | Path) -> Iterator[None]:
     """
     Keep other runs out of an output directory, which is made if it does not exist.
 
-    The lock is gone when the process ends, however it ends. What killed runs left incomplete in it is
-    removed.
-
-    Args:
-        directory: The output directory.
-        main: Whether this is the main process of the run. Its other processes do nothing here.
+    The lock is gone when the process ends, however it ends. What killed runs left of directories that
+    they wrote (`.incomplete-*`) is removed.
 
     Raises:
         DataError: Another run works in the directory.
     """
-    if not main:
-        yield
-        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(directory / "_lock", timeout=0):
-            for leftover in [*directory.glob(".incomplete-*"), *directory.glob("*/.incomplete-*")]:
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+            for leftover in directory.glob(".incomplete-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             yield
     except Timeout as error:
         raise DataError(

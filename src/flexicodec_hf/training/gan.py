@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from ..data.files import atomic_directory, atomic_file, only_run
+from ..data.files import atomic_directory, atomic_file
 from .batches import EpochSampler, with_seeds
 from .discriminators import Discriminators
 from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
@@ -70,8 +70,8 @@ class GANTrainingArguments:
     def __post_init__(self) -> None:
         if self.save_total_limit < 2:
             raise ValueError(
-                f"`save_total_limit` must be at least 2, got {self.save_total_limit}: a run that is killed may need "
-                "the checkpoint before the last."
+                f"`save_total_limit` must be at least 2, got {self.save_total_limit}: the oldest checkpoint is "
+                "deleted before the new one is written."
             )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to push to.")
@@ -107,9 +107,8 @@ class GANTrainer(ABC):
 
     The output directory gets `checkpoints/` (all that it takes to go on with the same losses),
     `model/` (the averaged weights and the feature extractor), `trainer_state.json` (with the log)
-    and the files of the tracker in `logs/`. All of them are complete at every moment. A training that
-    was killed while it saved goes on from the last checkpoint, and writes `model/` again. A second
-    training in the same directory is refused.
+    and the files of the tracker in `logs/`. A training that was killed while it saved goes on from
+    the last whole checkpoint, and writes `model/` again.
 
     Args:
         model: The model; its frozen parameters stay as they are.
@@ -162,36 +161,37 @@ class GANTrainer(ABC):
         """
         Train until `max_steps`, from the last checkpoint in the output directory if there is one.
         """
-        main = self.accelerator.is_main_process
-        with only_run(self.output_dir, main):
-            self._train()
-            if self.args.push_to_hub and main and self.state.global_step >= self.args.max_steps:
-                api = HfApi()
-                api.create_repo(self.args.hub_model_id, exist_ok=True)
-                api.upload_folder(repo_id=self.args.hub_model_id, folder_path=str(self.output_dir / "model"))
-            self.accelerator.end_training()
-
-    def _train(self) -> None:
         args, accelerator, state = self.args, self.accelerator, self.state
         self._resume()
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}})
-        start, first = time.monotonic(), state.global_step
-        hidden = not accelerator.is_main_process
-        with tqdm(total=args.max_steps, initial=first, disable=hidden, unit="step", mininterval=1) as progress:
-            for batch in self._batches():
-                metrics = self.training_step(batch)
-                state.global_step += 1
-                progress.update()
-                finished = state.global_step == args.max_steps
-                last = finished or time_is_up(start, args.time_limit)
-                if state.global_step % args.logging_steps == 0 or last:
-                    self._log(self._mean(metrics))
-                if state.global_step % args.eval_steps == 0 or finished:
-                    self._log({f"eval_{name}": value for name, value in self.evaluate().items()})
-                if state.global_step % args.save_steps == 0 or last:
-                    self._save()
-                if last:
-                    break
+        start = time.monotonic()
+        progress = tqdm(
+            total=args.max_steps,
+            initial=state.global_step,
+            disable=not accelerator.is_main_process,
+            unit="step",
+            mininterval=1,
+        )
+        for batch in self._batches():
+            metrics = self.training_step(batch)
+            state.global_step += 1
+            progress.update()
+            finished = state.global_step == args.max_steps
+            last = finished or time_is_up(start, args.time_limit)
+            if state.global_step % args.logging_steps == 0 or last:
+                self._log(self._mean(metrics))
+            if state.global_step % args.eval_steps == 0 or finished:
+                self._log({f"eval_{name}": value for name, value in self.evaluate().items()})
+            if state.global_step % args.save_steps == 0 or last:
+                self._save()
+            if last:
+                break
+        progress.close()
+        if args.push_to_hub and accelerator.is_main_process and state.global_step >= args.max_steps:
+            api = HfApi()
+            api.create_repo(args.hub_model_id, exist_ok=True)
+            api.upload_folder(repo_id=args.hub_model_id, folder_path=str(self.output_dir / "model"))
+        accelerator.end_training()
 
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
         """
@@ -262,25 +262,16 @@ class GANTrainer(ABC):
             tqdm.write(f"{step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def _save(self) -> None:
-        state, checkpoints = self.state, self.output_dir / "checkpoints"
-        state.checkpoint += 1
-        partial = checkpoints / f".incomplete-{state.checkpoint}"
-        self.accelerator.save_state(str(partial))
+        self.state.checkpoint = self.accelerator.save_iteration
+        self.accelerator.save_state()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            partial.rename(checkpoints / f"checkpoint_{state.checkpoint}")
-            # Only now does the checkpoint count: `_resume` deletes one that the state does not name.
+            # Only now does the checkpoint count: `_resume` deletes one that the state does not
+            # name.
             with atomic_file(self.output_dir / "trainer_state.json") as path:
-                path.write_text(json.dumps(asdict(state), indent=1))
-            for number, checkpoint in self._checkpoints().items():
-                if number <= state.checkpoint - self.args.save_total_limit:
-                    shutil.rmtree(checkpoint)
+                path.write_text(json.dumps(asdict(self.state), indent=1))
             self._save_model()
         self.accelerator.wait_for_everyone()
-
-    def _checkpoints(self) -> dict[int, Path]:
-        folders = (self.output_dir / "checkpoints").glob("checkpoint_*")
-        return {int(folder.name.removeprefix("checkpoint_")): folder for folder in folders}
 
     def _save_model(self) -> None:
         model: Any = self.averaged.module
@@ -289,17 +280,19 @@ class GANTrainer(ABC):
             self.feature_extractor.save_pretrained(folder)
 
     def _resume(self) -> None:
-        accelerator, state_file = self.accelerator, self.output_dir / "trainer_state.json"
+        accelerator, checkpoints = self.accelerator, self.output_dir / "checkpoints"
+        state_file = self.output_dir / "trainer_state.json"
         if state_file.exists():
             vars(self.state).update(json.loads(state_file.read_text()))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            for number, checkpoint in self._checkpoints().items():
-                if number > self.state.checkpoint:
+            for checkpoint in checkpoints.glob("checkpoint_*"):
+                if int(checkpoint.name.split("_")[1]) > self.state.checkpoint:
                     shutil.rmtree(checkpoint)
         accelerator.wait_for_everyone()
+        accelerator.project_configuration.iteration = self.state.checkpoint + 1
         if self.state.checkpoint >= 0:
-            accelerator.load_state(str(self.output_dir / "checkpoints" / f"checkpoint_{self.state.checkpoint}"))
+            accelerator.load_state(str(checkpoints / f"checkpoint_{self.state.checkpoint}"))
             accelerator.print(f"Going on from step {self.state.global_step}.")
             if accelerator.is_main_process:
                 self._save_model()  # again: the run may have been killed before it did
@@ -380,7 +373,12 @@ def make_accelerator(args: GANTrainingArguments) -> Accelerator:
         cpu=args.use_cpu,
         mixed_precision="bf16" if args.bf16 else None,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir),
+        project_config=ProjectConfiguration(
+            args.output_dir,
+            logging_dir=args.output_dir,
+            automatic_checkpoint_naming=True,
+            total_limit=args.save_total_limit,
+        ),
         # Each process reads a stream and takes its share.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         # Quantizers that a batch leaves out have no gradients.

@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainerCal
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..data.files import atomic_directory, atomic_file, only_run
+from ..data.files import atomic_directory
 from .batches import EpochSampler, SeededExamples, SpeechDataArguments, with_seeds
 from .samples import write_samples
 
@@ -114,20 +114,7 @@ class SpeechTrainingArguments(TrainingArguments):
             logging.set_verbosity_info()
 
 
-class SafeTrainer(Trainer):
-    """`Trainer` that leaves a complete model if it is killed while it saves."""
-
-    # ******** FlexiCodec specific ********
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return super()._save(output_dir, state_dict)
-        with atomic_directory(output_dir or self.args.output_dir) as folder:
-            super()._save(str(folder), state_dict)
-
-    # ******** end ********
-
-
-class SpeechTrainer(SafeTrainer):
+class SpeechTrainer(Trainer):
     """
     `Trainer` whose training examples have seeds for their random choices (`batches.with_seeds`),
     whose order a resumed run repeats, and that heeds the time limit.
@@ -160,6 +147,13 @@ class SpeechTrainer(SafeTrainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         return None
+
+    # A training that is killed while it saves must not leave a part of a model.
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        with atomic_directory(output_dir or self.args.output_dir) as folder:
+            super()._save(str(folder), state_dict)
 
     # ******** end ********
 
@@ -259,7 +253,7 @@ def run_training(trainer: Trainer, data: SpeechDataArguments, **card: Any) -> No
     """
     Train, from the last checkpoint in the output directory if there is one (unless
     `--resume_from_checkpoint` names another); evaluate; write the metrics, the model and its card;
-    and push them to the Hub if asked to. A second training in the same directory is refused.
+    and push them to the Hub if asked to.
 
     Args:
         trainer: The trainer.
@@ -267,37 +261,28 @@ def run_training(trainer: Trainer, data: SpeechDataArguments, **card: Any) -> No
         card: More about the model, as `Trainer.create_model_card` takes it.
     """
     args = trainer.args
-    with only_run(args.output_dir, trainer.is_world_process_zero()):
-        if args.do_train:
-            with args.main_process_first(local=False):
-                checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
-            if checkpoint is not None:
-                logger.info(f"Going on from {checkpoint}.")
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.save_model()
-            _write_metrics(trainer, "train", result.metrics)
-        if args.do_eval:
-            _write_metrics(trainer, "eval", trainer.evaluate())
-        card = {"tags": ["speech", "flexicodec"], "dataset": data.dataset, **card}
-        if args.push_to_hub:
-            trainer.push_to_hub(**card)
-        else:
-            trainer.create_model_card(**card)
-
-
-def _write_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-    """The metrics, and the log so far. `Trainer.save_metrics` would leave a part of a file if it is killed."""
-    trainer.log_metrics(split, metrics)
-    if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
-        with atomic_file(folder / f"{split}_results.json") as path:
-            path.write_text(json.dumps(metrics, indent=4, sort_keys=True))
-        with atomic_file(folder / "trainer_state.json") as path:
-            trainer.state.save_to_json(str(path))
+    if args.do_train:
+        with args.main_process_first(local=False):
+            checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
+        if checkpoint is not None:
+            logger.info(f"Going on from {checkpoint}.")
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    card = {"tags": ["speech", "flexicodec"], "dataset": data.dataset, **card}
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
 
 
 __all__ = [
-    "SafeTrainer",
     "SpeechSamples",
     "SpeechTrainer",
     "SpeechTrainingArguments",
