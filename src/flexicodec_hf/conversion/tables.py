@@ -220,7 +220,7 @@ def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[
         "n_codebooks": num_acoustic,
         "codebook_size": codebook[0],
         "codebook_dim": codebook[1],
-        "convnext_dim": source.shape("convnext_encoder.0.weight", 3)[0],
+        "convnext_dim": source.shape("convnext_encoder.0.weight")[0],
         "convnext_layers": _count(source, r"convnext_decoder\.(\d+)\.dwconv\."),
         "ssl_dim": fsmn[0],
     }
