@@ -49,7 +49,7 @@ lock: setup
 test-lowest: RESOLUTION := --resolution lowest-direct
 test-latest: RESOLUTION := --upgrade "transformers>=0rc0"
 test-lowest test-latest: test-%:
-	$(PYTHON) -m venv .venv-$*
+	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/pip install --quiet uv
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python $(RESOLUTION) --editable ".$(EXTRAS)"
 	.venv-$*/bin/python -m pytest $(TESTS)

@@ -1,6 +1,9 @@
-"""Make a corpus of exactly transcribed speech: sentences of books, spoken by the voices of flite.
+"""Make a corpus of exactly transcribed speech: sentences of books, spoken by synthetic voices.
 
 python examples/make_synthetic_speech.py --text emma.txt persuasion.txt --output-dir speech --hours 3
+
+`--voices` takes voices of flite (`slt`), voices and variants of espeak-ng
+(`espeak-ng:en-us+f2`) and voices of festival (`festival:voice_kal_diphone`).
 
 The text is plain text files, or the `Rdata.rdb` of an R package of books (`r-cran-janeaustenr` in
 Debian: Jane Austen's novels, in the public domain; reading it needs `pip install rdata`). The
@@ -86,12 +89,36 @@ def cut_sentence(sentence: str, max_words: int) -> list[str]:
     return [part[0].upper() + part[1:].rstrip(",;:.!?' ") + "." for part in parts]
 
 
+def speech_command(text: str, voice: str, path: Path) -> list[str]:
+    """
+    The command that speaks `text` to the WAV file `path`.
+
+    Args:
+        text: What to say.
+        voice: A voice of flite, or `PROGRAM:VOICE`.
+        path: The WAV file. Festival's text is written beside it.
+
+    Raises:
+        ValueError: The program is none of flite, espeak-ng and festival.
+    """
+    program, _, name = voice.rpartition(":")
+    if program in ("", "flite"):
+        return ["flite", "-voice", name, "-t", text, "-o", str(path)]
+    if program == "espeak-ng":
+        return ["espeak-ng", "-v", name, "-w", str(path), text]
+    if program == "festival":
+        source = path.with_suffix(".txt")
+        source.write_text(text)
+        return ["text2wave", "-eval", f"({name})", str(source), "-o", str(path)]
+    raise ValueError(f"`--voices` names {voice!r}: the program must be flite, espeak-ng or festival, not {program!r}.")
+
+
 def speak(text: str, voice: str, path: Path) -> float:
     """Write `text`, spoken, and return its seconds."""
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             spoken = Path(folder) / "spoken.wav"
-            subprocess.run(["flite", "-voice", voice, "-t", text, "-o", str(spoken)], check=True)
+            subprocess.run(speech_command(text, voice, spoken), check=True)
             waveform, sampling_rate = soundfile.read(spoken, dtype="int16")
         temporary = path.with_name(f".{path.name}")
         soundfile.write(temporary, waveform, sampling_rate, format="FLAC")
@@ -111,7 +138,8 @@ def make_split(
             batch = []
             for number, text in zip(range(start, start + 64), texts, strict=False):
                 voice = voices[number % len(voices)]
-                batch.append({"file_name": f"{number:06d}_{voice}.flac", "text": text, "speaker": voice})
+                name = f"{number:06d}_{voice.replace(':', '-')}.flac"
+                batch.append({"file_name": name, "text": text, "speaker": voice})
             if not batch:
                 break
             durations = executor.map(lambda row: speak(row["text"], row["speaker"], folder / row["file_name"]), batch)
@@ -128,17 +156,22 @@ def make_split(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make a corpus of exactly transcribed speech with flite.")
+    parser = argparse.ArgumentParser(description="Make a corpus of exactly transcribed speech.")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files, or Rdata.rdb of an R package")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=3.0, help="of the split train (default: %(default)s)")
     parser.add_argument(
         "--held-out-minutes", type=float, default=10.0, help="of validation and of test (default: %(default)s)"
     )
-    parser.add_argument("--voices", nargs="+", default=VOICES, help="of flite (default: %(default)s)")
+    parser.add_argument(
+        "--voices", nargs="+", default=VOICES, help="of flite, or PROGRAM:VOICE (default: %(default)s)"
+    )
     parser.add_argument("--min-words", type=int, default=4)
     parser.add_argument("--max-words", type=int, default=24)
     parser.add_argument("--cut", action="store_true", help="cut longer sentences at their commas")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="sentences of the split train to leave out, such as another corpus has"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the sentences")
     args = parser.parse_args(argv)
 
@@ -148,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = list(dict.fromkeys(texts))
     random.Random(args.seed).shuffle(texts)
     # Which split a sentence is in does not depend on how much is spoken.
-    parts = {"train": texts[len(texts) // 5 :], "validation": texts[: len(texts) // 10]}
+    parts = {"train": texts[len(texts) // 5 + args.skip :], "validation": texts[: len(texts) // 10]}
     parts["test"] = texts[len(texts) // 10 : len(texts) // 5]
     seconds = {
         "train": args.hours * 3600,

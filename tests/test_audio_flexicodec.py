@@ -179,8 +179,11 @@ def test_a_cut_mp3_is_refused_with_both_numbers(tmp_path, monkeypatch):
         list(read_stretches(path, RATE, max_length_s=2, cut_s=1))
 
 
-@pytest.mark.parametrize("name", ["wav", "aiff", "au", "w64", "rf64", "ogg"])
-@pytest.mark.parametrize("share", [0.7, 0.999])
+# libsndfile reports a cut Ogg file only where whole pages are missing.
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [(name, share) for name in ("wav", "aiff", "au", "w64", "rf64") for share in (0.7, 0.999)] + [("ogg", 0.7)],
+)
 def test_a_cut_file_is_read_with_a_warning(tmp_path, caplog, name, share):
     path = tmp_path / f"cut.{name}"
     noise = cut(path, share, format=name.upper())

@@ -545,3 +545,16 @@ def test_convert_errors(released, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
     stray = ["convert", "--codec", str(tmp_path / "stray.safetensors"), "-o", str(tmp_path / "out")]
     assert main([*stray, "--allow-partial"]) == 0
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", None], ids=["empty", "null", "list", "cut"])
+def test_a_broken_repository_is_one_line_that_names_the_file(model, tmp_path, capsys, file, content):
+    broken = tmp_path / "model"
+    shutil.copytree(model, broken)
+    whole = (broken / file).read_bytes()
+    (broken / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    command = ["encode", str(AUDIO / CLIPS[0]), "-o", str(tmp_path / "out"), "--model", str(broken), "--device", "cpu"]
+    assert main(command) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("flexicodec-hf"))
+    assert f"{broken / file}" in line and "Download or convert it again" in line

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +30,8 @@ from transformers import (
 import flexicodec_hf
 from conftest import AUDIO, WITHOUT_PACKAGE
 from flexicodec_hf.cli import main
-from flexicodec_hf.conversion.progress import RECORD
+from flexicodec_hf.conversion.checkpoint import CheckpointError
+from flexicodec_hf.conversion.progress import RECORD, Progress
 from whisper_files import write_vocabulary_and_merges
 
 
@@ -367,3 +370,17 @@ def test_what_the_whole_system_needs(released, release, clip, tmp_path, capsys):
     assert convert(["convert", "--repo", partial, *released[3:]], "-o", tmp_path / "model") == 0
     model = AutoModelForTextToWaveform.from_pretrained(tmp_path / "model")
     assert model.codec.num_parameters() > 0
+
+
+def test_the_folder_of_a_conversion_that_still_runs_stays(tmp_path):
+    for process, stays in ((os.getppid(), True), (2**22 + 1, False)):
+        folder = tmp_path / "tts" / f".incomplete-tts.{socket.gethostname()}.{process}"
+        folder.mkdir(parents=True)
+        if stays:
+            with pytest.raises(CheckpointError, match="Another conversion still writes"):
+                Progress(tmp_path)
+            assert folder.is_dir()
+            folder.rmdir()
+        else:
+            Progress(tmp_path)
+            assert not folder.exists()

@@ -146,3 +146,12 @@ def test_wrong_shapes_and_files(source, tmp_path):
         convert_ar(tmp_path / "other.safetensors", tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="There is no checkpoint file"):
         convert_ar(tmp_path / "nothing.safetensors", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "name", ["text_embedding.weight", "duration_decoder.weight", "llm.encoders.0.self_attn.pos_bias_u"]
+)
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])
+def test_a_tensor_with_other_axes_is_named(source, tmp_path, name, shape):
+    with pytest.raises(CheckpointError, match=f"{PREFIX}{name}.* must have 2 axes"):
+        convert_ar(source({f"{PREFIX}{name}": torch.zeros(shape)}), tmp_path / "model")

@@ -210,3 +210,11 @@ def test_bad_settings_files_are_refused(nar, tmp_path, text, message):
     settings.write_text(text)
     with pytest.raises(CheckpointError, match=message):
         convert_voicebox(write(tmp_path / "nartts.safetensors", nar[0]), config=settings)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"voicebox_config": [1]}', '"x"', "[" * 100_000])
+def test_settings_that_are_no_mapping_are_refused(tmp_path, content):
+    config = tmp_path / "nar.json"
+    config.write_text(content)
+    with pytest.raises(CheckpointError, match=r"nar\.json"):
+        convert_voicebox(tmp_path / "nartts.safetensors", config=config)

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "flexicodec_hf"
 # Rules that a package outside transformers cannot meet.
 EXCEPTIONS = {
     "TRF028": "The header names the Hugging Face team and Apache 2.0; this package is under MIT.",
-    "TRF057": "`@auto_docstring` knows the models inside transformers. Tried on ours, it drops their introductions and "
-    "`Raises`, and reports documented arguments as missing.",
+    "TRF057": "`@auto_docstring` knows the models inside transformers. Tried on ours, it drops their introductions "
+    "and `Raises`, and reports documented arguments as missing.",
 }
 
 

@@ -5,8 +5,15 @@ import inspect
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
+from flexicodec_hf import (
+    FlexiCodecARConfig,
+    FlexiCodecConfig,
+    FlexiCodecVocoderConfig,
+    FlexiCodecVoiceboxConfig,
+)
 from model_testers import TESTERS
 
 
@@ -152,3 +159,20 @@ def test_a_copy_is_independent(tester, inputs, device):
 def test_forward_names_its_inputs_as_the_config_says(tester):
     names = list(inspect.signature(tester.model_class.forward).parameters)
     assert tester.model_class.main_input_name == names[1]
+
+
+@pytest.mark.parametrize("number", [0, -1, 1_000_000])
+@pytest.mark.parametrize(
+    ("config_class", "field"),
+    [
+        (FlexiCodecConfig, "num_bottleneck_layers"),
+        (FlexiCodecConfig, "num_aggregator_layers"),
+        (FlexiCodecConfig, "num_convnext_layers"),
+        (FlexiCodecARConfig, "num_hidden_layers"),
+        (FlexiCodecVoiceboxConfig, "num_hidden_layers"),
+        (FlexiCodecVocoderConfig, "num_hidden_layers"),
+    ],
+)
+def test_numbers_of_layers_that_no_model_has_are_refused(config_class, field, number):
+    with pytest.raises(StrictDataclassError, match=rf"{field}(.|\n)*1000"):
+        config_class(**{field: number})

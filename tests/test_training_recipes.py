@@ -450,6 +450,18 @@ def test_vocoder(run, tmp_path):
     assert (extractor.feature_size, extractor.hop_length) == (20, 80)
 
 
+def test_programs_that_speak(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("make_synthetic_speech")
+    path = tmp_path / "a.wav"
+    assert script.speech_command("Hello.", "slt", path)[:3] == ["flite", "-voice", "slt"]
+    assert script.speech_command("Hello.", "espeak-ng:en-us+f2", path)[:3] == ["espeak-ng", "-v", "en-us+f2"]
+    assert script.speech_command("Hello.", "festival:voice_kal_diphone", path)[2] == "(voice_kal_diphone)"
+    assert (tmp_path / "a.txt").read_text() == "Hello."
+    with pytest.raises(ValueError, match="must be flite, espeak-ng or festival, not 'mimic'"):
+        script.speech_command("Hello.", "mimic:ap", path)
+
+
 def test_synthetic_speech(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     script = importlib.import_module("make_synthetic_speech")

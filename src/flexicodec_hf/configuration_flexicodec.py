@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils.type_validators import interval
 
 
 @strict
@@ -124,11 +125,11 @@ class FlexiCodecConfig(PreTrainedConfig):
     max_frames_per_token: int = 8
     aggregator_hidden_size: int = 512
     aggregator_intermediate_size: int = 2048
-    num_aggregator_layers: int = 6
+    num_aggregator_layers: int = interval(min=1, max=1000)(default=6)
     num_aggregator_attention_heads: int = 8
     convnext_hidden_size: int = 768
     convnext_intermediate_size: int = 2048
-    num_convnext_layers: int = 4
+    num_convnext_layers: int = interval(min=1, max=1000)(default=4)
     semantic_quantization_levels: list[int] | tuple[int, ...] = (8, 8, 8, 8, 8)
     num_quantizers: int = 25
     codebook_size: int = 4096
@@ -137,7 +138,7 @@ class FlexiCodecConfig(PreTrainedConfig):
     quantizer_bypass_rate: float = 0.125
     bottleneck_hidden_size: int = 512
     bottleneck_intermediate_size: int = 2048
-    num_bottleneck_layers: int = 32
+    num_bottleneck_layers: int = interval(min=1, max=1000)(default=32)
     num_bottleneck_attention_heads: int = 8
     rope_theta: float = 10_000.0
     layer_norm_eps: float = 1e-5
@@ -157,12 +158,17 @@ class FlexiCodecConfig(PreTrainedConfig):
                 # Ten minutes at 60 ms per frame; the default of transformers ends after two.
                 "max_position_embeddings": 10_006,
             }
+            if not isinstance(semantic, dict | None):
+                raise ValueError(f"`semantic_model_config` must be a dictionary, got {semantic!r}.")
             semantic = defaults | (semantic or {})
             self.semantic_model_config = CONFIG_MAPPING[semantic["model_type"]](**semantic)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Check the values together; `@strict` calls this."""
+        num_layers = getattr(self.semantic_model_config, "num_hidden_layers", 1)
+        if not 1 <= num_layers <= 1000:
+            raise ValueError(f"`semantic_model_config.num_hidden_layers` must be from 1 to 1000, got {num_layers}.")
         if math.prod(self.downsampling_ratios) != math.prod(self.upsampling_ratios):
             raise ValueError(
                 f"The strides of encoder and decoder must have the same product, got `downsampling_ratios` "

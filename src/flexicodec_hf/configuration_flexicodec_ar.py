@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils.type_validators import interval
 
 
 @strict
@@ -40,7 +41,7 @@ class FlexiCodecARTextEncoderConfig(PreTrainedConfig):
     vocab_size: int = 51866
     hidden_size: int = 1024
     intermediate_size: int = 3584
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = interval(min=1, max=1000)(default=4)
     num_attention_heads: int = 8
     hidden_act: str = "silu"
     hidden_dropout: float | int = 0.1
@@ -123,7 +124,7 @@ class FlexiCodecARConfig(PreTrainedConfig):
     merging_thresholds: list[float] | tuple[float, ...] = (0.86, 0.91)
     hidden_size: int = 1024
     intermediate_size: int = 5376
-    num_hidden_layers: int = 16
+    num_hidden_layers: int = interval(min=1, max=1000)(default=16)
     num_attention_heads: int = 8
     hidden_act: str = "relu"
     hidden_dropout: float | int = 0.1

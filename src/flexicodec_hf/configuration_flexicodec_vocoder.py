@@ -42,7 +42,7 @@ class FlexiCodecVocoderConfig(PreTrainedConfig):
     num_mel_bins: int = positive_int_field(default=128)
     hidden_size: int = positive_int_field(default=1024)
     intermediate_size: int = positive_int_field(default=4096)
-    num_hidden_layers: int = positive_int_field(default=30)
+    num_hidden_layers: int = interval(min=1, max=1000)(default=30)
     kernel_size: int = positive_int_field(default=7)
     hidden_act: str = activation_fn_key(default="gelu")
     layer_norm_eps: float = interval(min=0.0)(default=1e-6)

@@ -71,7 +71,7 @@ class FlexiCodecVoiceboxConfig(PreTrainedConfig):
     upsample_factor: int = positive_int_field(default=4)
     hidden_size: int = positive_int_field(default=1024)
     intermediate_size: int = positive_int_field(default=4096)
-    num_hidden_layers: int = positive_int_field(default=16)
+    num_hidden_layers: int = interval(min=1, max=1000)(default=16)
     num_attention_heads: int = positive_int_field(default=16)
     hidden_act: str = activation_fn_key(default="silu")
     max_position_embeddings: int = positive_int_field(default=4096)

@@ -19,6 +19,7 @@ from .common import (
     choose_device,
     cosine,
     load_codec_config,
+    loading,
     positive_int,
     report_error,
     usage_error,
@@ -299,7 +300,9 @@ def _run(
         from ..data.runner import CodecRunner
 
         jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # the directory of all targets
-        runner = CodecRunner.from_pretrained(args.model, choose_device(args), args.dtype, args.chunk_length_s)
+        device = choose_device(args)
+        with loading(args.model):
+            runner = CodecRunner.from_pretrained(args.model, device, args.dtype, args.chunk_length_s)
         if args.batch_size > 1 and seconds_of is not None:
             jobs = sorted(jobs, key=partial(_seconds, seconds_of=seconds_of))
         with tqdm(total=len(jobs), unit="file", disable=None if len(jobs) > 1 else True) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,19 +163,50 @@ def text_beside(audio: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Turn every error of loading a model into one line that names the broken file and what to do."""
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:  # transformers, safetensors and tokenizers raise whatever comes
+        broken = _broken_file(Path(model))
+        first_line = next(iter(str(error).splitlines()), "")
+        ours = isinstance(error, (OSError, ValueError, ImportError))
+        reason = broken or (first_line if ours else f"{type(error).__name__}: {first_line}")
+        raise CommandError(
+            f"cannot load the model {model}: {reason} Download or convert it again: the released files are converted "
+            f"with `{PROGRAM} convert --repo {RELEASED_REPO} --output-dir DIR`; then pass `--model DIR`."
+        ) from error
+
+
+def _broken_file(directory: Path) -> str | None:
+    """The first file of a repository on disk that is no complete JSON object or safetensors file."""
+    from safetensors import safe_open
+
+    for path in (path for folder in (directory, directory / "tts") for path in sorted(folder.glob("*"))):
+        try:
+            if path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(content, dict):
+                    return f"{path} must hold a JSON object, got {type(content).__name__}."
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except Exception as error:  # SafetensorError is no ValueError
+            return f"{path} is broken or cut ({error})."
+    return None
+
+
 def load_model_config(model: str) -> dict[str, Any]:
     """What the `config.json` of a converted model says."""
     from ..configuration_flexicodec import FlexiCodecConfig
 
-    try:
+    with loading(model):
         values, _ = FlexiCodecConfig.get_config_dict(model)
         if not values:
             raise ValueError("there is no config.json in it.")
-    except (OSError, ValueError) as error:
-        raise CommandError(
-            f"cannot load the model {model}: {str(error).splitlines()[0]} The released files are converted with "
-            f"`{PROGRAM} convert --repo {RELEASED_REPO} --output-dir DIR`; then pass `--model DIR`."
-        ) from error
     return values
 
 
@@ -185,4 +217,5 @@ def load_codec_config(model: str) -> FlexiCodecConfig:
     values = load_model_config(model)
     if values.get("model_type") != FlexiCodecConfig.model_type:
         raise CommandError(f"{model} is no FlexiCodec: its model type is {values.get('model_type')!r}.")
-    return FlexiCodecConfig.from_dict(values)
+    with loading(model):
+        return FlexiCodecConfig.from_dict(values)

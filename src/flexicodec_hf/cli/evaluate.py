@@ -15,6 +15,7 @@ from .common import (
     cosine,
     load_codec_config,
     load_model_config,
+    loading,
     not_negative,
     positive_int,
     report_error,
@@ -176,10 +177,11 @@ def _codec_methods(args: argparse.Namespace, device: str) -> list[Method]:
     from ..modeling_flexicodec import FlexiCodecModel
 
     load_codec_config(args.model)  # its errors say what is wrong with another kind of model
-    codec = FlexiCodecModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
+    with loading(args.model):
+        codec = FlexiCodecModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
+        feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(args.model)
     if device == "cpu":
         codec = optimize_for_cpu(codec)
-    feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(args.model)
     rates: list[dict[str, Any]] = [{"merging_threshold": value} for value in args.merging_thresholds]
     rates += [{"target_frame_rate": value} for value in args.target_frame_rates]
     rates += [{"fixed_frame_rate": value} for value in args.fixed_frame_rates]

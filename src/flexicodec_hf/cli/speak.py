@@ -21,6 +21,7 @@ from .common import (
     check_output,
     choose_device,
     load_model_config,
+    loading,
     positive_int,
     text_beside,
     usage_error,
@@ -203,7 +204,7 @@ def load_speaker(args: argparse.Namespace) -> FlexiCodecTTSPipeline:
     from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
 
     load_model_config(args.model)  # a clear error if there is no model
-    with user_errors(ValueError, ImportError):
+    with loading(args.model):
         model = FlexiCodecForTextToSpeech.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
         processor = FlexiCodecTTSProcessor.from_pretrained(args.model)
     return FlexiCodecTTSPipeline(model, processor=processor, tokenizer=processor.tokenizer, device=choose_device(args))

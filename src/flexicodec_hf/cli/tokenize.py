@@ -14,6 +14,7 @@ from .common import (
     choose_device,
     cosine,
     load_codec_config,
+    loading,
     positive_int,
     positive_seconds,
 )
@@ -123,7 +124,8 @@ def run_tokenize(args: argparse.Namespace) -> int:
         import torch
 
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    runner = CodecRunner.from_pretrained(args.model, device, args.dtype)
+    with loading(args.model):
+        runner = CodecRunner.from_pretrained(args.model, device, args.dtype)
     columns = {name: getattr(args, name) for name in ("audio_column", "text_column", "id_column")}
     dataset = load_speech(
         args.dataset,

@@ -76,10 +76,16 @@ class SourceCheckpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._tensors))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, with weight norm fused."""
+    def shape(self, name: str, rank: int | None = None) -> tuple[int, ...]:
+        """Shape of a tensor, with weight norm fused. Another number of axes than `rank` is refused."""
         pair = self._weight_norm_names(name)
-        return tuple(self._get(pair[1] if pair is not None else name).shape)
+        shape = tuple(self._get(pair[1] if pair is not None else name).shape)
+        if rank is not None and len(shape) != rank:
+            raise CheckpointError(
+                f"{self.path} has '{self.full_name(name)}' of shape {shape}, but it must have {rank} axes: is it the "
+                "right file?"
+            )
+        return shape
 
     def read(self, name: str) -> Tensor:
         """A tensor, with weight norm fused, which then counts as used."""

@@ -155,7 +155,7 @@ def convert_voicebox(
         # The reference stores the outer setting of this name and never reads it (flexicodec 0.1.2,
         # nar_tts/modeling_voicebox.py, line 112).
         settings.pop("repa_layer_idx", None)
-        settings |= settings.pop("voicebox_config")
+        settings |= _check_mapping(settings.pop("voicebox_config"), f"`voicebox_config` of {config}")
     return convert(SourceCheckpoint.open(source), VOICEBOX, settings, output_dir, dtype, allow_partial)
 
 
@@ -239,7 +239,7 @@ def convert(
         try:
             tensor = table.read(source, name, config)
             fits = tensor.shape == target.shape
-        except RuntimeError:  # such as a projection that does not divide into heads
+        except (RuntimeError, IndexError, ValueError):  # such as a projection that does not divide into heads
             fits = False
         if not fits:
             shapes = " and ".join(f"'{source.full_name(theirs)}' {source.shape(theirs)}" for theirs in source_names)
@@ -305,7 +305,7 @@ def infer_config(source: SourceCheckpoint, table: Table, settings: Mapping[str, 
             (fields.setdefault(outer, {}) if outer else fields)[inner] = value
     try:
         return config_class(**fields)
-    except StrictDataclassError as error:
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"The configuration and the tensors of {source.path} do not agree: {error}") from error
 
 
@@ -330,13 +330,17 @@ def _read_settings(config: Settings, section: str | None = None) -> dict[str, An
         try:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if yaml is None else yaml.safe_load(text)
-        except (json.JSONDecodeError, UnicodeDecodeError, getattr(yaml, "YAMLError", json.JSONDecodeError)) as error:
+        except (ValueError, RecursionError, getattr(yaml, "YAMLError", ValueError)) as error:
             raise CheckpointError(f"{path} is not a {'JSON' if is_json else 'YAML'} file: {error}") from error
     if isinstance(content, Mapping) and section in content:
         content = content[section]
-    if not isinstance(content, Mapping):
+    return _check_mapping(content, str(config))
+
+
+def _check_mapping(content: Any, what: str) -> dict[str, Any]:
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(
-            f"{config} must hold a mapping of names of settings to values, but holds {type(content).__name__}."
+            f"{what} must hold a mapping of names of settings to values, but holds {type(content).__name__}."
         )
     return dict(content)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +38,11 @@ class Progress:
         self.overwrite = overwrite
         for where in _WEIGHT_FOLDERS:
             for leftover in output_dir.glob(f"{where}.incomplete-*"):
+                if _is_written(leftover):
+                    raise CheckpointError(
+                        f"Another conversion still writes to {output_dir} ({leftover.name}): wait for its end, or "
+                        "choose another directory."
+                    )
                 shutil.rmtree(leftover)
 
     def convert(
@@ -87,6 +94,22 @@ class Progress:
         for where in _WEIGHT_FOLDERS:
             for record in self.output_dir.glob(where + RECORD):
                 record.unlink()
+
+
+def _is_written(leftover: Path) -> bool:
+    """Whether the process that made a hidden folder still runs: here, or unknown on another machine."""
+    host, _, process = leftover.name.rpartition(".")
+    if not process.isdecimal() or int(process) == os.getpid():
+        return False
+    if not host.endswith(f".{socket.gethostname()}"):
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
 
 
 def _fingerprint(source: Any) -> Any:

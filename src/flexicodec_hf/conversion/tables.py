@@ -194,6 +194,9 @@ def _squeeze_convolution(name: str, config: FlexiCodecConfig, weight: Tensor) ->
 def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if given.get("max_tokens_per_group", 8) is None:
         raise CheckpointError("The configuration says `max_tokens_per_group: None`; a limit, such as 8, is needed.")
+    fsq = given.get("fsq_config") or {}
+    if not isinstance(fsq, Mapping):
+        raise CheckpointError(f"The configuration says `fsq_config: {fsq}`; it must hold settings, such as `levels`.")
     bounds = [given.get("similarity_threshold_lower"), given.get("similarity_threshold_upper")]
     fields: dict[str, Any] = {}
     if None not in bounds:
@@ -202,16 +205,18 @@ def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[
     num_down = _count(source, r"dac\.encoder\.block\.(\d+)\.block\.4\.")
     num_up = _count(source, r"dac\.decoder\.model\.(\d+)\.block\.1\.")
     num_acoustic = _count(source, r"dac\.quantizer\.quantizers\.(\d+)\.codebook\.")
-    codebook = source.shape("dac.quantizer.quantizers.0.codebook.weight") if num_acoustic else (4096, 8)
-    fsmn = source.shape("semantic_model.encoder.encoders0.0.self_attn.fsmn_block.weight")
-    query_embedding = source.shape("semantic_model.embed.weight")
-    num_levels = source.shape("semantic_vq.fsq.project_in.weight")[0]
+    codebook = source.shape("dac.quantizer.quantizers.0.codebook.weight", 2) if num_acoustic else (4096, 8)
+    fsmn = source.shape("semantic_model.encoder.encoders0.0.self_attn.fsmn_block.weight", 3)
+    query_embedding = source.shape("semantic_model.embed.weight", 2)
+    num_levels = source.shape("semantic_vq.fsq.project_in.weight", 2)[0]
     shown = {
-        "encoder_dim": source.shape("dac.encoder.block.0.weight")[0],
-        "encoder_rates": [source.shape(f"dac.encoder.block.{i}.block.4.weight")[2] // 2 for i in range(1, num_down)],
-        "decoder_dim": source.shape("dac.decoder.model.0.weight")[0],
-        "decoder_rates": [source.shape(f"dac.decoder.model.{i}.block.1.weight")[2] // 2 for i in range(1, num_up)],
-        "latent_dim": source.shape("dac.decoder.model.0.weight")[1],
+        "encoder_dim": source.shape("dac.encoder.block.0.weight", 3)[0],
+        "encoder_rates": [
+            source.shape(f"dac.encoder.block.{i}.block.4.weight", 3)[2] // 2 for i in range(1, num_down)
+        ],
+        "decoder_dim": source.shape("dac.decoder.model.0.weight", 3)[0],
+        "decoder_rates": [source.shape(f"dac.decoder.model.{i}.block.1.weight", 3)[2] // 2 for i in range(1, num_up)],
+        "latent_dim": source.shape("dac.decoder.model.0.weight", 3)[1],
         "n_codebooks": num_acoustic,
         "codebook_size": codebook[0],
         "codebook_dim": codebook[1],
@@ -225,17 +230,17 @@ def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[
     ):
         if num_layers := _count(source, rf"{re.escape(stack)}\.(\d+)\."):  # a codec of a fixed rate has none
             shown[f"{prefix}_num_layers"] = num_layers
-            shown[f"{prefix}_dim"] = source.shape(f"{stack}.0.norm1.weight")[0]
-            shown[f"{prefix}_dim_feedforward"] = source.shape(f"{stack}.0.linear1.weight")[0]
+            shown[f"{prefix}_dim"] = source.shape(f"{stack}.0.norm1.weight", 1)[0]
+            shown[f"{prefix}_dim_feedforward"] = source.shape(f"{stack}.0.linear1.weight", 2)[0]
     fields |= {
         "num_quantizers": num_acoustic + 1,
-        "convnext_intermediate_size": source.shape("convnext_encoder.1.pwconv1.weight")[0],
-        "semantic_quantization_levels": (given.get("fsq_config") or {}).get("levels", [8] * num_levels),
+        "convnext_intermediate_size": source.shape("convnext_encoder.1.pwconv1.weight", 2)[0],
+        "semantic_quantization_levels": fsq.get("levels", [8] * num_levels),
         "num_semantic_queries": query_embedding[0],
         "semantic_model_config": {
             "model_type": "fun_asr_nano_encoder",
             "hidden_size": fsmn[0],
-            "intermediate_size": source.shape("semantic_model.encoder.encoders0.0.feed_forward.w_1.weight")[0],
+            "intermediate_size": source.shape("semantic_model.encoder.encoders0.0.feed_forward.w_1.weight", 2)[0],
             "num_hidden_layers": 1 + _count(source, r"semantic_model\.encoder\.encoders\.(\d+)\."),
             "num_mel_bins": query_embedding[1] // 7,
             "fsmn_kernel_size": fsmn[2],
@@ -356,7 +361,7 @@ def _control_embedding(name: str, config: FlexiCodecARConfig, control: Tensor, w
 
 def _infer_ar(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     def shape(name: str) -> tuple[int, ...]:
-        return source.shape(f"transformer_lm.{name}")
+        return source.shape(f"transformer_lm.{name}", 2)
 
     shown = {
         "text_token_size": shape("text_embedding.weight")[0],
@@ -378,7 +383,10 @@ def _infer_ar(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str
                 f"The configuration says `{stack}_positional_dropout_rate`; only the value of `{stack}_dropout_rate`, "
                 f"{rate}, is supported."
             )
-    thresholds = list(given.get("flex_framerate_options", FlexiCodecARConfig.merging_thresholds))
+    thresholds = given.get("flex_framerate_options", FlexiCodecARConfig.merging_thresholds)
+    if not isinstance(thresholds, (list, tuple)):
+        raise CheckpointError(f"The configuration says `flex_framerate_options: {thresholds}`; it must be a list.")
+    thresholds = list(thresholds)
     if (columns := shape("framerate_embed_affine_layer.weight")[1]) != len(thresholds):
         raise CheckpointError(
             f"{source.path} has {columns} merging thresholds, `flex_framerate_options` is {thresholds}: name them in "
@@ -464,19 +472,19 @@ def _voicebox_renames(config: Any) -> Renames:
 
 def _infer_voicebox(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     estimator = "voicebox_model.diff_estimator"
-    codebook_size, hidden_size = source.shape("voicebox_model.cond_emb.weight")
+    codebook_size, hidden_size = source.shape("voicebox_model.cond_emb.weight", 2)
     has_projection = "repa_projection.0.weight" in source
     shown: dict[str, Any] = {
         "cond_codebook_size": codebook_size,
-        "mel_dim": source.shape(f"{estimator}.mel_out_mlp.2.weight")[0],
+        "mel_dim": source.shape(f"{estimator}.mel_out_mlp.2.weight", 2)[0],
         "hidden_size": hidden_size,
         "num_layers": _count(source, rf"{re.escape(estimator)}\.layers\.(\d+)\."),
         "use_repa_loss": has_projection,
     }
-    fields = {"intermediate_size": source.shape(f"{estimator}.layers.0.mlp.gate_proj.weight")[0]}
+    fields = {"intermediate_size": source.shape(f"{estimator}.layers.0.mlp.gate_proj.weight", 2)[0]}
     if has_projection:
-        shown["repa_projection_dim"] = source.shape("repa_projection.2.weight")[0]
-        fields["repa_hidden_size"] = source.shape("repa_projection.0.weight")[0]
+        shown["repa_projection_dim"] = source.shape("repa_projection.2.weight", 2)[0]
+        fields["repa_hidden_size"] = source.shape("repa_projection.0.weight", 2)[0]
     else:
         given.pop("repa_layer_idx", None)
         shown["repa_layer_idx"] = None
@@ -540,13 +548,13 @@ def _vocoder_renames(config: Any) -> Renames:
 
 
 def _infer_vocoder(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    hidden_size, num_mel_bins, kernel_size = source.shape("backbone.embed.weight")
-    n_fft = source.shape("head.out.weight")[0] - 2
+    hidden_size, num_mel_bins, kernel_size = source.shape("backbone.embed.weight", 3)
+    n_fft = source.shape("head.out.weight", 2)[0] - 2
     given.setdefault("hop_size", n_fft // 4)
     shown = {
         "input_channels": num_mel_bins,
         "dim": hidden_size,
-        "intermediate_dim": source.shape("backbone.convnext.0.pwconv1.weight")[0],
+        "intermediate_dim": source.shape("backbone.convnext.0.pwconv1.weight", 2)[0],
         "num_layers": _count(source, r"backbone\.convnext\.(\d+)\."),
         "n_fft": n_fft,
     }

@@ -174,7 +174,7 @@ def token_sources(path: Path) -> list[TokenSource]:
         metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, "{}"))
         model = {"model": metadata["settings"]["model"]} if "settings" in metadata else {}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ArrowException) as error:
-        raise DataError(f"{path}: not a file of tokens from `tokenize`, or a damaged one: {error}.") from error
+        raise DataError(f"{path}: not a file of tokens from `tokenize`: {error}.") from error
     sources = []
     names = table.select(["id", *_RATES]).to_pylist()
     for i, (clip, threshold, rate) in enumerate(row.values() for row in names):
