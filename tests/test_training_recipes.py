@@ -295,6 +295,8 @@ import os, signal, sys
 def hook(event, arguments):
     if event == "os.rename" and os.fspath(arguments[1]).endswith({moment!r}):
         os.kill(os.getpid(), signal.SIGKILL)
+import torch
+torch.set_num_threads({torch.get_num_threads()})
 import train_codec, flexicodec_hf.training.gan as gan
 save = gan.GANTrainer._save
 gan.GANTrainer._save = lambda self: (sys.addaudithook(hook), save(self))

@@ -276,6 +276,9 @@ def run_training(trainer: Trainer, data: SpeechDataArguments, **card: Any) -> No
             result = trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model()
             _write_metrics(trainer, "train", result.metrics)
+            if trainer.is_world_process_zero():
+                with atomic_file(Path(args.output_dir) / "trainer_state.json") as path:
+                    trainer.state.save_to_json(str(path))
         if args.do_eval:
             _write_metrics(trainer, "eval", trainer.evaluate())
         card = {"tags": ["speech", "flexicodec"], "dataset": data.dataset, **card}
@@ -286,14 +289,12 @@ def run_training(trainer: Trainer, data: SpeechDataArguments, **card: Any) -> No
 
 
 def _write_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-    """The metrics, and the log so far. `Trainer.save_metrics` would leave a part of a file if it is killed."""
+    """`Trainer.save_metrics`, which would leave a part of a file if it were killed, and not resume from it."""
     trainer.log_metrics(split, metrics)
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         with atomic_file(folder / f"{split}_results.json") as path:
             path.write_text(json.dumps(metrics, indent=4, sort_keys=True))
-        with atomic_file(folder / "trainer_state.json") as path:
-            trainer.state.save_to_json(str(path))
 
 
 __all__ = [
