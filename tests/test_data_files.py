@@ -127,14 +127,16 @@ def test_a_second_run_is_kept_out_until_the_first_ends_or_is_killed(tmp_path):
             os.mkdir(folder / ".incomplete-model")
             os.write(write, b"x")
             signal.pause()
-    os.read(read, 1)
-    with (
-        pytest.raises(DataError, match="out: another run works in this directory: wait for its end"),
-        only_run(folder),
-    ):
-        pass
-    assert (folder / ".incomplete-model").is_dir()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        os.read(read, 1)
+        with (
+            pytest.raises(DataError, match="out: another run works in this directory: wait for its end"),
+            only_run(folder),
+        ):
+            pass
+        assert (folder / ".incomplete-model").is_dir()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with only_run(folder):
         assert not (folder / ".incomplete-model").exists()

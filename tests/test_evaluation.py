@@ -539,11 +539,13 @@ def test_a_killed_run_leaves_whole_rows_and_a_second_run_at_once_is_refused(fold
 
     if (child := os.fork()) == 0:
         evaluate(clips, [Waiting()], Evaluator([]), output, {"model": "a"})
-    os.read(read, 1)
-    with pytest.raises(DataError, match="results: another run works in this directory"):
-        evaluate(clips, [Louder()], Evaluator([]), output, {"model": "a"})
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        os.read(read, 1)
+        with pytest.raises(DataError, match="results: another run works in this directory"):
+            evaluate(clips, [Louder()], Evaluator([]), output, {"model": "a"})
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert json.loads((output / "settings.json").read_text()) == {"measures": [], "model": "a"}
     assert [json.loads(line) for line in (output / "parts" / "000.jsonl").open()] == expected[:2]
     louder = Louder()
