@@ -39,7 +39,7 @@ def test_stages_match_the_reference(extractor, golden, device, run):
     fixture = golden("fbank")
     fbank = extractor._log_mel(extractor._frames(fixture[f"in/{run}"].to(device)))
     assert_close(fbank, fixture[f"{run}/kaldi_fbank"])
-    stacked = extractor._stack(fbank)
+    (stacked,) = extractor._stack([fbank], len(fbank))
     assert_close(stacked, fixture[f"{run}/lfr"])
     assert_close(extractor._normalize(stacked), fixture[f"{run}/features"])
 
@@ -308,7 +308,7 @@ def test_recorded_clips(extractor, device, name):
         (torch.zeros(5, dtype=torch.int32), r"floats in \[-1, 1\], got torch.int32. Divide"),
         ([1, 2, 3], r"floats in \[-1, 1\], got int64. Divide"),
         (np.array([-20_000.0, 3.0]), r"floats in \[-1, 1\], but reaches 20000. Divide"),
-        ("speech.wav", r"must hold floats in \[-1, 1\], got <U10"),
+        ("speech.wav", "must be a waveform, got the path .speech.wav.. Read the file first"),
         (None, r"must hold floats in \[-1, 1\], got object"),
         (torch.zeros(5, dtype=torch.complex64), r"must hold floats in \[-1, 1\], got torch.complex64"),
         ([[[0.1, 0.2], [0.1]]], "`audio` is not a regular array of samples"),
@@ -434,3 +434,30 @@ np.save(sys.argv[1] + "/features.npy", inputs["input_features"])
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, env=environment)
     expected = extractor(audio, sampling_rate=16_000, return_tensors="pt").input_features
     assert_close(torch.from_numpy(np.load(tmp_path / "features.npy")), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["speech.wav", Path("speech.wav"), b"speech.wav"])
+def test_a_path_asks_for_a_waveform(extractor, path):
+    with pytest.raises(
+        ValueError, match=r"`audio` must be a waveform, got the path .*speech.wav.*Read the file first"
+    ):
+        extractor(path, sampling_rate=16_000)
+
+
+def test_memory_above_input_and_output_does_not_grow(extractor):
+    """The peak of an hour, in a process of its own, is that of its input and output and a few blocks."""
+    code = """
+import resource, sys
+import torch
+from flexicodec_hf import FlexiCodecFeatureExtractor
+extractor = FlexiCodecFeatureExtractor(cmvn_shift=[0.0] * 560, cmvn_scale=[1.0] * 560)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+now = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+audio = torch.rand(16_000 * 3600)
+extractor(audio[:160_000], sampling_rate=16_000, return_tensors="pt")
+before = now()
+outputs = extractor(audio, sampling_rate=16_000, return_tensors="pt")
+print(peak() - before - sum(tensor.numel() * 4 for tensor in outputs.values()) / 2**20)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 100  # MiB; the features have 128, the audio 220

@@ -3,14 +3,16 @@
 import copy
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForAudioTokenization
 
 from conftest import assert_close
-from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel
+from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel, optimize_for_cpu
 from flexicodec_hf.conversion.checkpoint import SourceCheckpoint
 from flexicodec_hf.conversion.tables import CODEC
 from flexicodec_hf.modeling_flexicodec import FlexiCodecTransformerLayer, frame_to_token, mean_by_token
@@ -447,7 +449,7 @@ def test_training_losses_of_a_batch_ignore_padding(load, device):
 
 @torch.no_grad()
 def test_token_lengths_alone_tell_the_padding(codec, device):
-    """Tokens behind the last one with a length are padding; a length of 0 between others just drops its frames."""
+    """Tokens behind the last one with a length are padding; a length of 0 between others is an error."""
     _, batch = noise_batch(device, [30_000, 12_000])
     encoded = codec.encode(**batch, merging_threshold=0.9)
     with_mask = codec.decode(**encoded).audio_values
@@ -455,8 +457,8 @@ def test_token_lengths_alone_tell_the_padding(codec, device):
     assert torch.equal(with_mask, without)
     lengths = encoded.token_lengths[:1].clone()
     lengths[0, 1] = 0
-    shorter = codec.decode(encoded.audio_codes[:1], lengths).audio_values
-    assert shorter.shape[-1] == 1280 * int(lengths.sum()) - 16
+    with pytest.raises(ValueError, match=r"must be 1 to 8, with 0 only after the last token.*got values from 0 to"):
+        codec.decode(encoded.audio_codes[:1], lengths)
 
 
 # --------------------------------------------------------------------------------------------------- long audio
@@ -740,7 +742,17 @@ def test_decode_without_lengths_is_a_frame_each(codec, device):
         ({"merging_threshold": [0.9, 0.8]}, "one number or one for each of the 1 items"),
         ({"target_frame_rate": 20.0}, "between 1.5625 and 12.5 tokens per second, got 20.0"),
         ({"target_frame_rate": 6.25, "merging_threshold": 0.9}, "not both"),
+        ({"merging_threshold": math.nan}, "between -1 and 1, got nan"),
         ({"chunk_length_s": -1.0}, "`chunk_length_s` must be positive"),
+        ({"chunk_length_s": math.nan}, "`chunk_length_s` must be positive.*finite.*got nan"),
+        ({"chunk_length_s": "30"}, "`chunk_length_s` must be positive.*finite.*got '30'"),
+        ({"input_values": torch.zeros(1, 1, 16_000).short()}, "`input_values` must be floats, got torch.int16"),
+        ({"input_values": torch.zeros(1, 1, 16_000) * 1j}, "`input_values` must be floats, got torch.complex64"),
+        ({"input_values": torch.full((1, 1, 16_000), math.nan)}, "`input_values` must be finite"),
+        ({"input_features": torch.zeros(1, 17, 560).long()}, "`input_features` must be floats, got torch.int64"),
+        ({"input_features": torch.full((1, 17, 560), math.inf)}, "`input_features` must be finite"),
+        ({"padding_mask": torch.full((1, 16_000), math.nan)}, "`padding_mask` must be 1 for the valid part"),
+        ({"input_features_mask": torch.arange(17)[None] % 2}, "`input_features_mask` must be 1 for the valid part"),
     ],
 )
 def test_encode_says_what_is_wrong(codec, device, arguments, message):
@@ -748,6 +760,58 @@ def test_encode_says_what_is_wrong(codec, device, arguments, message):
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     with pytest.raises(ValueError, match=message):
         codec.encode(**inputs)
+    if not inputs.keys() & {"chunk_length_s"}:
+        with pytest.raises(ValueError, match=message):
+            codec(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_values": [[0.0] * 16_000]}, "`input_values` must be a torch.Tensor, got list.*return_tensors=.pt"),
+        ({"input_features": np.zeros((1, 17, 560))}, "`input_features` must be a torch.Tensor, got ndarray"),
+        ({"padding_mask": [[1] * 16_000]}, "`padding_mask` must be a torch.Tensor, got list"),
+        ({"merging_threshold": "0.9"}, "`merging_threshold` must be one number.*got str '0.9'"),
+        ({"target_frame_rate": 6.25j}, "`target_frame_rate` must be one number.*got complex"),
+        ({"num_quantizers": 3.0}, "`num_quantizers` must be an integer, got float 3.0"),
+        ({"num_quantizers": True}, "`num_quantizers` must be an integer, got bool"),
+        ({"num_quantizers": "3"}, "`num_quantizers` must be an integer, got str"),
+    ],
+)
+def test_encode_says_which_type_is_wrong(codec, device, arguments, message):
+    inputs = {"input_values": torch.zeros(1, 1, 16_000), "input_features": torch.zeros(1, 17, 560)} | arguments
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    for method in (codec.encode, codec):
+        with pytest.raises(TypeError, match=message):
+            method(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [np.int64(3), np.int32(3), torch.tensor(3)])
+def test_any_integer_counts_codebooks(codec, golden, device, number):
+    inputs = clip(golden, "codec_tiny", device)
+    expected = codec.encode(**inputs, num_quantizers=3)
+    assert expected.audio_codes.shape[1] == 3
+    assert torch.equal(codec.encode(**inputs, num_quantizers=number).audio_codes, expected.audio_codes)
+    assert torch.equal(codec(**inputs, num_quantizers=number).audio_codes, expected.audio_codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("optimize", [False, True])
+def test_threads_give_the_results_of_one(load, golden, device, optimize):
+    codec = copy.deepcopy(load("codec_tiny", device))
+    codec = optimize_for_cpu(codec) if optimize else codec
+    inputs = [clip(golden, "codec_tiny", device)] + [noise_batch(device, [n])[1] for n in (40_000, 25_000, 9_000)]
+
+    @torch.no_grad()
+    def run(i: int) -> tuple[torch.Tensor, ...]:
+        encoded = codec.encode(**inputs[i % 4], merging_threshold=0.9)
+        return encoded.audio_codes, encoded.token_lengths, encoded.latents, codec.decode(**encoded).audio_values
+
+    expected = [run(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, results in enumerate(pool.map(run, range(16))):
+            assert all(torch.equal(*pair) for pair in zip(results, expected[i % 4], strict=True))
 
 
 CODES = torch.zeros(1, 5, 4, dtype=torch.long)
@@ -765,14 +829,37 @@ CODES = torch.zeros(1, 5, 4, dtype=torch.long)
         ({"audio_codes": CODES - 1}, "between 0 and 32767 in the semantic codebook, got values from -1"),
         ({"audio_codes": CODES, "token_lengths": torch.ones(1, 3).long()}, r"`token_lengths`.*\(1, 4\), got \(1, 3\)"),
         ({"audio_codes": CODES, "token_lengths": torch.ones(1, 4)}, "`token_lengths` must be integers"),
-        ({"audio_codes": CODES, "token_lengths": torch.tensor([[3, -1, 1, 1]])}, "must not be negative, got -1"),
+        (
+            {"audio_codes": CODES, "token_lengths": torch.tensor([[3, -1, 1, 1]])},
+            "must be 1 to 8.*got values from -1 to 3",
+        ),
+        ({"audio_codes": CODES, "token_lengths": torch.tensor([[3, 0, 1, 1]])}, "1 to 8.*got values from 0 to 3"),
+        ({"audio_codes": CODES, "token_lengths": torch.tensor([[3, 9, 1, 1]])}, "1 to 8.*got values from 1 to 9"),
+        ({"audio_codes": CODES, "num_frames": 9}, "`num_frames` must be 4, .*got 9"),
+        ({"audio_codes": CODES, "audio_codes_mask": torch.tensor([[1, 0, 1, 0]])}, "padding goes on the right"),
+        ({"audio_codes": CODES, "audio_codes_mask": torch.full((1, 4), math.nan)}, "padding goes on the right"),
+        ({"latents": torch.full((1, 32, 4), math.nan)}, "`latents` must be finite"),
+        ({"latents": torch.zeros(1, 32, 4).long()}, "`latents` must be floats, got torch.int64"),
         ({"audio_codes": CODES, "audio_codes_mask": torch.zeros(1, 4)}, "an item has no tokens"),
         ({"audio_codes": CODES[..., :0]}, "an item has no tokens"),
     ],
 )
 def test_decode_says_what_is_wrong(codec, device, arguments, message):
     with pytest.raises(ValueError, match=message):
-        codec.decode(**{key: value.to(device) for key, value in arguments.items()})
+        codec.decode(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"audio_codes": CODES.tolist()}, "`audio_codes` must be a torch.Tensor, got list"),
+        ({"audio_codes": CODES, "token_lengths": [[1] * 4]}, "`token_lengths` must be a torch.Tensor, got list"),
+        ({"audio_codes": CODES, "audio_codes_mask": [[1] * 4]}, "`audio_codes_mask` must be a torch.Tensor, got list"),
+    ],
+)
+def test_decode_says_which_type_is_wrong(load, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        load("codec_tiny").decode(**arguments)
 
 
 @pytest.mark.parametrize(

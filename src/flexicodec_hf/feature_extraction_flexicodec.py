@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from transformers.utils import PaddingStrategy, TensorType, is_torch_available, 
 
 if is_torch_available():
     import torch
-    import torch.nn.functional as F
 
 
 logger = logging.get_logger(__name__)
@@ -235,36 +235,68 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
                 length = max_length if max_length and strategy == PaddingStrategy.MAX_LENGTH else max(lengths)
                 multiple = pad_to_multiple_of or 1
                 lengths = [math.ceil(length / multiple) * multiple] * len(waveforms)
-
-            batch = BatchFeature({name: [] for name in self.model_input_names})
-            for waveform, length in zip(waveforms, lengths, strict=True):
-                features = self._extract_features(waveform, generator)
-                mask = torch.ones(1, dtype=torch.int32, device=device)
-                missing, missing_stacks = length - len(waveform), self._num_stacks(length) - len(features)
-                batch["input_values"].append(F.pad(waveform[None], (0, missing), value=self.padding_value))
-                batch["padding_mask"].append(F.pad(mask.expand(len(waveform)), (0, missing)))
-                batch["input_features"].append(F.pad(features, (0, 0, 0, missing_stacks), value=self.padding_value))
-                batch["input_features_mask"].append(F.pad(mask.expand(len(features)), (0, missing_stacks)))
+            # Equal lengths share a tensor from the start: stacked later, each clip would be in memory twice.
+            is_batch = return_tensors is not None and len(set(lengths)) == 1
+            groups = [waveforms] if is_batch else [[waveform] for waveform in waveforms]
+            outputs: list[dict[str, Any]] = [
+                self._batch(group, length, device, generator) for group, length in zip(groups, lengths, strict=False)
+            ]
 
         if return_tensors is None or TensorType(return_tensors) != TensorType.PYTORCH:
-            for name, tensors in batch.items():
-                batch[name] = [tensor.cpu().numpy() for tensor in tensors]
+            outputs = [{name: tensor.cpu().numpy() for name, tensor in output.items()} for output in outputs]
+        if is_batch:
+            return BatchFeature(outputs[0])
+        batch = BatchFeature({name: [output[name][0] for output in outputs] for name in self.model_input_names})
         return batch.convert_to_tensors(return_tensors)
+
+    def _batch(
+        self,
+        waveforms: list[torch.Tensor],
+        length: int,
+        device: str | torch.device,
+        generator: torch.Generator | None,
+    ) -> dict[str, torch.Tensor]:
+        """Clips, padded to `length` samples, with their features and masks."""
+        num_clips, num_stacks = len(waveforms), self._num_stacks(length)
+        size = self.num_stacked_frames * self.num_mel_bins
+        values = torch.full((num_clips, 1, length), self.padding_value, device=device)
+        padding_mask = torch.zeros(num_clips, length, dtype=torch.int32, device=device)
+        features = torch.full((num_clips, num_stacks, size), self.padding_value, device=device)
+        features_mask = torch.zeros(num_clips, num_stacks, dtype=torch.int32, device=device)
+        for i, waveform in enumerate(waveforms):
+            clip_stacks = self._num_stacks(len(waveform))
+            values[i, 0, : len(waveform)] = waveform
+            padding_mask[i, : len(waveform)] = 1
+            self._extract_features(waveform, generator, output=features[i, :clip_stacks])
+            features_mask[i, :clip_stacks] = 1
+        return dict(zip(self.model_input_names, (values, padding_mask, features, features_mask), strict=True))
 
     def _num_stacks(self, num_samples: int) -> int:
         num_frames = 1 + max(num_samples - self.frame_length, 0) // self.frame_shift
         return math.ceil(num_frames / self.stack_stride)
 
-    def _extract_features(self, waveform: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """`(num_samples,)` -> `(num_stacks, num_stacked_frames * num_mel_bins)`."""
-        fbank = []
-        for frames in self._frames(waveform).split(_FRAMES_PER_BLOCK):
+    def _extract_features(
+        self, waveform: torch.Tensor, generator: torch.Generator | None = None, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(num_samples,)` -> `(num_stacks, num_stacked_frames * num_mel_bins)`, block by block into `output`."""
+        frames = self._frames(waveform)
+        if output is None:
+            size = self.num_stacked_frames * self.num_mel_bins
+            output = torch.empty(self._num_stacks(len(waveform)), size, device=waveform.device)
+        done = 0
+        for stacks in self._stack(self._fbank(frames, generator), len(frames)):
+            output[done : done + len(stacks)] = self._normalize(stacks)
+            done += len(stacks)
+        return output
+
+    def _fbank(self, frames: torch.Tensor, generator: torch.Generator | None) -> Iterator[torch.Tensor]:
+        """`(num_frames, window_length)` -> blocks of `(num_frames, num_mel_bins)`."""
+        for block in frames.split(_FRAMES_PER_BLOCK):
             if self.dither:
-                noise_device = waveform.device if generator is None else generator.device
-                noise = torch.randn(frames.shape, generator=generator, device=noise_device)
-                frames = frames + noise.to(frames.device) * (self.dither / 32768)
-            fbank.append(self._log_mel(frames))
-        return self._normalize(self._stack(torch.cat(fbank)))
+                noise_device = block.device if generator is None else generator.device
+                noise = torch.randn(block.shape, generator=generator, device=noise_device)
+                block = block + noise.to(block.device) * (self.dither / 32768)
+            yield self._log_mel(block)
 
     def _frames(self, waveform: torch.Tensor) -> torch.Tensor:
         """`(num_samples,)` -> `(num_frames, window_length)`, a view of all whole windows.
@@ -292,14 +324,23 @@ class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
             energies = power @ filters
         return energies.clamp(min=torch.finfo(torch.float32).eps).log()
 
-    def _stack(self, fbank: torch.Tensor) -> torch.Tensor:
-        """`(num_frames, num_mel_bins)` -> `(num_stacks, num_stacked_frames * num_mel_bins)`."""
-        num_frames = len(fbank)
-        first = (
-            torch.arange(0, num_frames, self.stack_stride, device=fbank.device) - (self.num_stacked_frames - 1) // 2
-        )
-        indices = first[:, None] + torch.arange(self.num_stacked_frames, device=fbank.device)
-        return fbank[indices.clamp(0, num_frames - 1)].flatten(1)
+    def _stack(self, blocks: Iterable[torch.Tensor], num_frames: int) -> Iterator[torch.Tensor]:
+        """Blocks of `(num_frames, num_mel_bins)` -> blocks of `(num_stacks, num_stacked_frames * num_mel_bins)`."""
+        size, stride = self.num_stacked_frames, self.stack_stride
+        missing_stacks, missing_frames = math.ceil(num_frames / stride), num_frames
+        fbank = None
+        for block in blocks:
+            missing_frames -= len(block)
+            before = block[:1].expand((size - 1) // 2, -1) if fbank is None else fbank
+            fbank = torch.cat([before, block])
+            if missing_frames == 0:
+                end = (missing_stacks - 1) * stride + max(size, stride)
+                fbank = torch.cat([fbank, fbank[-1:].expand(max(end - len(fbank), 0), -1)])
+            num_stacks = min((len(fbank) - max(size, stride)) // stride + 1, missing_stacks)
+            if num_stacks > 0:
+                yield fbank.unfold(0, size, stride)[:num_stacks].transpose(1, 2).flatten(1)
+                fbank = fbank[num_stacks * stride :]
+                missing_stacks -= num_stacks
 
     def _normalize(self, features: torch.Tensor) -> torch.Tensor:
         if self.cmvn_shift is None:
@@ -345,6 +386,11 @@ def _split_clips(audio: Any) -> list[Any]:
 
 def _as_waveform(clip: Any, name: str, downmix: bool) -> torch.Tensor:
     """The clip as a checked `torch.float32` tensor of shape `(num_samples,)`."""
+    if isinstance(clip, (str, bytes, PathLike)):
+        raise ValueError(
+            f"{name} must be a waveform, got the path {clip!r}. Read the file first, for example with "
+            "`flexicodec_hf.audio_flexicodec.read_audio` or `librosa.load(path, sr=16000)`."
+        )
     if isinstance(clip, torch.Tensor):
         is_float, dtype = clip.is_floating_point(), clip.dtype
     else:
@@ -359,7 +405,9 @@ def _as_waveform(clip: Any, name: str, downmix: bool) -> torch.Tensor:
             "Divide integer PCM by its full scale, 32768 for 16 bits."
         )
     if not isinstance(clip, torch.Tensor):
-        clip = torch.from_numpy(clip.astype(np.float32))
+        # `torch.from_numpy` takes neither read-only arrays nor reversed ones.
+        is_usable = clip.flags.writeable and all(stride >= 0 for stride in clip.strides)
+        clip = torch.from_numpy(clip.astype(np.float32, copy=not is_usable))
     clip = clip.to(torch.float32)
 
     shape = tuple(clip.shape)
@@ -381,7 +429,7 @@ def _as_waveform(clip: Any, name: str, downmix: bool) -> torch.Tensor:
                 f"{name} has {shape[0]} channels (shape {shape}), but the model takes one: pass `downmix=True` to "
                 "average them. If these are several clips, pass them as a list."
             )
-        clip = clip.mean(dim=0)
+        clip = clip[0] if shape[0] == 1 else clip.mean(dim=0)
 
     peak = torch.stack(clip.aminmax()).abs().max().item()
     if not math.isfinite(peak):

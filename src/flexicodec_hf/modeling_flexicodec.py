@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -26,6 +27,10 @@ from transformers.utils.generic import maybe_autocast
 
 from .chunking_flexicodec import Chunk, run_in_windows, windows
 from .configuration_flexicodec import FlexiCodecConfig
+
+
+_INTEGERS = (torch.int16, torch.int32, torch.int64)
+_MASK_NAMES = {"input_values": "padding_mask", "input_features": "input_features_mask"}
 
 
 class FlexiCodecFramesOutput(NamedTuple):
@@ -401,18 +406,18 @@ class FlexiCodecFrameMerger:
         if target_frame_rate is None:
             if merging_threshold is None:
                 merging_threshold = self.config.merging_threshold
-            threshold = _per_item("merging_threshold", merging_threshold, similarities)
+            threshold = _per_item("merging_threshold", merging_threshold, len(similarities))
             if not bool(((threshold >= -1) & (threshold <= 1)).all()):
                 raise ValueError(f"`merging_threshold` is a cosine, between -1 and 1, got {merging_threshold}.")
-            return threshold
-        rate = _per_item("target_frame_rate", target_frame_rate, similarities)
+            return threshold.to(similarities.device)
+        rate = _per_item("target_frame_rate", target_frame_rate, len(similarities))
         lowest = self.config.frame_rate / self.config.max_frames_per_token
         if not bool(((rate >= lowest) & (rate <= self.config.frame_rate)).all()):
             raise ValueError(
                 f"`target_frame_rate` must be between {lowest} and {self.config.frame_rate} tokens per second, got "
                 f"{target_frame_rate}."
             )
-        return self.threshold_for_rate(similarities, rate, frame_mask)
+        return self.threshold_for_rate(similarities, rate.to(similarities.device), frame_mask)
 
     def check_segmentation(self, token_lengths: Tensor, num_frames: Tensor) -> Tensor:
         """Check lengths of tokens that a caller passes, and return them as int64.
@@ -426,7 +431,8 @@ class FlexiCodecFrameMerger:
             of each item.
         """
         batch_size = len(num_frames)
-        if token_lengths.ndim != 2 or len(token_lengths) != batch_size or token_lengths.is_floating_point():
+        _check_tensor("token_lengths", token_lengths)
+        if token_lengths.ndim != 2 or len(token_lengths) != batch_size or token_lengths.dtype not in _INTEGERS:
             raise ValueError(
                 f"`token_lengths` must be integers of the shape (batch_size, num_tokens) = ({batch_size}, "
                 f"num_tokens), got {token_lengths.dtype} of {tuple(token_lengths.shape)}."
@@ -1044,7 +1050,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 Process long audio in chunks of this many seconds. Memory is then bounded by the
                 chunk, plus 25 MB of frames per hour. Merging and convolutions give the same as in
                 one piece, and no token breaks at a seam. Attention is limited to `chunk_context_s`
-                around the chunk, so codes may differ, mostly near seams.
+                around the chunk, so many codes differ from those of the whole, everywhere and not
+                only near seams.
             chunk_context_s (`float`, *optional*, defaults to 5.0):
                 Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
                 exact.
@@ -1053,8 +1060,9 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             [`FlexiCodecEncoderOutput`]
 
         Raises:
-            ValueError: The inputs have wrong shapes or do not belong together, or an argument is
-            out of its range.
+            ValueError: The inputs have wrong shapes, dtypes or values or do not belong together, or
+            an argument is out of its range.
+            TypeError: An input is not a tensor, or an argument is not a number.
         """
         chunking: Any = {"chunk_length_s": chunk_length_s, "chunk_context_s": chunk_context_s}
         frames = self.encode_frames(
@@ -1085,9 +1093,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             ValueError: The inputs have wrong shapes or do not belong together.
         """
         chunk = _chunk(self.config, chunk_length_s, chunk_context_s)
+        num_quantizers = _check_num_quantizers(self.config, num_quantizers)
         _check_inputs(self.config, input_values, input_features)
-        num_samples = _valid_lengths(padding_mask, input_values[:, 0], "padding_mask")
-        num_features = _valid_lengths(input_features_mask, input_features, "input_features_mask")
+        num_samples, num_features = _valid_lengths(
+            input_values=(input_values, padding_mask), input_features=(input_features, input_features_mask)
+        )
         num_frames = _num_frames(self.config, num_features)
         _check_same_clips(num_frames, -(-num_samples // self.config.hop_length))
         semantic_frames = self._encode_semantic(input_features, num_features, chunk)
@@ -1125,10 +1135,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         Raises:
             ValueError: An argument is out of its range, or the lengths do not cover the frames.
         """
-        if num_quantizers is None:
-            num_quantizers = self.config.num_quantizers
-        _check_num_quantizers(num_quantizers)
-        num_quantizers = min(num_quantizers, self.config.num_quantizers)
+        num_quantizers = _check_num_quantizers(self.config, num_quantizers)
         chunk = _chunk(self.config, chunk_length_s, chunk_context_s)
         if frames.acoustic_frames is None and num_quantizers > 1:
             raise ValueError(
@@ -1173,15 +1180,16 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             chunk_length_s (`float`, *optional*):
                 Decode long audio in chunks of this many seconds. Memory is then bounded by the
                 chunk, plus the waveform. The convolutions give the same as in one piece; attention
-                is limited to `chunk_context_s` around the chunk. Chunks fade into each other over
+                is limited to `chunk_context_s` around the chunk, so the waveform differs a little
+                everywhere. Chunks fade into each other over
                 one frame (80 ms).
             chunk_context_s (`float`, *optional*, defaults to 5.0):
                 Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
                 exact.
             num_frames (`int`, *optional*):
                 Number of frames of the longest item, the largest row sum of `token_lengths`, if
-                known. `decode` then does not wait for the device, and `torch.compile(model.decode,
-                fullgraph=True)` works.
+                known, so that `torch.compile(model.decode, fullgraph=True)` works. Checked, except
+                under `torch.compile`.
             frame_similarities, merging_threshold (*optional*):
                 Ignored. They are here so that the whole output of `encode` can be passed on.
 
@@ -1189,17 +1197,23 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             [`FlexiCodecDecoderOutput`] with 1280 samples per frame, less 16.
 
         Raises:
-            ValueError: A tensor has a wrong shape or dtype, a code or length is out of its range,
-            or an item has no token.
+            ValueError: A tensor has a wrong shape or dtype, a code, length or mask is wrong, or an
+            item has no token.
+            TypeError: An input is not a tensor.
         """
         tokens = latents if audio_codes is None else audio_codes
         if tokens is None:
             raise ValueError("`decode` needs `audio_codes` or `latents`.")
+        _check_tensor("latents" if audio_codes is None else "audio_codes", tokens)
+        if audio_codes is not None and audio_codes.dtype not in _INTEGERS:
+            raise ValueError(f"`audio_codes` must be integers, got {audio_codes.dtype}.")
+        if audio_codes is None and not tokens.is_floating_point():
+            raise ValueError(f"`latents` must be floats, got {tokens.dtype}.")
         if num_frames is None and token_lengths is None and audio_codes_mask is None:
             num_frames = tokens.shape[-1]
-        token_lengths, token_mask = _check_tokens(tokens, token_lengths, audio_codes_mask)
+        token_lengths, token_mask = _check_tokens(self.config, tokens, token_lengths, audio_codes_mask, num_frames)
         if audio_codes is not None:
-            codes = _check_codes(self.config, audio_codes, token_mask)
+            codes = audio_codes.long() * token_mask[:, None]
             vectors = self.semantic_quantizer.from_codes(codes[:, 0], token_mask)
             if codes.shape[1] > 1:
                 vectors = vectors + self.acoustic_quantizer.from_codes(codes[:, 1:])
@@ -1244,13 +1258,14 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         if self.training:
             if merging_threshold is None and target_frame_rate is None:
                 merging_threshold = torch.empty(()).uniform_(*self.config.merging_threshold_range)
-            if num_quantizers is None:
+            if num_quantizers is None and isinstance(input_values, Tensor):
                 num_quantizers = _draw_num_quantizers(self.config, len(input_values))
-        elif num_quantizers is None:
-            num_quantizers = self.config.num_quantizers
-        if isinstance(num_quantizers, Tensor):
+        _check_inputs(self.config, input_values, input_features)
+        if isinstance(num_quantizers, Tensor) and num_quantizers.ndim:
+            _check_num_quantizers_per_item(num_quantizers, len(input_values))
             num_quantizers = num_quantizers.to(input_values.device)
-        _check_num_quantizers(num_quantizers)
+        else:
+            num_quantizers = _check_num_quantizers(self.config, num_quantizers)
 
         frames = self.encode_frames(input_values, input_features, padding_mask, input_features_mask)
         segments = self.frame_merger(frames.semantic_frames, frames.num_frames, merging_threshold, target_frame_rate)
@@ -1282,9 +1297,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(batch_size, hidden_size, num_tokens)`; 0 at padding.
         """
-        _, token_mask = _check_tokens(audio_codes, None, audio_codes_mask)
-        codes = _check_codes(self.config, audio_codes[:, :1], token_mask)
-        features = self.semantic_quantizer.from_codes(codes[:, 0], token_mask)
+        _check_tensor("audio_codes", audio_codes)
+        if audio_codes.dtype not in _INTEGERS:
+            raise ValueError(f"`audio_codes` must be integers, got {audio_codes.dtype}.")
+        _, token_mask = _check_tokens(self.config, audio_codes, None, audio_codes_mask)
+        features = self.semantic_quantizer.from_codes(audio_codes[:, 0].long() * token_mask, token_mask)
         return (features * token_mask[..., None]).transpose(1, 2)
 
     def get_semantic_frames(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> Tensor:
@@ -1302,7 +1319,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             `torch.FloatTensor` of shape `(batch_size, num_frames, semantic_hidden_size)`, on the
             frames that the tokens of `encode` cover; 0 at padding.
         """
-        num_features = _valid_lengths(input_features_mask, input_features, "input_features_mask")
+        _check_features(self.config, input_features)
+        (num_features,) = _valid_lengths(input_features=(input_features, input_features_mask))
         frames = self._encode_semantic(input_features, num_features, chunk=None)
         return frames * _length_mask(_num_frames(self.config, num_features), frames.shape[1], frames.device)[..., None]
 
@@ -1464,29 +1482,45 @@ def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context
     """The chunk in frames, from seconds."""
     if chunk_length_s is None:
         return None
-    if chunk_length_s <= 0 or chunk_context_s < 0:
+    numbers = (chunk_length_s, chunk_context_s)
+    are_finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    if not are_finite or chunk_length_s <= 0 or chunk_context_s < 0:
         raise ValueError(
-            f"`chunk_length_s` must be positive and `chunk_context_s` not negative, got {chunk_length_s} and "
-            f"{chunk_context_s}."
+            f"`chunk_length_s` must be positive and `chunk_context_s` not negative, both finite numbers of "
+            f"seconds, got {chunk_length_s!r} and {chunk_context_s!r}."
         )
     # A multiple of three frames is a whole number of the semantic encoder's features.
     size = max(round(chunk_length_s * config.frame_rate / 3), 1) * 3
     return Chunk(size, math.ceil(chunk_context_s * config.frame_rate / 3) * 3)
 
 
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor, got {type(value).__name__}. Call the feature extractor with "
+            '`return_tensors="pt"`, or use `torch.as_tensor`.'
+        )
+
+
 def _check_inputs(config: FlexiCodecConfig, input_values: Tensor, input_features: Tensor) -> None:
+    _check_tensor("input_values", input_values)
     if input_values.ndim != 3 or input_values.shape[1] != 1:
         raise ValueError(
             f"`input_values` must have the shape (batch_size, 1, num_samples), got {tuple(input_values.shape)}."
         )
+    _check_features(config, input_features)
+    if len(input_features) != len(input_values):
+        raise ValueError(f"`input_values` holds {len(input_values)} items, `input_features` {len(input_features)}.")
+
+
+def _check_features(config: FlexiCodecConfig, input_features: Tensor) -> None:
+    _check_tensor("input_features", input_features)
     feature_size = config.semantic_model_config.input_size
     if input_features.ndim != 3 or input_features.shape[-1] != feature_size:
         raise ValueError(
             f"`input_features` must have the shape (batch_size, num_features, {feature_size}), "
             f"got {tuple(input_features.shape)}."
         )
-    if len(input_features) != len(input_values):
-        raise ValueError(f"`input_values` holds {len(input_values)} items, `input_features` {len(input_features)}.")
 
 
 def _check_same_clips(num_frames: Tensor, num_acoustic_frames: Tensor) -> None:
@@ -1498,15 +1532,48 @@ def _check_same_clips(num_frames: Tensor, num_acoustic_frames: Tensor) -> None:
             )
 
 
-def _check_num_quantizers(num_quantizers: int | Tensor) -> None:
-    if (num_quantizers if isinstance(num_quantizers, int) else int(num_quantizers.min())) < 1:
+def _check_num_quantizers(config: FlexiCodecConfig, num_quantizers: Any) -> int:
+    """The number of codebooks as an `int`, at most all; all for `None`."""
+    if num_quantizers is None:
+        return config.num_quantizers
+    try:
+        number = index(num_quantizers)  # also NumPy's integers, and tensors of one
+    except TypeError:
+        number = None
+    if number is None or isinstance(num_quantizers, bool):
+        raise TypeError(
+            f"`num_quantizers` must be an integer, got {type(num_quantizers).__name__} {num_quantizers!r}."
+        )
+    if number < 1:
+        raise ValueError(f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {number}.")
+    return min(number, config.num_quantizers)
+
+
+def _check_num_quantizers_per_item(num_quantizers: Tensor, batch_size: int) -> None:
+    if tuple(num_quantizers.shape) != (batch_size,) or num_quantizers.dtype not in _INTEGERS:
         raise ValueError(
-            f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {num_quantizers}."
+            f"`num_quantizers` must be one integer or integers of the shape (batch_size,) = ({batch_size},), got "
+            f"{num_quantizers.dtype} of {tuple(num_quantizers.shape)}."
+        )
+    if int(num_quantizers.min()) < 1:
+        raise ValueError(
+            f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {num_quantizers.tolist()}."
         )
 
 
-def _check_tokens(tokens: Tensor, token_lengths: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Lengths, with 0 at padding, and the mask of `tokens` (codes or latents), both `(batch_size, num_tokens)`."""
+def _check_tokens(
+    config: FlexiCodecConfig,
+    tokens: Tensor,
+    token_lengths: Tensor | None,
+    mask: Tensor | None,
+    num_frames: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lengths, with 0 at padding, and the mask of `tokens` (codes or latents), both `(batch_size, num_tokens)`.
+
+    Under `torch.compile` only shapes and dtypes are checked. Otherwise one transfer from the device
+    brings all values that decide.
+    """
+    is_codes = tokens.dtype in _INTEGERS
     if tokens.ndim != 3:
         raise ValueError(
             "`audio_codes` must have the shape (batch_size, num_quantizers, num_tokens) and `latents` (batch_size, "
@@ -1514,65 +1581,118 @@ def _check_tokens(tokens: Tensor, token_lengths: Tensor | None, mask: Tensor | N
         )
     shape = (tokens.shape[0], tokens.shape[2])
     for name, value in (("token_lengths", token_lengths), ("audio_codes_mask", mask)):
-        if value is not None and tuple(value.shape) != shape:
+        if value is None:
+            continue
+        _check_tensor(name, value)
+        if tuple(value.shape) != shape:
             raise ValueError(
                 f"`{name}` must have the shape (batch_size, num_tokens) = {shape}, got {tuple(value.shape)}."
             )
-    if token_lengths is None:
-        mask = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
-        token_lengths = mask.long()
+    if token_lengths is not None and token_lengths.dtype not in _INTEGERS:
+        raise ValueError(f"`token_lengths` must be integers, got {token_lengths.dtype}.")
+    if is_codes and not 1 <= tokens.shape[1] <= config.num_quantizers:
+        raise ValueError(
+            f"`audio_codes` must have 1 to {config.num_quantizers} codebooks (one for each quantizer), "
+            f"got {tokens.shape[1]}."
+        )
+    if 0 in shape:
+        raise ValueError("There is nothing to decode: an item has no tokens.")
+
+    passed_mask = mask
+    if mask is not None:
+        mask = mask.bool()
+    elif token_lengths is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=tokens.device)
     else:
-        if token_lengths.is_floating_point():
-            raise ValueError(f"`token_lengths` must be integers, got {token_lengths.dtype}.")
-        mask = token_lengths.flip(1).cummax(dim=1).values.flip(1) > 0 if mask is None else mask.bool()
-        token_lengths = token_lengths.long() * mask
-    if not torch.compiler.is_compiling():
-        if shape[1] == 0 or not bool((token_lengths.sum(dim=1) > 0).all()):
-            raise ValueError("There is nothing to decode: an item has no tokens.")
-        if bool((token_lengths < 0).any()):
-            raise ValueError(f"`token_lengths` must not be negative, got {int(token_lengths.min())}.")
+        mask = token_lengths.flip(1).cummax(dim=1).values.flip(1) != 0
+    token_lengths = mask.long() if token_lengths is None else token_lengths.long() * mask
+    if torch.compiler.is_compiling():
+        return token_lengths, mask
+
+    inside = token_lengths.masked_fill(~mask, 1)
+    expected_mask = _length_mask(mask.sum(dim=1), shape[1], mask.device)
+    given_mask = mask if passed_mask is None else passed_mask
+    numbers = [
+        mask.any(dim=1).all(),
+        (given_mask == expected_mask).all(),
+        *inside.aminmax(),
+        token_lengths.sum(dim=1).max(),
+    ]
+    if is_codes:
+        codes = tokens * mask[:, None]
+        for part in (codes[:, :1], codes[:, 1:]):
+            numbers += part.aminmax() if part.numel() else ()
+    else:
+        numbers.append(_is_finite(tokens))
+    has_tokens, is_mask, shortest, longest, covered, *rest = torch.stack([n.long() for n in numbers]).tolist()
+    if not is_mask:
+        raise ValueError("`audio_codes_mask` must be 1 for tokens and then 0: padding goes on the right.")
+    if not has_tokens:
+        raise ValueError("There is nothing to decode: an item has no tokens.")
+    if shortest < 1 or longest > config.max_frames_per_token:
+        raise ValueError(
+            f"`token_lengths` must be 1 to {config.max_frames_per_token}, with 0 only after the last token of an "
+            f"item, got values from {shortest} to {longest}."
+        )
+    if num_frames is not None and num_frames != covered:
+        raise ValueError(
+            f"`num_frames` must be {covered}, the largest row sum of `token_lengths`, got {num_frames}. "
+            "Or leave it out."
+        )
+    if not is_codes and not rest[0]:
+        raise ValueError("`latents` must be finite, got NaN or infinity.")
+    names = (
+        ("the semantic codebook", config.semantic_codebook_size),
+        ("an acoustic codebook", config.codebook_size),
+    )
+    for (name, size), lowest, highest in zip(names, rest[::2], rest[1::2], strict=False):
+        if lowest < 0 or highest >= size:
+            raise ValueError(
+                f"`audio_codes` must be between 0 and {size - 1} in {name}, got values from {lowest} to {highest}."
+            )
     return token_lengths, mask
 
 
-def _check_codes(config: FlexiCodecConfig, codes: Tensor, token_mask: Tensor) -> Tensor:
-    """The codes as int64, with 0 at padding."""
-    if codes.dtype not in (torch.int16, torch.int32, torch.int64):
-        raise ValueError(f"`audio_codes` must be integers, got {codes.dtype}.")
-    if not 1 <= codes.shape[1] <= config.num_quantizers:
-        raise ValueError(
-            f"`audio_codes` must have 1 to {config.num_quantizers} codebooks (one for each quantizer), "
-            f"got {codes.shape[1]}."
-        )
-    codes = codes.long() * token_mask[:, None]
-    if not torch.compiler.is_compiling():
-        for name, part, size in (
-            ("the semantic codebook", codes[:, :1], config.semantic_codebook_size),
-            ("an acoustic codebook", codes[:, 1:], config.codebook_size),
-        ):
-            if part.numel() and (int(part.min()) < 0 or int(part.max()) >= size):
-                raise ValueError(
-                    f"`audio_codes` must be between 0 and {size - 1} in {name}, "
-                    f"got values from {int(part.min())} to {int(part.max())}."
-                )
-    return codes
+def _is_finite(values: Tensor) -> Tensor:
+    """Whether all values are finite, without a temporary tensor of their size."""
+    return torch.stack(values.detach().aminmax()).isfinite().all()
 
 
-def _valid_lengths(mask: Tensor | None, values: Tensor, name: str) -> Tensor:
-    """Lengths `(batch_size,)`, on the CPU, of `values` `(batch_size, length, ...)` with a mask padded on the right."""
-    batch_size, length = values.shape[:2]
-    if length == 0:
-        raise ValueError("The audio is empty.")
-    if mask is None:
-        return torch.full((batch_size,), length)
-    if tuple(mask.shape) != (batch_size, length):
-        raise ValueError(f"`{name}` must have the shape {(batch_size, length)}, got {tuple(mask.shape)}.")
-    lengths = mask.sum(dim=1)
-    if bool((mask.bool() != _length_mask(lengths, length, mask.device)).any()):
-        raise ValueError(f"`{name}` must be 1 for the valid part and then 0: padding goes on the right.")
-    lengths = lengths.long().cpu()
-    if not bool((lengths > 0).all()):
-        raise ValueError(f"The audio of an item is empty: a row of `{name}` is 0 everywhere.")
-    return lengths
+def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    """Lengths `(batch_size,)`, on the CPU, of inputs with masks padded on the right.
+
+    One transfer from the device brings the lengths and what the values are checked for.
+    """
+    numbers = []
+    for name, (values, mask) in inputs.items():
+        mask_name = _MASK_NAMES[name]
+        if not values.is_floating_point():
+            raise ValueError(f"`{name}` must be floats, got {values.dtype}. Make them with the feature extractor.")
+        batch_size, length = len(values), values.shape[2 if name == "input_values" else 1]
+        if batch_size == 0 or length == 0:
+            raise ValueError(f"The audio is empty: `{name}` has the shape {tuple(values.shape)}.")
+        if mask is None:
+            mask = torch.ones(1, 1, dtype=torch.bool, device=values.device).expand(batch_size, length)
+        _check_tensor(mask_name, mask)
+        if tuple(mask.shape) != (batch_size, length):
+            raise ValueError(f"`{mask_name}` must have the shape {(batch_size, length)}, got {tuple(mask.shape)}.")
+        lengths = (mask != 0).sum(dim=1)
+        is_mask = (mask == _length_mask(lengths, length, mask.device)).all()
+        numbers += [_is_finite(values)[None].long(), is_mask[None].long().to(values.device), lengths.to(values.device)]
+    device = numbers[0].device
+    parts = iter(torch.cat([number.to(device) for number in numbers]).cpu().split([len(n) for n in numbers]))
+    all_lengths = []
+    for (name, _), is_finite, is_mask, lengths in zip(inputs.items(), parts, parts, parts, strict=True):
+        if not is_mask:
+            raise ValueError(
+                f"`{_MASK_NAMES[name]}` must be 1 for the valid part and then 0: padding goes on the right."
+            )
+        if not bool((lengths > 0).all()):
+            raise ValueError(f"The audio of an item is empty: a row of `{_MASK_NAMES[name]}` is 0 everywhere.")
+        if not is_finite:
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+        all_lengths.append(lengths)
+    return all_lengths
 
 
 def _length_mask(lengths: Tensor, num_positions: int, device: torch.device) -> Tensor:
@@ -1588,14 +1708,21 @@ def _is_padded(lengths: Tensor, num_positions: int) -> bool:
     return not known or int(lengths.min()) < num_positions
 
 
-def _per_item(name: str, value: float | list[float] | Tensor, like: Tensor) -> Tensor:
-    """A number for each item `(batch_size,)`, from one for all or one for each."""
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=like.device)
-    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != len(like)):
-        raise ValueError(
-            f"`{name}` must be one number or one for each of the {len(like)} items, got shape {tuple(tensor.shape)}."
+def _per_item(name: str, value: float | list[float] | Tensor, num_items: int) -> Tensor:
+    """A number for each item `(num_items,)`, from one for all or one for each."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(0, dtype=torch.bool)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` must be one number, or a list or tensor of numbers, got {type(value).__name__} {value!r}."
         )
-    return tensor.expand(len(like))
+    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != num_items):
+        raise ValueError(
+            f"`{name}` must be one number or one for each of the {num_items} items, got shape {tuple(tensor.shape)}."
+        )
+    return tensor.float().expand(num_items)
 
 
 def _resample(frames: Tensor, lengths: Tensor, new_lengths: Tensor) -> Tensor:
