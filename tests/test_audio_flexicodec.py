@@ -12,6 +12,7 @@ from flexicodec_hf.audio_flexicodec import (
     read_audio,
     read_stretches,
     resample,
+    resample_with_images,
     write_audio,
 )
 
@@ -243,3 +244,15 @@ def test_a_stream_with_broken_samples_is_refused(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan, 1]), RATE, subtype="FLOAT")
     with pytest.raises(AudioError, match="the audio has NaN or infinite samples"):
         list(read_stretches(tmp_path / "nan.wav", RATE))
+
+
+def test_voices_are_resampled_as_the_reference_does(golden):
+    fixture = golden("mel")
+    for source, expected, rates in (
+        ("in/wave16k", "resample_16k_24k", (16_000, 24_000)),
+        ("in/wave24k", "resample_24k_16k", (24_000, 16_000)),
+    ):
+        for waveform, resampled in zip(fixture[source].numpy(), fixture[expected].numpy(), strict=True):
+            result = resample_with_images(waveform, *rates)
+            assert result.dtype == np.float32
+            np.testing.assert_allclose(result, resampled, rtol=0, atol=1e-6)

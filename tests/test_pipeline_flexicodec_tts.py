@@ -278,6 +278,48 @@ def test_wrong_uses_say_what_to_do(tts, kwargs, message):
         speak(tts, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "`text_inputs` is empty"),
+        (5, {}, TypeError, "`text_inputs` must be a text, .* got 5"),
+        (TEXT, {"merging_threshold": "0.91"}, TypeError, "`merging_threshold` must be a number, got '0.91'"),
+        (TEXT, {"crossfade_s": "0.1"}, TypeError, "`crossfade_s` must be a number"),
+        (TEXT, {"voice": 5}, ValueError, "`voice`=5 is not known.*anna"),
+    ],
+)
+def test_what_is_of_a_wrong_kind_is_refused(tts, text, options, error, message):
+    with pytest.raises(error, match=message):
+        tts(text, **options, generate_kwargs=FAST)
+
+
+def test_lists_in_place_of_tensors_are_refused(tts):
+    inputs = tts.processor(TEXT)
+    with pytest.raises(TypeError, match="`attention_mask` must be a tensor, got a list: prepare the inputs"):
+        tts.model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask.tolist())
+    with pytest.raises(TypeError, match="`audio_codes` must be a tensor, got a list"):
+        tts.model.decode_speech([[[1]]])
+    with pytest.raises(TypeError, match="`input_values` must be a tensor, got a ndarray"):
+        tts.model.convert_voice(np.zeros((1, 1, 16_000)), np.zeros((1, 10, 560)))
+    with pytest.raises(TypeError, match=r"`merging_threshold` must be a number, got '0\.91'"):
+        tts.model.generate(**inputs, merging_threshold="0.91")
+
+
+def test_the_processor_is_saved_with_the_pipeline(tts, device, tmp_path):
+    tts.save_pretrained(tmp_path)
+    expected = speak(tts)
+    again = pipeline("text-to-speech", model=str(tmp_path), pipeline_class=FlexiCodecTTSPipeline, device=device)
+    np.testing.assert_array_equal(speak(again), expected)
+    stock = pipeline("text-to-speech", model=str(tmp_path), device=device)
+    assert type(stock.processor) is type(tts.processor)
+    assert torch.equal(stock.preprocess(TEXT)["input_ids"], tts.processor(TEXT)["input_ids"])
+
+
+def test_a_pipeline_without_a_processor_is_refused(tts, device):
+    with pytest.raises(ValueError, match=r"has no processor, .* pass `processor=`"):
+        FlexiCodecTTSPipeline(tts.model, tokenizer=tts.tokenizer, device=device)
+
+
 def test_streaming_several_texts_is_an_error(tts):
     with pytest.raises(ValueError, match="`stream` speaks one text or chat, got a list"):
         next(tts.stream([TEXT, TEXT]))

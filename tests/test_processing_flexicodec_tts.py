@@ -18,7 +18,7 @@ from flexicodec_hf import (
     FlexiCodecTTSOutput,
     FlexiCodecTTSProcessor,
 )
-from flexicodec_hf.audio_flexicodec import AudioError, read_audio, resample
+from flexicodec_hf.audio_flexicodec import AudioError, read_audio, resample, resample_with_images
 from flexicodec_hf.text_flexicodec import encode_text
 
 
@@ -91,7 +91,9 @@ def test_a_recording_is_heard_alike_however_it_comes(processor, clip, tmp_path):
     features = processor.feature_extractor(clip, sampling_rate=16_000, return_tensors="pt")
     assert torch.equal(expected["reference_input_features"], features["input_features"])
     # By way of 16 kHz, like the speech that the Voicebox learned from.
-    mel = FlexiCodecMelFeatureExtractor()(resample(clip, 16_000, 24_000), sampling_rate=24_000, return_tensors="pt")
+    mel = FlexiCodecMelFeatureExtractor()(
+        resample_with_images(clip, 16_000, 24_000), sampling_rate=24_000, return_tensors="pt"
+    )
     assert torch.equal(expected["reference_mel"], mel["mel"])
 
 
@@ -212,6 +214,22 @@ def test_save_and_load(processor, tmp_path, tts_repository):
         assert torch.equal(again("Hello")["input_ids"], processor("Hello")["input_ids"])
     saved = json.loads((tts_repository / "preprocessor_config.json").read_text())
     assert saved["feature_extractor_type"] == "FlexiCodecFeatureExtractor"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"text": 5}, TypeError, "`text` must be a string or a list of them, got 5"),
+        ({"text": ["Hello", None]}, TypeError, "`text` must be a string or a list of them, got None"),
+        ({"text": "Hello", "language": 5}, TypeError, "`language` must be a string"),
+        ({"text": []}, ValueError, "`text` is an empty list"),
+        ({"audio": []}, ValueError, "`audio` is an empty list"),
+        ({"audio": {"path": "a.wav"}}, ValueError, r"needs `array` and `sampling_rate`, got \['path'\]"),
+    ],
+)
+def test_what_is_of_a_wrong_kind_is_refused(processor, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        processor(**kwargs)
 
 
 def test_wrong_use_says_what_to_do(processor, clip):

@@ -135,6 +135,39 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
     return soxr.resample(waveform, source_rate, target_rate)
 
 
+def resample_with_images(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """
+    Resample one channel with a short windowed sinc, as the reference resamples the recording of a voice.
+
+    Unlike `resample`, it leaves images above the old band, on which the Voicebox was trained. It is
+    the interpolation of https://ccrma.stanford.edu/~jos/resample/ with six zero crossings on each side
+    and a Hann window, at 0.99 of the lower Nyquist frequency (flexicodec 0.1.2 uses torchaudio's).
+
+    Args:
+        waveform: Samples of shape `(num_samples,)`, float32.
+        source_rate: Sampling rate of `waveform`, in hertz.
+        target_rate: Sampling rate of the result, in hertz.
+
+    Returns:
+        Samples of shape `(num_resampled,)`, float32. The waveform itself if the rates are equal.
+    """
+    if source_rate == target_rate or len(waveform) == 0:
+        return waveform
+    zero_crossings, rolloff = 6, 0.99
+    divisor = math.gcd(source_rate, target_rate)
+    step, phases = source_rate // divisor, target_rate // divisor
+    cutoff = min(step, phases) * rolloff
+    reach = math.ceil(zero_crossings * step / cutoff)
+    # Distances from each output sample of a period to the input samples around it, in zero crossings.
+    distances = np.arange(-reach, reach + step) / step - np.arange(phases)[:, None] / phases
+    distances = np.clip(distances * cutoff, -zero_crossings, zero_crossings)
+    window = np.cos(distances * math.pi / zero_crossings / 2) ** 2
+    kernels = (np.sinc(distances) * window * cutoff / step).astype(np.float32)
+    padded = np.pad(waveform.astype(np.float32), (reach, reach + step))
+    neighborhoods = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1])[::step]
+    return (neighborhoods @ kernels.T).reshape(-1)[: math.ceil(len(waveform) * target_rate / source_rate)]
+
+
 def check_audio_format(path: str | Path) -> None:
     """Raise [`AudioError`] if the suffix of a file does not name a format that can be written."""
     path = Path(path)

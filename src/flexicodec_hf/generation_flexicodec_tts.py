@@ -174,6 +174,24 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
                 each other.
         """
         # 1. Check inputs
+        references = {
+            "reference_input_values": reference_input_values,
+            "reference_padding_mask": reference_padding_mask,
+            "reference_input_features": reference_input_features,
+            "reference_input_features_mask": reference_input_features_mask,
+            "reference_mel": reference_mel,
+            "reference_mel_mask": reference_mel_mask,
+            "reference_text_ids": reference_text_ids,
+            "reference_text_mask": reference_text_mask,
+        }
+        references = {name: tensor for name, tensor in references.items() if tensor is not None}
+        _check_tensors(
+            **references,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            continuation_ids=continuation_ids,
+            continuation_mask=continuation_mask,
+        )
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError("There is nothing to say: `input_ids` hold no text. Make them with `processor(text)`.")
         batch_size = len(input_ids)
@@ -192,17 +210,6 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         ar_config.threshold_token_id(condition)  # raises if the model does not know it
 
         # 3. Voices, one for each item
-        references = {
-            "reference_input_values": reference_input_values,
-            "reference_padding_mask": reference_padding_mask,
-            "reference_input_features": reference_input_features,
-            "reference_input_features_mask": reference_input_features_mask,
-            "reference_mel": reference_mel,
-            "reference_mel_mask": reference_mel_mask,
-            "reference_text_ids": reference_text_ids,
-            "reference_text_mask": reference_text_mask,
-        }
-        references = {name: tensor for name, tensor in references.items() if tensor is not None}
         voices = self._choose_voices(voice, references, settings.merging_threshold, batch_size)
 
         # 4. Generators of random numbers, one for the tokens and one for the noise of each item
@@ -283,6 +290,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             ValueError: Tensors do not fit each other, or a voice is unknown.
         """
         # 1. Check inputs
+        _check_tensors(audio_codes=audio_codes, token_lengths=token_lengths, audio_codes_mask=audio_codes_mask)
         if audio_codes.ndim != 3:
             raise ValueError(
                 "`audio_codes` must have the shape (batch_size, num_quantizers, num_tokens), got "
@@ -364,6 +372,12 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             ValueError: The model has no Voicebox.
         """
         # 1. Check inputs
+        _check_tensors(
+            input_values=input_values,
+            input_features=input_features,
+            padding_mask=padding_mask,
+            input_features_mask=input_features_mask,
+        )
         if self.voicebox is None:
             raise ValueError("This model has no Voicebox, which gives speech the voice: load a model that has one.")
         settings, _ = self._prepare_settings(None, merging_threshold=merging_threshold)
@@ -396,6 +410,9 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """The settings of a call, and its arguments that are no settings. `None` means the default."""
+        threshold = kwargs.get("merging_threshold")
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float, type(None))):
+            raise TypeError(f"`merging_threshold` must be a number, got {threshold!r} ({type(threshold).__name__}).")
         settings = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         defaults = TTS_DEFAULTS | {"merging_threshold": self.config.default_merging_threshold}
         for source in (self.generation_config.to_dict(), defaults):
@@ -550,6 +567,15 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             "prompt_mel_mask": pad_sequence([torch.ones(len(mel)) for mel in mels], batch_first=True),
         }
         return {name: tensor.to(self.voicebox.device) for name, tensor in prompt.items()}
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not torch.is_tensor(tensor):
+            raise TypeError(
+                f"`{name}` must be a tensor, got a {type(tensor).__name__}: prepare the inputs with the processor (or "
+                'the feature extractor with `return_tensors="pt"`), or wrap it in `torch.tensor`.'
+            )
 
 
 def _row_generators(

@@ -302,7 +302,9 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         elif voice is None and not self.voices:
             return None
         else:
-            names = voice if isinstance(voice, (list, tuple)) else [voice or next(iter(self.voices))]
+            names = (
+                voice if isinstance(voice, (list, tuple)) else [next(iter(self.voices)) if voice is None else voice]
+            )
             voices = [self._find_voice(name) for name in names]
         if len(voices) not in (1, batch_size):
             raise ValueError(
@@ -312,12 +314,14 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         return voices * batch_size if len(voices) == 1 else voices
 
     def _find_voice(self, voice: str | FlexiCodecVoice) -> FlexiCodecVoice:
-        if not isinstance(voice, str):
+        if isinstance(voice, str) and voice in self.voices:
+            voice = self.voices[voice]
+        elif isinstance(voice, (str, PathLike)) and str(voice).endswith(".safetensors"):
+            voice = FlexiCodecVoice.load(voice)
+        if isinstance(voice, FlexiCodecVoice):
+            codec = self.config.codec_config
+            voice.check(codec.semantic_codebook_size, codec.max_frames_per_token)
             return voice
-        if voice in self.voices:
-            return self.voices[voice]
-        if voice.endswith(".safetensors"):
-            return FlexiCodecVoice.load(voice)
         raise ValueError(
             f"`voice`={voice!r} is not known. This model has {list(self.voices) or 'no voices'}; the path of a voice "
             "file (.safetensors) or what `model.encode_voice` returns will do too."

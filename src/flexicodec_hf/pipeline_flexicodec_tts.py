@@ -8,8 +8,9 @@ voice, and joins them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, TypedDict
 
 import numpy as np
@@ -99,6 +100,11 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError(
+                "The pipeline has no processor, and would speak letters instead of phonemes: pass `processor=`, or "
+                "load a repository with a processor_config.json."
+            )
         if self.device.type == "cpu":
             optimize_for_cpu(self.model)
         voice = self._requested_voice(
@@ -157,6 +163,13 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
                 other way round), is too short or silent, or a voice, language or threshold is
                 unknown.
         """
+        if isinstance(text_inputs, (list, tuple)) and not text_inputs:
+            raise ValueError("`text_inputs` is empty: pass a text, or a list with at least one.")
+        if not isinstance(text_inputs, Iterable):
+            raise TypeError(
+                f"`text_inputs` must be a text, a chat, or several of them, got {text_inputs!r} "
+                f"({type(text_inputs).__name__})."
+            )
         kwargs = self._resolve_voice(kwargs)
         if not self._has_voice(kwargs):
             if isinstance(text_inputs, (str, Chat)):
@@ -315,6 +328,18 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         )
 
     # ******** FlexiCodec specific ********
+    # `Pipeline` saves the parts of a processor, but not the processor.
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """
+        Save model, voices and processor, for `pipeline(...)` to load again.
+
+        Args:
+            save_directory (`str` or `PathLike`): Directory to write to.
+            kwargs: See [`~transformers.Pipeline.save_pretrained`].
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
     # The four steps of `Pipeline`: a text gives several items, each is spoken, and they are joined.
 
     def _sanitize_parameters(
@@ -328,6 +353,9 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        for name, value in (("crossfade_s", crossfade_s), ("merging_threshold", merging_threshold)):
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
         if crossfade_s is not None and not 0 <= crossfade_s <= 1:
             raise ValueError(f"`crossfade_s` must be between 0 and 1 second, got {crossfade_s}.")
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)

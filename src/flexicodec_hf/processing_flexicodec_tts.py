@@ -17,7 +17,7 @@ from transformers.audio_utils import load_audio
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .audio_flexicodec import read_audio, resample, write_audio
+from .audio_flexicodec import read_audio, resample, resample_with_images, write_audio
 from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
 from .text_flexicodec import language_token_id, prepare_text
 
@@ -65,7 +65,8 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
     Turns texts and reference recordings into the inputs of [`FlexiCodecForTextToSpeech`].
 
     Recordings are resampled (with soxr) to the codec's 16 kHz, and from there to the 24 kHz of the
-    mel spectrogram, because the Voicebox was trained on speech without anything above 8 kHz.
+    mel spectrogram as the reference does, because the Voicebox was trained on that: above 8 kHz there
+    are only faint images of what is below.
 
     Args:
         feature_extractor ([`FlexiCodecFeatureExtractor`]): Feature extractor of the codec.
@@ -179,6 +180,13 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
             raise ValueError(f"{type(self).__name__} returns PyTorch tensors: `return_tensors` must be 'pt'.")
         if text is None and audio is None:
             raise ValueError("There is nothing to process: pass `text`, `audio`, or both.")
+        for name, value in (("text", text), ("reference_text", reference_text), ("language", language)):
+            for one in _as_list(value):
+                if not isinstance(one, str):
+                    raise TypeError(f"`{name}` must be a string or a list of them, got {one!r} in it.")
+        for name, value in (("text", text), ("audio", audio)):
+            if isinstance(value, (list, tuple)) and not value:
+                raise ValueError(f"`{name}` is an empty list: pass at least one, or leave it out.")
 
         texts = _as_list(text)
         clips = [audio] if isinstance(audio, np.ndarray) or torch.is_tensor(audio) else _as_list(audio)
@@ -359,7 +367,7 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         if self.mel_extractor is not None:
             mel_rate = self.mel_extractor.sampling_rate
             inputs |= self.mel_extractor(
-                [resample(waveform, rate, mel_rate) for waveform in waveforms],
+                [resample_with_images(waveform, rate, mel_rate) for waveform in waveforms],
                 sampling_rate=mel_rate,
                 return_tensors="pt",
             )
@@ -373,6 +381,10 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         if isinstance(clip, (str, Path)):
             return read_audio(clip, rate).waveform
         if isinstance(clip, Mapping):
+            if not {"array", "sampling_rate"} <= clip.keys():
+                raise ValueError(
+                    f"A dictionary in `audio` needs `array` and `sampling_rate`, got {sorted(map(str, clip))}."
+                )
             clip, sampling_rate = clip["array"], clip["sampling_rate"]
         if sampling_rate is None:
             raise ValueError("`sampling_rate` is missing: say at which rate the waveforms in `audio` are.")

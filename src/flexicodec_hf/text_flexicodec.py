@@ -1,6 +1,6 @@
 """
-The text front end of FlexiCodec-TTS: long text -> pieces, and each piece -> phonemes -> ids, after
-a language token.
+The text front end of FlexiCodec-TTS: long text -> pieces, and each piece -> numbers in words ->
+phonemes -> ids, after a language token.
 
 English is spoken from phonemes, every other language from its plain text. Whisper's BPE splits IPA
 into many tokens, so a substitution table first replaces phonemes by letters that it knows. A long
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+from .numbers_flexicodec import spell_numbers
 
 
 PHONEME_SUBSTITUTIONS = {
@@ -76,13 +78,17 @@ _ENDS = ".!?…。！？｡．؟۔।॥։።။"
 # These end a sentence without a space after them.
 _WIDE_ENDS = "。！？｡．"
 _CLOSERS = "\"'”’»›)]}」』）】》〉〗〕"
+# "3．14", "10：45"
+_INSIDE_NUMBER = r"(?<=\d)[.,:．，：](?=\d)"
 # French puts a space before the closing quotation mark.
-_SENTENCE_END = re.compile(rf"([{re.escape(_ENDS)}]+)(?:\s»|[{re.escape(_CLOSERS)}])*")
+_SENTENCE_END = re.compile(rf"(?!{_INSIDE_NUMBER})([{re.escape(_ENDS)}]+)(?:\s»|[{re.escape(_CLOSERS)}])*")
 _PARAGRAPH_END = re.compile(r"\s*\n\s*\n\s*|[\f\v\u2028\u2029]+")
 # How far the word after a full stop may be.
 _LOOK_AHEAD = 40
 # Places to breathe inside a sentence. A dash has spaces on both sides, or is long.
-_CLAUSE_END = re.compile(rf"[,;:،؛][{re.escape(_CLOSERS)}]*(?=\s)|[，、；：]|(?<=\s)[–—-]+(?=\s)|—")
+_CLAUSE_END = re.compile(
+    rf"[,;:،؛][{re.escape(_CLOSERS)}]*(?=\s)|(?!{_INSIDE_NUMBER})[，、；：]|(?<=\s)[–—-]+(?=\s)|—"
+)
 
 
 def encode_text(
@@ -117,8 +123,8 @@ def encode_text(
 
 def prepare_text(text: str, language: str = "en", reference_text: str | None = None, phonemes: bool = True) -> str:
     """
-    The characters that are tokenized: `"<reference text>, <text>"`, in phonemes if the language is
-    English.
+    The characters that are tokenized: `"<reference text>, <text>"`. English is written in phonemes,
+    its numbers in words before.
 
     Args:
         text: What to say.
@@ -131,11 +137,19 @@ def prepare_text(text: str, language: str = "en", reference_text: str | None = N
         ValueError: Nothing in `text` can be spoken.
         ImportError: Phonemes are requested, and the `[tts]` extra is not installed.
     """
-    spell = phonemize if phonemes and language == "en" else str
+    for name, value in (("text", text), ("reference_text", reference_text or "")):
+        if not isinstance(value, str):
+            raise TypeError(f"`{name}` must be a string, got {value!r} ({type(value).__name__}).")
+    spell = _spell_english if phonemes and language == "en" else str
     spelled = spell(text)
     if not any(map(str.isalnum, spelled)):
         raise ValueError(f"`text` must hold something to speak (letters or digits), got {text!r}.")
+    # As the reference joins them (flexicodec 0.1.2, ar_tts/modeling_artts.py, line 1112).
     return spell(f"{reference_text}, {text}") if reference_text else spelled
+
+
+def _spell_english(text: str) -> str:
+    return phonemize(spell_numbers(text))
 
 
 def phonemize(text: str) -> str:
@@ -149,7 +163,8 @@ def phonemize(text: str) -> str:
 
     Args:
         text: English text. `^` is read as an apostrophe (flexicodec 0.1.2,
-            ar_tts/utils/g2p_phonemizer.py, line 44).
+            ar_tts/utils/g2p_phonemizer.py, line 44). Versions of phonemizer read digits in
+            different ways: write them in words first, as `prepare_text` does.
 
     Returns:
         The phonemes; an empty string when nothing in `text` makes a sound.
@@ -244,6 +259,10 @@ def split_text(text: str, max_length: int = MAX_PIECE_LENGTH, language: str = "e
     Raises:
         ValueError: `max_length` is less than 12.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"`text` must be a string, got {text!r} ({type(text).__name__}).")
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise TypeError(f"`max_length` must be a whole number of characters, got {max_length!r}.")
     if max_length < 12:
         raise ValueError(f"`max_length` must be at least 12 characters, got {max_length}.")
     ends = [(match.start(), match.end()) for match in _PARAGRAPH_END.finditer(text)]
@@ -284,7 +303,8 @@ def _ends_sentence(before: str, marks: str, following: str, language: str) -> bo
         return language not in _ORDINAL_STOP.split() or len(word) > 2
     if word in _NUMBERED.split():
         return not first.isdigit()
-    return not (word in _ABBREVIATIONS.split() or len(word) == 1 or "." in word)
+    has_stop = "." in word and any(map(str.isalpha, word))  # "e.g.", but not "$9.99."
+    return not (word in _ABBREVIATIONS.split() or len(word) == 1 or has_stop)
 
 
 def _length(text: str, span: Span) -> int:
@@ -312,7 +332,7 @@ def _cut(text: str, sentence: Span, max_length: int) -> list[Span]:
     places = (
         [place for place in clauses if start + quarter <= place <= end - quarter]
         or [place for place in range(start + 1, end) if text[place].isspace()]
-        or [place for place in range(start + 1, end) if not unicodedata.combining(text[place])]
+        or [place for place in range(start + 1, end) if _can_cut(text, place)]
         or [end]
     )
     place = min(places, key=lambda place: abs(place - (start + end) / 2))
@@ -320,6 +340,12 @@ def _cut(text: str, sentence: Span, max_length: int) -> list[Span]:
         return [sentence]
     halves = ((start, place), (place, end))
     return [part for half in halves for part in _cut(text, _stripped(text, half), max_length)]
+
+
+def _can_cut(text: str, place: int) -> bool:
+    if unicodedata.combining(text[place]):
+        return False
+    return not any(re.compile(_INSIDE_NUMBER).match(text, mark) for mark in (place - 1, place))
 
 
 def _with_neighbours(text: str, parts: list[Span], max_length: int) -> list[Span]:

@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 @dataclass
 class FlexiCodecVoice:
     """
@@ -96,7 +99,7 @@ class FlexiCodecVoice:
         Read a voice that `save` wrote.
 
         Raises:
-            ValueError: There is no such file, or it holds no voice.
+            ValueError: There is no such file, it holds no voice, or a tensor in it is wrong.
         """
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such voice file.")
@@ -110,16 +113,69 @@ class FlexiCodecVoice:
         thresholds = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
         if header.get("format") != "flexicodec_voice" or not thresholds:
             raise ValueError(f"{path} holds no voice: make one with `model.encode_voice(...).save(path)`.")
-        text_ids = tensors.get("text_ids")
-        return cls(
-            tokens={
-                float(threshold): (tensors[prefix + threshold].long(), tensors[f"token_lengths/{threshold}"].long())
-                for threshold in thresholds
-            },
-            mel=tensors.get("mel"),
-            text_ids=None if text_ids is None else text_ids.long(),
-            metadata=json.loads(header.get("voice", "{}")),
-        )
+        try:
+            tokens = {float(one): (tensors[prefix + one], tensors[f"token_lengths/{one}"]) for one in thresholds}
+            metadata = json.loads(header.get("voice", "{}"))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} holds a damaged voice ({error}): encode the recording again.") from error
+        voice = cls(tokens, tensors.get("mel"), tensors.get("text_ids"), metadata)
+        try:
+            voice.check()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        voice.tokens = {threshold: (codes.long(), lengths.long()) for threshold, (codes, lengths) in tokens.items()}
+        voice.text_ids = None if voice.text_ids is None else voice.text_ids.long()
+        return voice
+
+    def check(self, codebook_size: int | None = None, max_frames_per_token: int | None = None) -> None:
+        """
+        Check that a model can speak with the voice.
+
+        Args:
+            codebook_size: Size of the codec's semantic codebook, if it is known.
+            max_frames_per_token: How many codec frames a token of the codec covers at most, if known.
+
+        Raises:
+            ValueError: There are no tokens, codes or lengths are no whole numbers or out of range,
+                or `mel`, `text_ids` or `metadata` are of a wrong kind.
+        """
+        if not self.tokens:
+            raise ValueError("The voice has no tokens: encode the recording again.")
+        for threshold, (codes, lengths) in self.tokens.items():
+            for name, tensor, low, high in (
+                ("codes", codes, 0, None if codebook_size is None else codebook_size - 1),
+                ("token lengths", lengths, 1, max_frames_per_token),
+            ):
+                if not torch.is_tensor(tensor) or tensor.dtype not in _INTEGERS or tensor.shape != codes.shape[:1]:
+                    raise ValueError(
+                        f"The {name} of the voice at merging threshold {threshold} must be integers of shape "
+                        f"(num_tokens,), the same for codes and lengths, got {_kind(tensor)}: encode the recording "
+                        "again."
+                    )
+                if len(tensor) == 0:
+                    raise ValueError(f"The voice has no tokens at merging threshold {threshold}: encode it again.")
+                smallest, largest = int(tensor.min()), int(tensor.max())
+                if smallest < low or (high is not None and largest > high):
+                    raise ValueError(
+                        f"The {name} of the voice at merging threshold {threshold} must be at least {low}"
+                        f"{'' if high is None else f' and at most {high}'}, got values from {smallest} to {largest}: "
+                        "the voice is damaged, or was made with another codec."
+                    )
+        mel, text_ids = self.mel, self.text_ids
+        if mel is not None and not (torch.is_tensor(mel) and mel.ndim == 2 and mel.is_floating_point()):
+            raise ValueError(f"`mel` of the voice must be floats (num_frames, num_mel_bins), got {_kind(mel)}.")
+        if mel is not None and not mel.isfinite().all():
+            raise ValueError("`mel` of the voice holds NaN or infinite values: encode the recording again.")
+        if text_ids is not None and not (
+            torch.is_tensor(text_ids) and text_ids.ndim == 1 and text_ids.dtype in _INTEGERS
+        ):
+            raise ValueError(f"`text_ids` of the voice must be integers (num_ids,), got {_kind(text_ids)}.")
+        if not isinstance(self.metadata, Mapping):
+            raise ValueError(f"`metadata` of the voice must be a dictionary, got {self.metadata!r}.")
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
 
 
 __all__ = ["FlexiCodecVoice"]
