@@ -4,12 +4,9 @@ The model files are plain PyTorch. The classes here replace some of their module
 parameters under the same names and the same values up to rounding.
 """
 
-import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +24,6 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _MIN_ROWS = 128
 # Smaller weights stay in the cache from one step to the next, where PyTorch's products are fast.
 _MIN_ROW_WEIGHTS = 2**20
-# So many threads read weights as fast as memory gives them.
-_MAX_ROW_THREADS = 4
 # Values of a tile that a processor's cache holds while three residual units run over it.
 _TILE_SIZE = 2**20
 
@@ -39,7 +34,7 @@ def optimize_for_cpu(model: ModelT) -> ModelT:
     Works on every model of this package, alone or as a part of another, and on any module that
     holds the same layers:
 
-    - [`~torch.nn.Linear`]: many float32 rows, or a single row;
+    - [`~torch.nn.Linear`]: many float32 rows, or a single bfloat16 row;
     - depthwise [`~torch.nn.Conv1d`] over time, applied to a transposed `(batch_size, length, channels)`;
     - the blocks of the codec's acoustic encoder and decoder, and their Snake activations, without gradients.
 
@@ -78,9 +73,8 @@ class _Linear(nn.Linear):
 
     - Many float32 rows are taken as a pointwise convolution: PyTorch gives products to MKL and, with
       two threads or more, convolutions to oneDNN, which takes half the time on AMD processors.
-    - A single row, as in a step of generation, takes as long as the weights are read. MKL reads
-      float32 weights in one thread; here each of a few threads multiplies a part of them. oneDNN
-      reads bfloat16 weights at half the speed of PyTorch's own kernel.
+    - A single bfloat16 row, as in a step of generation, takes as long as the weights are read. oneDNN
+      reads them at half the speed of PyTorch's own kernel.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -93,42 +87,10 @@ class _Linear(nn.Linear):
             image = input.reshape(1, 1, num_rows, -1).permute(0, 3, 1, 2)
             output = F.conv2d(image, self.weight[:, :, None, None], self.bias)
             return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
-        if num_rows == 1 and self.weight.numel() >= _MIN_ROW_WEIGHTS:
-            if input.dtype == torch.bfloat16:
-                with _onednn_off():
-                    return super().forward(input)
-            if input.dtype == torch.float32 and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
-                return self._row_in_threads(input)
+        if input.dtype == torch.bfloat16 and num_rows == 1 and self.weight.numel() >= _MIN_ROW_WEIGHTS:
+            with _onednn_off():
+                return super().forward(input)
         return super().forward(input)
-
-    def _row_in_threads(self, row: Tensor) -> Tensor:
-        # Python's threads, which sleep while they wait. Those of OpenMP spin: as a batched product of
-        # parts, this took several times as long as one thread on a busy machine.
-        num_threads = min(torch.get_num_threads(), _MAX_ROW_THREADS)
-        vector, output = row.reshape(-1), row.new_empty(self.out_features)
-        parts = list(zip(self.weight.chunk(num_threads), output.chunk(num_threads), strict=True))
-        pool = _thread_pool(os.getpid(), num_threads)
-        others = [pool.submit(_multiply, weight, vector, part) for weight, part in parts[1:]]
-        try:
-            _multiply(parts[0][0], vector, parts[0][1])
-        finally:
-            wait(others)
-        for other in others:
-            other.result()
-        if self.bias is not None:
-            output += self.bias
-        return output.view(*row.shape[:-1], self.out_features)
-
-
-@torch.inference_mode()
-def _multiply(weight: Tensor, vector: Tensor, output: Tensor) -> None:
-    torch.mv(weight, vector, out=output)
-
-
-@cache
-def _thread_pool(process_id: int, num_threads: int) -> ThreadPoolExecutor:
-    """The threads of this process: they do not survive a fork."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="flexicodec_row")
 
 
 class _DepthwiseConv1d(nn.Conv1d):
