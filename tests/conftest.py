@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ from flexicodec_hf import (
     FlexiCodecForTextToSpeech,
     FlexiCodecModel,
     FlexiCodecTTSProcessor,
+    FlexiCodecVoiceboxConfig,
+    FlexiCodecVoiceboxModel,
     save_repository,
 )
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import convert_ar, convert_codec, convert_vocoder, convert_voicebox
-from whisper_files import write_vocabulary_and_merges
+from flexicodec_hf.conversion.tables import VOICEBOX
+from whisper_files import write_tokenizer_json
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -198,5 +202,40 @@ def release(golden, tmp_path_factory):
     (folder / "nar.json").write_text(json.dumps(fixture.spec["voicebox_config"]))
     (folder / "vocoder.json").write_text(json.dumps(fixture.spec["vocos_config"]))
     (folder / "whisper").mkdir()
-    write_vocabulary_and_merges(folder / "whisper")
+    write_tokenizer_json(folder / "whisper")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def raw_release(release, tmp_path_factory):
+    """The authors' files as they are on the Hub, with sizes that need no configuration beside them.
+
+    The codec at the root lacks its semantic encoder, which is in `model.pt`, as SenseVoice has it.
+    """
+    folder = tmp_path_factory.mktemp("raw_release")
+    generator = torch.Generator().manual_seed(0)
+    codec, artts = load_file(release / "12hz_v1_half.safetensors"), load_file(release / "artts.safetensors")
+    inside = "semantic_model."
+    torch.save({k.removeprefix(inside): v for k, v in codec.items() if k.startswith(inside)}, folder / "model.pt")
+    save_file({k: v for k, v in codec.items() if not k.startswith(inside)}, folder / "12hz_v1_half.safetensors")
+    # Three dimensions of 8 levels, and not the 4 of the fixture, are what shapes show.
+    for name, rows in (("speech_embedding.weight", 512), ("llm_decoder.weight", 513), ("llm_decoder.bias", 513)):
+        shape = (rows, *artts[f"transformer_lm.{name}"].shape[1:])
+        artts[f"transformer_lm.{name}"] = 0.1 * torch.randn(shape, generator=generator)
+    save_file(artts, folder / "artts.safetensors")
+    config = FlexiCodecVoiceboxConfig(
+        codebook_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=7, num_attention_heads=1,
+        repa_hidden_size=16, semantic_hidden_size=12,
+    )  # fmt: skip
+    voicebox = FlexiCodecVoiceboxModel(config).state_dict()
+    save_file(
+        {VOICEBOX.source_names(name, config)[0]: tensor for name, tensor in voicebox.items()},
+        folder / "nartts.safetensors",
+    )
+    older = {k: v for k, v in artts.items() if k.startswith("flexicodec_model.")}
+    save_file(older, folder / "nartts_flexicodec_only.safetensors")
+    shutil.copy(release / "vocos_emilia.safetensors", folder)
+    shutil.copy(release / "whisper" / "tokenizer.json", folder)
+    shutil.copy(release / "12hz_v1_half_config.yaml", folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nThe authors' own card.\n")
     return folder

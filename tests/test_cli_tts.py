@@ -32,7 +32,7 @@ from conftest import AUDIO, WITHOUT_PACKAGE
 from flexicodec_hf.cli import main
 from flexicodec_hf.conversion.checkpoint import CheckpointError
 from flexicodec_hf.conversion.progress import RECORD, Progress
-from whisper_files import write_vocabulary_and_merges
+from whisper_files import write_tokenizer_json
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def files(golden, tmp_path):
     (tmp_path / "codec.yaml").write_text(yaml.safe_dump(fixture.spec["codec_config"]))
     options += ["--tts-codec-config", tmp_path / "codec.yaml"]
     (tmp_path / "whisper").mkdir()
-    return [*options, "--tokenizer", write_vocabulary_and_merges(tmp_path / "whisper")]
+    return [*options, "--tokenizer", write_tokenizer_json(tmp_path / "whisper")]
 
 
 def test_convert_text_to_speech_files(files, tmp_path, capsys):

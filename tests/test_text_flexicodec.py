@@ -17,7 +17,7 @@ from flexicodec_hf.text_flexicodec import (
     prepare_text,
     split_text,
 )
-from whisper_files import write_vocabulary_and_merges
+from whisper_files import write_tokenizer_json
 
 
 # What other versions of espeak-ng than the fixture's 1.51 say differently: (phonemes there, phonemes of the fixture).
@@ -26,7 +26,7 @@ CHANGES = {(1, 51): None, (1, 52): ("tεn:fο~rτi", "tεn:fo~rτi")}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return build_tokenizer(write_vocabulary_and_merges(tmp_path_factory.mktemp("whisper")))
+    return build_tokenizer(write_tokenizer_json(tmp_path_factory.mktemp("whisper")))
 
 
 @pytest.fixture

@@ -20,14 +20,6 @@ def read_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def write_vocabulary_and_merges(directory: Path) -> Path:
-    """`vocab.json` and `merges.txt`, the latter without its first merge, as published."""
-    (directory / "vocab.json").write_text(json.dumps(read_vocabulary()), encoding="utf-8")
-    lines = ["#version: 0.2", *read_merges()[1:]]
-    (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return directory
-
-
 def write_tokenizer_json(directory: Path, languages: tuple[str, ...] = (), **model: object) -> Path:
     """`tokenizer.json`, with `languages` among the added tokens; `model` replaces entries of the BPE."""
     added = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{code}|>" for code in languages), "<|translate|>"]

@@ -149,6 +149,12 @@ class FlexiCodecConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "encoder_rates" in kwargs:  # of `FlexiCodecConfig` in the authors' training code
+            raise ValueError(
+                "This is a checkpoint of the authors' training code, whose configuration has the same model type and "
+                "other names. Convert it: `flexicodec-hf convert --codec DIR/model.safetensors --codec-config "
+                "DIR/config.json --output-dir OTHER_DIR`."
+            )
         semantic = self.semantic_model_config
         if not isinstance(semantic, PreTrainedConfig):
             defaults = {

@@ -14,6 +14,8 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import PaddingStrategy, TensorType, is_torch_available, logging
 
+from .release_flexicodec import FlexiCodecReleaseMixin
+
 
 if is_torch_available():
     import torch
@@ -28,7 +30,7 @@ _FRAMES_PER_BLOCK = 512
 _LARGEST_PEAK = 100.0
 
 
-class FlexiCodecFeatureExtractor(SequenceFeatureExtractor):
+class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtractor):
     r"""
     Constructs a FlexiCodec feature extractor. It turns mono audio into the two inputs of
     [FlexiCodec](https://huggingface.co/papers/2510.00981): waveforms for the acoustic encoder, and

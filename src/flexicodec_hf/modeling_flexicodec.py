@@ -27,6 +27,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .chunking_flexicodec import Chunk, run_in_windows, windows
 from .configuration_flexicodec import FlexiCodecConfig
+from .release_flexicodec import FlexiCodecReleaseMixin
 
 
 _INTEGERS = (torch.int16, torch.int32, torch.int64)
@@ -889,7 +890,7 @@ class FlexiCodecSemanticQuantizer(nn.Module):
         return self.out_proj(hidden_states)
 
 
-class FlexiCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
+class FlexiCodecPreTrainedModel(FlexiCodecReleaseMixin, PreTrainedAudioTokenizerBase):
     config: FlexiCodecConfig
     config_class = FlexiCodecConfig
     base_model_prefix = "flexicodec"

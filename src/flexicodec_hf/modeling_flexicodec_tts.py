@@ -20,7 +20,8 @@ from .modeling_flexicodec import FlexiCodecModel
 from .modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
-from .repository_flexicodec_tts import HUB_OPTIONS, find_tts, load_shared_codec, load_voices, save_voices
+from .release_flexicodec import HUB_OPTIONS, find_converted
+from .repository_flexicodec_tts import find_tts, load_shared_codec, load_voices, save_voices
 from .voice_flexicodec import FlexiCodecVoice
 
 
@@ -171,8 +172,9 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
                     f"`dtype` has no part {sorted(unknown)}: there are {list(_PARTS)}, and '' for the rest."
                 )
             kwargs["dtype"] = torch.float32
+        source, kwargs = find_converted(pretrained_model_name_or_path, kwargs, text_to_speech=True)
         options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        source, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
+        subfolder = kwargs.pop("subfolder", "")
         if source is not None:
             kwargs["subfolder"] = subfolder = find_tts(source, subfolder, **options)
         loaded = super().from_pretrained(source, *model_args, **kwargs)

@@ -22,6 +22,9 @@ from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .chunking_flexicodec import Crossfader
 from .cpu_flexicodec import optimize_for_cpu
+from .modeling_flexicodec_tts import FlexiCodecForTextToSpeech
+from .processing_flexicodec_tts import FlexiCodecTTSProcessor
+from .release_flexicodec import HUB_OPTIONS
 from .text_flexicodec import MAX_PIECE_LENGTH, split_text
 from .voice_flexicodec import FlexiCodecVoice
 
@@ -111,6 +114,37 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
             voice, reference_audio, reference_text, reference_sampling_rate, self._preprocess_params.get("language")
         )
         self._preprocess_params |= _given(voice=voice)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> FlexiCodecTTSPipeline:
+        """
+        Load model and processor from a converted repository, or from the authors' own files, which
+        are converted first, once.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `PathLike`): Hub id or directory.
+            device (`int`, `str` or `torch.device`, *optional*): See [`~transformers.Pipeline`].
+            dtype (`torch.dtype`, `str` or `dict`, *optional*): See [`FlexiCodecForTextToSpeech.from_pretrained`].
+            kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, and
+                arguments of the pipeline.
+
+        Raises:
+            OSError: The repository holds the codec alone, or cannot be found.
+            ValueError: Released files are missing, or cannot be converted.
+        """
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        model = FlexiCodecForTextToSpeech.from_pretrained(
+            pretrained_model_name_or_path, **options, **_given(dtype=dtype)
+        )
+        processor = FlexiCodecTTSProcessor.from_pretrained(pretrained_model_name_or_path, **options)
+        parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+        return cls(model=model.eval(), processor=processor, **parts, device=device, **kwargs)
 
     def __call__(
         self, text_inputs: Any, num_workers: int | None = None, batch_size: int | None = None, **kwargs: Any

@@ -19,6 +19,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .audio_flexicodec import read_audio, resample, resample_with_images, write_audio
 from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
+from .release_flexicodec import FlexiCodecReleaseMixin
 from .text_flexicodec import language_token_id, prepare_text
 
 
@@ -60,7 +61,7 @@ _MIN_REFERENCE_S = 0.5
 _MIN_REFERENCE_PEAK = 1e-3
 
 
-class FlexiCodecTTSProcessor(ProcessorMixin):
+class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
     r"""
     Turns texts and reference recordings into the inputs of [`FlexiCodecForTextToSpeech`].
 
@@ -87,6 +88,8 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
     >>> processor.save_audio(output, "hello.wav")
     ```
     """
+
+    _loads_speech = True
 
     def __init__(
         self,

@@ -27,15 +27,13 @@ from transformers.utils.hub import cached_file
 
 from .configuration_flexicodec import FlexiCodecConfig
 from .modeling_flexicodec import FlexiCodecModel
+from .release_flexicodec import HUB_OPTIONS
 from .voice_flexicodec import FlexiCodecVoice
 
 
 logger = logging.get_logger(__name__)
 
 TTS_DIR, VOICES_DIR = "tts", "voices"
-
-# Arguments of `from_pretrained` that say where files are.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class FlexiCodecRepositoryForTextToSpeech:

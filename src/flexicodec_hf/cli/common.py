@@ -202,9 +202,10 @@ def _broken_file(directory: Path) -> str | None:
 def load_model_config(model: str) -> dict[str, Any]:
     """What the `config.json` of a converted model says."""
     from ..configuration_flexicodec import FlexiCodecConfig
+    from ..conversion.cache import converted_release
 
     with loading(model):
-        values, _ = FlexiCodecConfig.get_config_dict(model)
+        values, _ = FlexiCodecConfig.get_config_dict(converted_release(model, text_to_speech=False) or model)
         if not values:
             raise ValueError("there is no config.json in it.")
     return values

@@ -15,13 +15,11 @@ from .common import DTYPES, RELEASED_REPO, CommandError, text_beside, usage_erro
 
 if TYPE_CHECKING:
     from ..conversion.download import ReleasedFiles
-    from ..conversion.repository import Part, VoiceSource
+    from ..conversion.repository import VoiceSource
 
 # Options that go with one of others only.
 NEEDED = {
     "codec_config": ("codec", "repo"),
-    "semantic_repo": ("repo",),
-    "vocoder_repo": ("repo",),
     "no_tts": ("repo",),
     "ar_config": ("ar", "repo"),
     "nar_config": ("nar", "repo"),
@@ -31,7 +29,10 @@ NEEDED = {
     "semantic": ("codec", "ar", "nar", "repo"),
     "private": ("push_to_hub",),
     "create_pr": ("push_to_hub",),
+    "into_cache": ("repo",),
 }
+# Options that may go with --into-cache.
+INTO_CACHE = {"into_cache", "repo", "no_tts"}
 
 
 def add_commands(commands: Any) -> None:
@@ -51,17 +52,17 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--no-tts", action="store_true", default=None, help="with --repo: the codec alone")
     codec = parser.add_argument_group("codec, to the directory itself")
     codec.add_argument("--codec", type=Path, metavar="FILE", help="the codec, .safetensors or .pt")
-    codec.add_argument("--codec-config", type=Path, metavar="YAML", help="the codec's configuration")
+    codec.add_argument(
+        "--codec-config",
+        type=Path,
+        metavar="YAML",
+        help="the codec's configuration, a YAML or the config.json of the authors' training code",
+    )
     codec.add_argument(
         "--semantic",
         type=Path,
         metavar="FILE",
         help="SenseVoice-small's model.pt, for files of a codec without it (--codec, --ar, --nar)",
-    )
-    codec.add_argument(
-        "--semantic-repo",
-        metavar="ID_OR_DIR",
-        help="where --repo finds SenseVoice-small if the codec lacks it (default: FunAudioLLM/SenseVoiceSmall)",
     )
     tts = parser.add_argument_group(
         "text-to-speech",
@@ -74,11 +75,6 @@ def add_commands(commands: Any) -> None:
         tts.add_argument(
             f"--{option}-config", type=Path, metavar="JSON", help="the reference's keyword arguments for it"
         )
-    tts.add_argument(
-        "--vocoder-repo",
-        metavar="ID_OR_DIR",
-        help="where --repo finds the vocoder if it has none (default: amphion/dualcodec-tts)",
-    )
     tts.add_argument(
         "--tts-codec", type=Path, metavar="FILE", help="the codec of --ar and --nar, where neither file carries it"
     )
@@ -103,7 +99,14 @@ def add_commands(commands: Any) -> None:
         ".txt file beside it). May be repeated; the first one, or the one named default, speaks when a call names "
         "none",
     )
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--into-cache",
+        action="store_true",
+        default=None,
+        help="instead of --output-dir: put the files of --repo, a Hub id, to its downloads in the cache of the Hub, "
+        "where every program that loads this id finds them",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type to store the weights in (default: %(default)s)"
     )
@@ -113,7 +116,12 @@ def add_commands(commands: Any) -> None:
     hub.add_argument(
         "--push-to-hub", metavar="ID", help="upload the directory to this Hub repository, made if missing"
     )
-    hub.add_argument("--create-pr", action="store_true", default=None, help="as a pull request")
+    hub.add_argument(
+        "--create-pr",
+        action="store_true",
+        default=None,
+        help="as a pull request that adds files to an existing repository",
+    )
     hub.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
     parser.set_defaults(run=run, parser=parser)
 
@@ -123,33 +131,33 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     import torch
 
+    from ..conversion.cache import install_release
     from ..conversion.checkpoint import CheckpointError
     from ..conversion.download import ReleasedFiles
-    from ..conversion.progress import Progress
-    from ..conversion.repository import convert_release, list_parts, push, write_card
+    from ..conversion.repository import Progress, convert_release, push, write_card
 
-    files = ReleasedFiles(**{field.name: getattr(args, field.name) for field in fields(ReleasedFiles)})
     try:
+        if args.into_cache:
+            print(f"{install_release(args.repo, not args.no_tts)}: `from_pretrained` finds it by {args.repo!r}.")
+            return 0
+        files = ReleasedFiles(**{field.name: getattr(args, field.name) for field in fields(ReleasedFiles)})
         voices = [_voice(args, voice) for voice in args.voice]
         if args.repo is not None:
             _fetch(args, files)
         if voices and not files.is_whole:
             usage_error(args, "argument --voice: goes with the whole text-to-speech system, such as from --repo")
-        progress = Progress(args.output_dir, args.overwrite)
-        convert_release(files, args.output_dir, progress, voices, getattr(torch, args.dtype), args.allow_partial)
-        if files.codec is not None:
-            card = "tts" if files.is_whole else "codec"
-            write_card(args.output_dir, card, args.push_to_hub, args.overwrite)
-        if files.nar is not None and not files.is_whole:
-            write_card(args.output_dir / "tts" / "voicebox", "voicebox", overwrite=args.overwrite)
-        models = list_parts(args.output_dir)
-        if models:
-            _print_table(models)
-        if args.push_to_hub is not None:
-            if not models:
-                raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
-            print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
-        progress.finish()
+        with Progress(args.output_dir, args.overwrite) as progress:
+            dtype = getattr(torch, args.dtype)
+            convert_release(files, args.output_dir, progress, voices, dtype, args.allow_partial)
+            if files.codec is not None:
+                write_card(args.output_dir, "tts" if files.is_whole else "codec", args.overwrite)
+            if files.nar is not None and not files.is_whole:
+                write_card(args.output_dir / "tts" / "voicebox", "voicebox", args.overwrite)
+            if args.push_to_hub is not None:
+                if not any(args.output_dir.rglob("*.safetensors")):
+                    raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
+                print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
+            progress.finish()
     except CheckpointError as error:
         raise CommandError(_with_options(str(error))) from error
     return 0
@@ -163,6 +171,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
     parts = ("codec", "repo", "ar", "nar", "vocoder", "tokenizer", "push_to_hub")
     if all(getattr(args, part) is None for part in parts):
         usage_error(args, "nothing to convert: pass --codec, --repo, --ar, --nar, --vocoder or --tokenizer")
+    if args.into_cache:
+        given = {name for name, value in vars(args).items() if value != args.parser.get_default(name)}
+        if surplus := sorted(given - INTO_CACHE - {"parser"}):
+            usage_error(args, f"argument --into-cache: does not go with {_option(surplus[0])}")
+    elif args.output_dir is None:
+        usage_error(args, "argument --output-dir: is needed")
     if args.push_to_hub is not None:
         try:
             validate_repo_id(args.push_to_hub)
@@ -176,15 +190,17 @@ def _option(argument: str) -> str:
 
 def _with_options(message: str) -> str:
     """An error of a function with the options in place of the function's arguments."""
-    names = r"`(allow_partial|overwrite|semantic|tts_codec)(?:=True)?`"
-    return re.sub(names, lambda match: _option(match[1]), message)
+    from ..conversion.download import ReleasedFiles
+
+    names = [field.name for field in fields(ReleasedFiles)] + ["allow_partial", "overwrite"]
+    return re.sub(rf"`({'|'.join(names)})(?:=True)?`", lambda match: _option(match[1]), message)
 
 
 def _fetch(args: argparse.Namespace, files: ReleasedFiles) -> None:
     from ..conversion.checkpoint import CheckpointError
 
     try:
-        files.fetch(args.repo, not args.no_tts, args.vocoder_repo, args.semantic_repo)
+        files.fetch(args.repo, not args.no_tts)
     except CheckpointError as error:
         codec_alone_works = not args.no_tts and files.codec is not None and not files.is_whole
         hint = " Pass --no-tts to convert the codec alone." if codec_alone_works else ""
@@ -209,12 +225,3 @@ def _voice(args: argparse.Namespace, voice: str) -> VoiceSource:
         raise
     except ValueError as error:
         usage_error(args, f"argument --voice: {error}")
-
-
-def _print_table(parts: list[Part]) -> None:
-    rows = [(part.name, part.num_parameters, part.dtypes, part.num_bytes) for part in parts]
-    rows.append(("total", sum(row[1] for row in rows), "", sum(row[3] for row in rows)))
-    width = max(len(row[0]) for row in rows)
-    print(f"{'part':{width}}  {'parameters':>13}  {'type':>8}  {'MB':>8}")
-    for name, num_parameters, dtypes, num_bytes in rows:
-        print(f"{name:{width}}  {num_parameters:13,}  {dtypes:>8}  {num_bytes / 1e6:8.1f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 from .checkpoint import CheckpointError, SourceCheckpoint
-from .tables import AR, CODEC, TTS_CODEC_PREFIXES, VOCODER, VOICEBOX, Table
+from .tables import AR, CODEC, TTS_CODEC_PREFIXES, TTS_PREFIXES, VOCODER, VOICEBOX, Table
 
 
 logger = logging.get_logger(__name__)
@@ -40,32 +40,34 @@ def convert_codec(
     allow_partial: bool = False,
 ) -> FlexiCodecModel:
     """
-    Convert a released codec, alone or inside a text-to-speech file.
+    Convert a released codec, alone or inside a text-to-speech file, or one of the authors' training
+    code.
 
     Args:
         source: `.safetensors` or `.pt` file with the codec at its root, or under
             `flexicodec_model.` or `dualcodec_model.`.
-        output_dir: Where to save the model and its feature extractor, for
-            `AutoModel.from_pretrained` and `AutoFeatureExtractor.from_pretrained`; nothing is saved
-            without it.
-        config: The codec's YAML, with or without the top-level `model:`. What the tensors do not
+        output_dir: Where to save the model and its feature extractor, for `from_pretrained`; nothing
+            is saved without it.
+        config: The codec's YAML, or the `config.json` of the training code. What the tensors do not
             show (attention heads, quantization levels, thresholds) is as in the released codec
-            unless the YAML says otherwise.
-        semantic: SenseVoice-small's `model.pt`, for codec files without the semantic encoder.
+            unless it says otherwise.
+        semantic: SenseVoice-small's `model.pt`, for files without the semantic encoder.
         dtype: Type of the weights.
-        allow_partial: Accept unknown and missing tensors, as `convert` does. The transformers of
-            the dynamic frame rate may be missing too: a codec of a fixed rate is a start for
-            training one of a dynamic rate. Their sizes are then the YAML's or the released ones.
+        allow_partial: Warn about unknown and missing tensors instead of refusing the file. Unknown
+            ones are left out. Missing ones are freshly initialized: here, and again by
+            `from_pretrained`, since they are not saved. Tensors that show the sizes of the model
+            must be there, but for the transformers of the dynamic frame rate: a codec of a fixed
+            rate is a start for training one of a dynamic rate. Their sizes are then the released
+            ones, or those of `config`.
 
     Returns:
         The model, in eval mode.
 
     Raises:
         FileNotFoundError: A file is missing.
-        CheckpointError: A file is corrupt, is of another variant of the codec, contradicts the
-            YAML, or has unknown or missing tensors.
+        CheckpointError: A file is corrupt, is of another variant of the codec, contradicts
+            `config`, or has unknown or missing tensors.
     """
-    settings = _read_settings(config, section="model")
     whole = SourceCheckpoint.open(source)
     views = (whole.view(prefix) for prefix in (*TTS_CODEC_PREFIXES, ""))
     codec = next((view for view in views if "dac.decoder.model.0.bias" in view), None)
@@ -74,9 +76,12 @@ def convert_codec(
             f"{source} holds no codec: there is no 'dac.decoder.model.0.bias' at its root or under "
             f"'{TTS_CODEC_PREFIXES[0]}' or '{TTS_CODEC_PREFIXES[1]}'."
         )
-    if semantic is not None:
+    if any(name.startswith("semantic_model.") for name in codec):
+        if semantic is not None:
+            logger.info(f"{source} holds its own semantic encoder: {semantic} is not used for it.")
+    elif semantic is not None:
         codec.replace("semantic_model.", SourceCheckpoint.open(semantic))
-    elif not any(name.startswith("semantic_model.") for name in codec):
+    else:
         raise CheckpointError(
             f"{source} does not hold the semantic encoder. Pass the file `model.pt` of FunAudioLLM/SenseVoiceSmall as "
             "`semantic`."
@@ -88,7 +93,9 @@ def convert_codec(
             "a FlexiCodec with a dynamic frame rate. A codec of a fixed rate, without any of the transformers, can be "
             "converted as a start for training with `allow_partial=True`."
         )
-    return convert(codec, CODEC, settings, output_dir, dtype, allow_partial, released_feature_extractor())
+    beside = [name for name in whole if codec.prefix and not name.startswith((*TTS_CODEC_PREFIXES, *TTS_PREFIXES))]
+    settings = _read_settings(config, sections=("config", "model"))
+    return convert(codec, CODEC, settings, output_dir, dtype, allow_partial, released_feature_extractor(), beside)
 
 
 def convert_ar(
@@ -99,25 +106,10 @@ def convert_ar(
     allow_partial: bool = False,
 ) -> FlexiCodecARForConditionalGeneration:
     """
-    Convert a released autoregressive text-to-speech model.
-
-    Args:
-        source: `.safetensors` or `.pt` file with tensors under `transformer_lm.`. The codec beside
-            them and the untrained speaker projection are left out.
-        output_dir: Where to save the model, for `AutoModelForCausalLM.from_pretrained`; nothing is
-            saved without it.
-        config: The reference's keyword arguments (`llm_dropout_rate`, `flex_framerate_options`,
-            ...), where they are not the released ones.
-        dtype: Type of the weights.
-        allow_partial: Accept unknown and missing tensors, as `convert` does.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
-            tensors.
+    Convert a released autoregressive model, as [`convert_codec`] does a codec: the tensors under
+    `transformer_lm.`, without the untrained speaker projection. `config` has the reference's keyword
+    arguments (`llm_dropout_rate`, `flex_framerate_options`, ...), where they are not the released
+    ones.
     """
     return convert(SourceCheckpoint.open(source), AR, _read_settings(config), output_dir, dtype, allow_partial)
 
@@ -130,25 +122,10 @@ def convert_voicebox(
     allow_partial: bool = False,
 ) -> FlexiCodecVoiceboxModel:
     """
-    Convert a released Voicebox model.
-
-    Args:
-        source: `.safetensors` or `.pt` file with tensors under `voicebox_model.` and, for training,
-            `repa_projection.`. The codec beside them is left out.
-        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved
-            without it.
-        config: The reference's keyword arguments (`num_heads`, `sigma`, `repa_layer_idx`, ...),
-            flat or below `voicebox_config`, where they are not the released ones.
-        dtype: Type of the weights.
-        allow_partial: Accept unknown and missing tensors, as `convert` does.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
-            tensors.
+    Convert a released Voicebox, as [`convert_codec`] does a codec: the tensors under
+    `voicebox_model.` and, for training, `repa_projection.`. `config` has the reference's keyword
+    arguments (`num_heads`, `sigma`, `repa_layer_idx`, ...), flat or below `voicebox_config`, where
+    they are not the released ones.
     """
     settings = _read_settings(config)
     if "voicebox_config" in settings:
@@ -167,24 +144,9 @@ def convert_vocoder(
     allow_partial: bool = False,
 ) -> FlexiCodecVocoderModel:
     """
-    Convert a released Vocos vocoder.
-
-    Args:
-        source: `.safetensors` or `.pt` file with tensors under `backbone.` and `head.`.
-        output_dir: Where to save the model, for `AutoModel.from_pretrained`; nothing is saved
-            without it.
-        config: The reference's keyword arguments (`dim`, `hop_size`, ...), where they are not the
-            released ones. Without them the hop is a quarter of the FFT size.
-        dtype: Type of the weights.
-        allow_partial: Accept unknown and missing tensors, as `convert` does.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file is corrupt, contradicts `config`, or has unknown or missing
-            tensors.
+    Convert a released Vocos, as [`convert_codec`] does a codec: the tensors under `backbone.` and
+    `head.`. `config` has the reference's keyword arguments (`dim`, `hop_size`, ...), where they are
+    not the released ones. Without them the hop is a quarter of the FFT size.
     """
     return convert(SourceCheckpoint.open(source), VOCODER, _read_settings(config), output_dir, dtype, allow_partial)
 
@@ -197,31 +159,15 @@ def convert(
     dtype: torch.dtype = torch.float32,
     allow_partial: bool = False,
     feature_extractor: FeatureExtractionMixin | None = None,
+    beside: Sequence[str] = (),
 ) -> Any:
     """
-    Convert a model by its table.
+    Convert the tensors of `source` by their `table`, as [`convert_codec`] does, and save the
+    `feature_extractor` beside the model. The tensors `beside` the source are unknown too.
 
     Tensors are read, converted and cast one by one: the peak of memory is one copy of the converted
     model. Files are put in their place when all are written: an interrupted conversion leaves no
     weights there.
-
-    Args:
-        source: The released tensors.
-        table: What becomes of them.
-        settings: By the reference's names. They are checked against what the tensors show.
-        output_dir: Where to save the model; nothing is saved without it.
-        dtype: Type of the weights.
-        allow_partial: Warn about unknown and missing tensors instead of refusing the file. Unknown
-            ones are left out. Missing ones are freshly initialized: here, and again by
-            `from_pretrained`, since they are not saved. Tensors that show the sizes of the model
-            must be there.
-        feature_extractor: To save beside the model.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        CheckpointError: The source contradicts the settings, or has unknown or missing tensors.
     """
     config = infer_config(source, table, settings)
     with torch.device("meta"):
@@ -249,6 +195,7 @@ def convert(
         tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     unknown = [source.full_name(name) for name in source.unused() if not re.fullmatch(table.unused, name)]
+    unknown += beside
     if missing or unknown:
         report = _report(source.path, table, sorted(missing), unknown)
         if not allow_partial:
@@ -264,36 +211,23 @@ def convert(
 
 
 def infer_config(source: SourceCheckpoint, table: Table, settings: Mapping[str, Any] | None = None) -> Any:
-    """
-    The configuration that the tensors show, completed by the settings.
-
-    Args:
-        source: The released tensors.
-        table: The model's table.
-        settings: By the reference's names; None as a value says nothing.
-
-    Raises:
-        CheckpointError: A setting is unknown, not supported, or contradicts the tensors; or a
-            tensor that shows a size is missing.
-    """
+    """The configuration that the tensors show, completed by the settings; None as a value says nothing."""
     given = dict(settings or {})
     for name, only in table.fixed.items():
         if given.get(name, only) != only:
             raise CheckpointError(
-                f"The configuration says `{name}: {given[name]}`; only `{name}: {only}`, as in the released files, is "
+                f"`config` says `{name}: {given[name]}`; only `{name}: {only}`, as in the released files, is "
                 "supported."
             )
     shown, fields = table.infer(source, given)
     known = {*table.settings, *table.fixed, *shown, *(table.ignored or ())}
     if table.ignored is not None and (unknown := sorted(given.keys() - known)):
         raise CheckpointError(
-            f"The configuration has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+            f"`config` has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}."
         )
     for name, value in given.items():
         if value is not None and name in shown and value != shown[name]:
-            raise CheckpointError(
-                f"The configuration says `{name}: {value}`; the tensors show {shown[name]} ({source.path})."
-            )
+            raise CheckpointError(f"`config` says `{name}: {value}`; the tensors show {shown[name]} ({source.path}).")
     values = {name: value for name, value in given.items() if value is not None} | shown
     config_class = table.model_class.config_class
     for name, field in table.settings.items():
@@ -306,7 +240,7 @@ def infer_config(source: SourceCheckpoint, table: Table, settings: Mapping[str, 
     try:
         return config_class(**fields)
     except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"The configuration and the tensors of {source.path} do not agree: {error}") from error
+        raise CheckpointError(f"`config` and the tensors of {source.path} do not agree: {error}") from error
 
 
 def released_feature_extractor() -> FlexiCodecFeatureExtractor:
@@ -318,8 +252,8 @@ def released_feature_extractor() -> FlexiCodecFeatureExtractor:
     return FlexiCodecFeatureExtractor(cmvn_shift=cmvn["shift"] * repeats, cmvn_scale=cmvn["scale"] * repeats)
 
 
-def _read_settings(config: Settings, section: str | None = None) -> dict[str, Any]:
-    """Settings as a mapping: those below `section` if there is one."""
+def _read_settings(config: Settings, sections: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings as a mapping: those below the first of `sections` that there is."""
     if config is None:
         return {}
     content: Any = config
@@ -332,9 +266,8 @@ def _read_settings(config: Settings, section: str | None = None) -> dict[str, An
             content = json.loads(text) if yaml is None else yaml.safe_load(text)
         except (ValueError, RecursionError, getattr(yaml, "YAMLError", ValueError)) as error:
             raise CheckpointError(f"{path} is not a {'JSON' if is_json else 'YAML'} file: {error}") from error
-    if isinstance(content, Mapping) and section in content:
-        content = content[section]
-    return _check_mapping(content, str(config))
+    section = next((name for name in sections if isinstance(content, Mapping) and name in content), None)
+    return _check_mapping(content if section is None else content[section], str(config))
 
 
 def _check_mapping(content: Any, what: str) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 
 from .checkpoint import CheckpointError, SourceCheckpoint
 from .tables import TTS_CODEC_PREFIXES
-from .tokenizer import DEFAULT_SOURCE
+from .tokenizer import DEFAULT_SOURCE as TOKENIZER_REPO
 
 
 CODEC_FILE = "12hz_v1_half.safetensors"
@@ -66,43 +68,47 @@ class ReleasedFiles:
         )
 
     def fetch(
-        self,
-        repo: str | Path,
-        text_to_speech: bool = True,
-        vocoder_repo: str | Path | None = None,
-        semantic_repo: str | Path | None = None,
+        self, repo: str | PathLike[str], text_to_speech: bool = True, revision: str | None = None, **options: Any
     ) -> None:
         """
         Fill in the files that are not given.
 
         Args:
-            repo: Hub repository or directory with the released files.
+            repo: Hub repository or directory with the released files. What it lacks by nature (the
+                vocoder, SenseVoice-small, Whisper's tokenizer) comes from repositories of their own,
+                unless a directory has it.
             text_to_speech: Whether to get more than the codec.
-            vocoder_repo: Where the vocoder is, if `repo` has none.
-            semantic_repo: Where the semantic encoder is, if a codec lacks it.
+            revision: Branch, tag or commit of `repo`.
+            options: For all downloads, see `hf_hub_download`.
 
         Raises:
             CheckpointError: A file could not be found.
         """
+
+        def fetch_own(filename: str) -> Path:
+            return fetch(repo, filename, revision, **options)
+
+        def fetch_other(other: str, filename: str) -> Path:
+            here = Path(repo) / filename
+            return here if here.is_file() else fetch(other, filename, **options)
+
         if self.codec is None:
-            self.codec = fetch(repo, CODEC_FILE)
-            self.codec_config = self.codec_config or fetch(repo, CODEC_CONFIG_FILE)
+            self.codec = fetch_own(CODEC_FILE)
+            self.codec_config = self.codec_config or fetch_own(CODEC_CONFIG_FILE)
         codecs = [self.codec]
         if text_to_speech:
-            self.ar = self.ar or fetch(repo, AR_FILE)
-            self.nar = self.nar or fetch(repo, NAR_FILE)
-            self.tts_codec = self.find_tts_codec() or fetch(repo, TTS_CODEC_FILE)
-            if self.vocoder is None:
-                here = Path(repo) / VOCODER_FILE
-                self.vocoder = here if here.is_file() else fetch(vocoder_repo or VOCODER_REPO, VOCODER_FILE)
-            self.tokenizer = self.tokenizer or DEFAULT_SOURCE
+            self.ar = self.ar or fetch_own(AR_FILE)
+            self.nar = self.nar or fetch_own(NAR_FILE)
+            self.tts_codec = self.find_tts_codec() or fetch_own(TTS_CODEC_FILE)
+            self.vocoder = self.vocoder or fetch_other(VOCODER_REPO, VOCODER_FILE)
+            self.tokenizer = self.tokenizer or str(fetch_other(TOKENIZER_REPO, "tokenizer.json"))
             codecs.append(self.tts_codec)
         prefixes = tuple(f"{prefix}semantic_model." for prefix in (*TTS_CODEC_PREFIXES, ""))
         if self.semantic is None and not all(_holds(codec, prefixes) for codec in codecs):
-            self.semantic = fetch(semantic_repo or SEMANTIC_REPO, SEMANTIC_FILE)
+            self.semantic = fetch_other(SEMANTIC_REPO, SEMANTIC_FILE)
 
 
-def fetch(repo: str | Path, filename: str) -> Path:
+def fetch(repo: str | PathLike[str], filename: str, revision: str | None = None, **options: Any) -> Path:
     """
     A file of a Hub repository, downloaded to the cache unless it is there, or of a local directory.
 
@@ -115,12 +121,12 @@ def fetch(repo: str | Path, filename: str) -> Path:
             raise CheckpointError(f"There is no file {filename} in the directory {repo}.")
         return path
     try:
-        return Path(hf_hub_download(str(repo), filename))
+        return Path(hf_hub_download(str(repo), filename, revision=revision, **options))
     except (OSError, ValueError) as error:  # the Hub's own errors are one or the other
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{filename} could not be found in {repo}, which is neither a directory here nor a repository that can be "
-            f"reached on the Hub: {reason}"
+            f"{filename} could not be had from {repo}, which is neither a directory here nor a repository that can be "
+            f"reached on the Hub or is in its cache: {reason}"
         ) from error
 
 

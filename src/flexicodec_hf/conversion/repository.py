@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from transformers.utils import logging
 
 from ..data.files import atomic_directory
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
@@ -23,16 +25,20 @@ from ..repository_flexicodec_tts import TTS_DIR, check_voice_name, save_reposito
 from . import convert
 from .checkpoint import CheckpointError
 from .download import ReleasedFiles
-from .progress import Progress
 from .tokenizer import build_tokenizer
 
 
+logger = logging.get_logger(__name__)
+
 DEFAULT_VOICE = "default"
+RECORD = ".conversion.json"
+"""Beside the weights while a conversion is unfinished: the files and options of its making."""
 
 # Of the pipeline, for remote code; the files of models and processor are written with them.
 PIPELINE_FILES = ("pipeline_flexicodec_tts.py", "cpu_flexicodec.py")
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Where a converted repository has weights, and so records and what a killed process left.
+_WEIGHT_FOLDERS = ("", "tts/", "tts/*/")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,105 @@ class VoiceSource:
 
     def __post_init__(self) -> None:
         check_voice_name(self.name)
+
+
+class Progress:
+    """
+    A conversion to a directory, which goes on where an interrupted one stopped. It is a context,
+    which keeps other conversions out.
+
+    Args:
+        output_dir: Directory of the conversion.
+        overwrite: Whether to replace models of other conversions, or of other files and options.
+        wait: Whether to wait for the end of another conversion, instead of raising an error.
+    """
+
+    def __init__(self, output_dir: Path, overwrite: bool = False, wait: bool = False):
+        self.output_dir = output_dir
+        self.overwrite = overwrite
+        self.wait = wait
+        self._lock = FileLock(output_dir / ".lock")
+
+    def __enter__(self) -> Progress:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            message = f"Another conversion still writes to {self.output_dir}"
+            if not self.wait:
+                raise CheckpointError(f"{message}: wait for its end, or choose another directory.") from error
+            logger.warning(f"{message}: waiting for its end.")
+            self._lock.acquire()
+        for where in _WEIGHT_FOLDERS:
+            for leftover in self.output_dir.glob(f"{where}.incomplete-*"):
+                shutil.rmtree(leftover)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        with suppress(OSError):
+            if not self.wait:
+                Path(self._lock.lock_file).unlink()
+            self.output_dir.rmdir()  # it is empty if nothing could be converted
+
+    def convert(
+        self, name: str, directory: Path, sources: Sequence[Any], convert: Callable[[Path], Any], weights: str = ""
+    ) -> bool:
+        """
+        Convert a part, unless it is done.
+
+        Args:
+            name: Name of the part, for error messages.
+            directory: Where its files go.
+            sources: What decides the result: files, and other values.
+            convert: Called with a folder to write the files to.
+            weights: Folder of the weights inside the directory.
+
+        Returns:
+            Whether it was converted now.
+
+        Raises:
+            CheckpointError: There is a model already, of another conversion or of other sources,
+                and `overwrite` is not set.
+        """
+        result, record = (directory / weights / file for file in ("model.safetensors", RECORD))
+        made_of = json.dumps([fingerprint(source) for source in sources])
+        if result.exists():
+            if record.exists() and record.read_text() == made_of:
+                return False
+            if not self.overwrite and record.exists():
+                raise CheckpointError(
+                    f"{self.output_dir} holds an unfinished conversion whose {name} is of other files or options: "
+                    "repeat it with those, or pass `overwrite`."
+                )
+            if not self.overwrite:
+                raise CheckpointError(f"{result} exists: pass `overwrite` to replace it.")
+        # What a killed process leaves is then inside, where the next run looks.
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic_directory(directory) as folder:
+                convert(folder)
+                (folder / weights / RECORD).write_text(made_of)
+        except BaseException:
+            with suppress(OSError):  # it holds something
+                directory.rmdir()
+            raise
+        return True
+
+    def finish(self) -> None:
+        """Remove the records: a later conversion to the directory is another one."""
+        for where in _WEIGHT_FOLDERS:
+            for record in self.output_dir.glob(where + RECORD):
+                record.unlink()
+
+
+def fingerprint(source: Any) -> Any:
+    """What tells a file from another one or from itself when changed; any other value is its text."""
+    path = Path(str(source))
+    if source is None or not path.is_file():
+        return str(source)
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def convert_release(
@@ -92,28 +197,26 @@ def convert_release(
     options = {"dtype": dtype, "allow_partial": allow_partial}
     codec_options = options | {"semantic": files.semantic}
     tts, tts_codec = output_dir / TTS_DIR, files.find_tts_codec()
-    codec = ("codec", output_dir, convert.convert_codec, files.codec, files.codec_config, codec_options)
+    codec = ("codec", output_dir, convert.convert_codec, files.codec, "codec_config", codec_options)
     parts = (
-        ("autoregressive model", tts / "ar", convert.convert_ar, files.ar, files.ar_config, options),
-        ("Voicebox model", tts / "voicebox", convert.convert_voicebox, files.nar, files.nar_config, options),
-        ("vocoder", tts / "vocoder", convert.convert_vocoder, files.vocoder, files.vocoder_config, options),
-        ("TTS codec", tts / "codec", convert.convert_codec, tts_codec, files.tts_codec_config, codec_options),
+        ("autoregressive model", tts / "ar", convert.convert_ar, files.ar, "ar_config", options),
+        ("Voicebox model", tts / "voicebox", convert.convert_voicebox, files.nar, "nar_config", options),
+        ("vocoder", tts / "vocoder", convert.convert_vocoder, files.vocoder, "vocoder_config", options),
+        ("TTS codec", tts / "codec", convert.convert_codec, tts_codec, "tts_codec_config", codec_options),
     )
 
-    def run(
-        name: str, directory: Path, function: Any, source: Path | None, config: Path | None, options: dict
-    ) -> None:
+    def run(name: str, directory: Path, function: Any, source: Path | None, config_name: str, options: dict) -> None:
         if source is None:
             return
+        config = getattr(files, config_name)
         sources = [source, config, *options.values()]
-        if not progress.convert(name, directory, sources, lambda folder: function(source, folder, config, **options)):
-            report(f"{directory}: {name}, done before.")
-        elif files.is_whole and directory != output_dir:
-            report(f"{directory}: {name}.")
-        else:
-            loader = "AutoModelForCausalLM" if directory == tts / "ar" else "AutoModel"
-            kind = str(dtype).removeprefix("torch.")
-            report(f"{directory}: {name}, {kind}; load it with {loader}.from_pretrained({str(directory)!r}).")
+        try:
+            new = progress.convert(
+                name, directory, sources, lambda folder: function(source, folder, config, **options)
+            )
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("`config`", f"`{config_name}`")) from error
+        report(f"{directory}: {name}{'' if new else ', done before'}.")
 
     if not files.is_whole:
         for part in (codec, *parts):
@@ -175,7 +278,8 @@ def assemble(
             inputs = processor(audio=str(voice.audio), reference_text=voice.text)
             model.voices[voice.name] = model.encode_voice(**inputs, metadata={"text": voice.text})
         except (ValueError, ImportError) as error:
-            raise CheckpointError(f"{voice.audio} makes no voice: {error}") from error
+            reason = str(error).replace("`audio`", "the recording")
+            raise CheckpointError(f"{voice.audio} makes no voice: {reason}") from error
     root = model.codec if Path(codec) == Path(parts["codec"]) else FlexiCodecModel.from_pretrained(codec).to(dtype)
     with atomic_directory(output_dir) as folder:
         # One file of weights, whatever its size: where it is, the system is complete.
@@ -192,70 +296,33 @@ def _keep_voices(directory: Path, names: Collection[str]) -> None:
             file.unlink()
 
 
-def write_card(directory: Path, card: str, repo_id: str | None = None, overwrite: bool = False) -> None:
+def write_card(directory: Path, card: str, overwrite: bool = False) -> None:
     """
-    Write the model card, `README.md`.
+    Write the model card, `README.md`, unless there is one. [`push`] puts the id of the repository in
+    the place of `"flexicodec"`.
 
     Args:
         directory: Directory of the repository.
         card: `codec`, `tts` or `voicebox`.
-        repo_id: The Hub id for the card's examples to load from.
         overwrite: Whether to replace one that is there.
     """
-    if (directory / "README.md").exists() and not overwrite:
-        return
-    package = Path(__file__).parents[1]
-    # Installed as part of the package; in a checkout, at its root.
-    paths = [folder / "model_cards" / f"{card}.md" for folder in (package, package.parents[1])]
-    text = next(path for path in paths if path.is_file()).read_text(encoding="utf-8")
-    if repo_id is not None:
-        text = text.replace('"flexicodec"', f'"{repo_id}"')
-    (directory / "README.md").write_text(text, encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a repository holds of a model."""
-
-    name: str
-    num_parameters: int
-    dtypes: str
-    num_bytes: int
-
-
-def list_parts(directory: Path) -> list[Part]:
-    """
-    The models in a repository, from the headers of its weights; those of the whole text-to-speech
-    system one by one.
-    """
-    tensors: dict[str, list[tuple[int, str]]] = {}
-    for file in sorted(directory.glob("model*.safetensors")) + sorted(directory.glob("tts/**/model*.safetensors")):
-        folder = file.parent.relative_to(directory).as_posix()
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 (it is no mapping)
-                view = weights.get_slice(key)
-                name = {".": "codec", "tts": f"tts: {key.split('.')[0]}"}.get(folder, folder)
-                tensors.setdefault(name, []).append((math.prod(view.get_shape()), view.get_dtype()))
-    return [
-        Part(
-            name,
-            sum(size for size, _ in sizes),
-            ", ".join(sorted({_DTYPES.get(dtype, dtype) for _, dtype in sizes})),
-            sum(size * int(re.sub(r"\D", "", dtype)) // 8 for size, dtype in sizes),
-        )
-        for name, sizes in tensors.items()
-    ]
+    if overwrite or not (directory / "README.md").exists():
+        package = Path(__file__).parents[1]
+        # Installed as part of the package; in a checkout, at its root.
+        paths = [folder / "model_cards" / f"{card}.md" for folder in (package, package.parents[1])]
+        shutil.copyfile(next(path for path in paths if path.is_file()), directory / "README.md")
 
 
 def push(directory: Path, repo_id: str, private: bool = False, create_pr: bool = False) -> str:
     """
-    Upload a repository to the Hub.
+    Upload a repository to the Hub. The examples in its card get the id that it goes to.
 
     Args:
         directory: Directory of the repository.
         repo_id: Where to; made when missing.
         private: Whether a repository that is made is private.
-        create_pr: Whether to open a pull request instead of committing to the main branch.
+        create_pr: Whether to open a pull request to an existing repository instead. It adds files:
+            a card that is there stays, and ours becomes the text of the pull request.
 
     Returns:
         The URL of the commit or of the pull request.
@@ -263,18 +330,28 @@ def push(directory: Path, repo_id: str, private: bool = False, create_pr: bool =
     Raises:
         CheckpointError: The upload failed.
     """
-    api = HfApi()
+    api, description = HfApi(), None
+    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    card = files.pop("README.md", None)
     try:
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
+        if not create_pr:
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+        additions = [CommitOperationAdd(name, path) for name, path in files.items() if not re.search(r"(^|/)\.", name)]
+        if card is not None:
+            text = card.read_text(encoding="utf-8").replace('"flexicodec"', f'"{repo_id}"')
+            if create_pr and api.file_exists(repo_id, "README.md"):
+                description = f"A section to add to the model card:\n\n{ModelCard(text).text}"
+            else:
+                additions.append(CommitOperationAdd("README.md", text.encode()))
+        commit = api.create_commit(
+            repo_id,
+            additions,
             commit_message="Upload FlexiCodec, converted with flexicodec-hf",
+            commit_description=description,
             create_pr=create_pr,
-            ignore_patterns=[".*", "**/.*"],
         )
     except Exception as error:  # errors of the HTTP library and of the Hub have no class in common
         raise CheckpointError(
             f"The upload to {repo_id} failed: {error} Run the command again: nothing will be converted twice."
         ) from error
-    return commit.pr_url if create_pr else commit.commit_url
+    return commit.pr_url or commit.commit_url

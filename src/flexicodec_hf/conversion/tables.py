@@ -4,17 +4,9 @@ A table for each released model: names of tensors, what is done to the tensors, 
 The names go from ours to the reference's, because a conversion asks for each of our tensors where
 it comes from.
 
-transformers has classes for the same purpose (`WeightRenaming`, `WeightConverter`, `Chunk`,
-`Concatenate`, `PermuteForRope` in `transformers.core_model_loading`). They are not used here, for
-four reasons:
-
-- They still change: between 5.17 and 5.24, the versions supported here, patterns began to end at a
-  name boundary, so that the same pattern renames different tensors.
-- `Concatenate` leaves out an input that is missing; a conversion must refuse the file and name the
-  tensor.
-- `PermuteForRope` knows one number of heads for each configuration; the codec has two. Nothing
-  fuses weight norm.
-- They run inside `from_pretrained` and report in our names, where users need the names in their file.
+`WeightRenaming` and `WeightConverter` of transformers are not used: between 5.17 and 5.24 the same
+pattern renames different tensors, inputs that are missing are left out without an error, nothing
+fuses weight norm, and reports have our names, where users need those of their file.
 """
 
 from __future__ import annotations
@@ -45,6 +37,9 @@ Operation = Callable[..., Tensor]
 
 TTS_CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.")
 """Where the text-to-speech files keep the codec that their model was trained with."""
+
+TTS_PREFIXES = ("transformer_lm.", "voicebox_model.", "repa_projection.")
+"""Where they keep their model."""
 
 _TTS_CODEC = r"(flexicodec|dualcodec)_model\..*"
 
@@ -193,10 +188,10 @@ def _squeeze_convolution(name: str, config: FlexiCodecConfig, weight: Tensor) ->
 
 def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if given.get("max_tokens_per_group", 8) is None:
-        raise CheckpointError("The configuration says `max_tokens_per_group: None`; a limit, such as 8, is needed.")
+        raise CheckpointError("`config` says `max_tokens_per_group: None`; a limit, such as 8, is needed.")
     fsq = given.get("fsq_config") or {}
     if not isinstance(fsq, Mapping):
-        raise CheckpointError(f"The configuration says `fsq_config: {fsq}`; it must hold settings, such as `levels`.")
+        raise CheckpointError(f"`config` says `fsq_config: {fsq}`; it must hold settings, such as `levels`.")
     bounds = [given.get("similarity_threshold_lower"), given.get("similarity_threshold_upper")]
     fields: dict[str, Any] = {}
     if None not in bounds:
@@ -286,6 +281,7 @@ CODEC = Table(
         "similarity_threshold": "merging_threshold",
         "max_tokens_per_group": "max_frames_per_token",
         "quantizer_dropout": "quantizer_dropout",
+        "bypass_quantize_rate": "quantizer_bypass_rate",
         "lambda_distill_loss": "distillation_loss_weight",
     },
     infer=_infer_codec,
@@ -301,10 +297,25 @@ CODEC = Table(
         "sensevoice_prepend_inputs": True,
         "semantic_model_type": "sensevoice",
         "sensevoice_semantic_layer_idx": None,
+        # further ones of the training code (flexicodec_training_share, taste_v2/configuration_flexicodec.py)
+        "agg_add_query_embedding": True,
+        "insert_query_before_downsample": False,
+        "no_acoustic_aggregator": False,
+        "override_dac_encoder": None,
+        "override_vocos_decoder": None,
+        "use_bsq_for_semantic_vq": False,
+        "use_concat_downsampling": False,
+        "use_conv_downsampling": False,
+        "use_fixed_rate_aggregator": False,
+        "use_flow_matching_decoder": False,
+        "use_fsq_for_semantic_vq": True,
+        "use_mimo_codec_encoder": False,
+        "use_second_decoder_transformer": False,
     },
-    ignored=None,  # the YAML has settings of the training too
-    # Blocks and heads of the recognizer that the semantic encoder was, and statistics of other semantic encoders.
-    unused=r"semantic_(mean|std)|semantic_model\.(encoder\.tp_(encoders|norm)|ctc)\..*",
+    ignored=None,  # there are settings of the training too
+    # Blocks and heads of the recognizer that the semantic encoder was, statistics of other semantic encoders, and a
+    # projection that the training code has for a loss.
+    unused=r"semantic_(mean|std)|semantic_model\.(encoder\.tp_(encoders|norm)|ctc)\..*|repa_mlp\..*",
 )
 
 
@@ -380,17 +391,17 @@ def _infer_ar(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str
         rate = given.get(f"{stack}_dropout_rate", 0.1)
         if given.pop(f"{stack}_positional_dropout_rate", rate) != rate:
             raise CheckpointError(
-                f"The configuration says `{stack}_positional_dropout_rate`; only the value of `{stack}_dropout_rate`, "
+                f"`config` says `{stack}_positional_dropout_rate`; only the value of `{stack}_dropout_rate`, "
                 f"{rate}, is supported."
             )
     thresholds = given.get("flex_framerate_options", FlexiCodecARConfig.merging_thresholds)
     if not isinstance(thresholds, (list, tuple)):
-        raise CheckpointError(f"The configuration says `flex_framerate_options: {thresholds}`; it must be a list.")
+        raise CheckpointError(f"`config` says `flex_framerate_options: {thresholds}`; it must be a list.")
     thresholds = list(thresholds)
     if (columns := shape("framerate_embed_affine_layer.weight")[1]) != len(thresholds):
         raise CheckpointError(
             f"{source.path} has {columns} merging thresholds, `flex_framerate_options` is {thresholds}: name them in "
-            "the configuration."
+            "`config`."
         )
     given["flex_framerate_options"] = thresholds
     return shown, {}
@@ -494,7 +505,7 @@ def _infer_voicebox(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[di
         if rest:
             raise CheckpointError(
                 f"{source.path} does not show the number of attention heads, and its width {hidden_size} is not a "
-                "multiple of 64: say `num_heads` in the configuration."
+                "multiple of 64: say `num_heads` in `config`."
             )
     return shown, fields
 

@@ -44,8 +44,7 @@ def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerF
     tokens after it, comes the same table of 99.
 
     Args:
-        source: A Whisper repository on the Hub, a directory with its `tokenizer.json` (or
-            `vocab.json` and `merges.txt`), or a `tokenizer.json`.
+        source: A Whisper repository on the Hub, a directory with its `tokenizer.json`, or that file.
 
     Raises:
         OSError: The repository or the files cannot be found.
@@ -86,15 +85,7 @@ def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerF
 
 def _read_bpe(source: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges, as they stand in the files."""
-    path = Path(source)
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
-        vocabulary_file, merges_file = path / "vocab.json", path / "merges.txt"
-        if not (vocabulary_file.is_file() and merges_file.is_file()):
-            raise FileNotFoundError(f"{path} holds neither tokenizer.json nor vocab.json and merges.txt.")
-        lines = merges_file.read_text(encoding="utf-8").split("\n")
-        pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
-        return _read_json(vocabulary_file), [(left, right) for left, _, right in pairs]
-    tokenizer_file = path if path.is_file() else Path(cached_file(str(source), "tokenizer.json"))
+    tokenizer_file = Path(source if Path(source).is_file() else cached_file(str(source), "tokenizer.json"))
     model = _read_json(tokenizer_file).get("model", {})
     if model.get("type") != "BPE":
         raise CheckpointError(

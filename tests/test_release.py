@@ -1,0 +1,314 @@
+"""The authors' files as they are on the Hub, loaded by their id: converted once, found again, put into the cache."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers.utils.hub
+import yaml
+from huggingface_hub import constants
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from flexicodec_hf import (
+    FlexiCodecFeatureExtractor,
+    FlexiCodecForTextToSpeech,
+    FlexiCodecModel,
+    FlexiCodecTTSPipeline,
+    FlexiCodecTTSProcessor,
+)
+from flexicodec_hf.cli import main
+from flexicodec_hf.conversion import CheckpointError, cache, convert, convert_codec, download
+from hub_server import HubServer, hub_server
+
+
+ID = "jiaqili3/flexicodec"
+SPEECH = {"num_inference_steps": 1, "min_new_tokens": 2, "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def server(raw_release):
+    with hub_server() as hub:
+        own = [path.name for path in raw_release.iterdir() if path.name not in ("model.pt", "tokenizer.json")]
+        own.remove("vocos_emilia.safetensors")
+        hub.add(ID, raw_release, *own)
+        hub.add("amphion/dualcodec-tts", raw_release, "vocos_emilia.safetensors")
+        hub.add("FunAudioLLM/SenseVoiceSmall", raw_release, "model.pt")
+        hub.add("openai/whisper-tiny", raw_release, "tokenizer.json")
+        yield hub
+
+
+def use(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, offline: bool = False) -> None:
+    """Let `huggingface_hub` and transformers use this server and these caches."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.utils._cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+
+
+@pytest.fixture(scope="module")
+def home(server, tmp_path_factory):
+    """Caches after the whole system was loaded by its id once."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use(monkeypatch, server.url, home)
+        FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu")
+    return home
+
+
+@pytest.fixture
+def hub(server, home, monkeypatch) -> HubServer:
+    use(monkeypatch, server.url, home)
+    server.requests.clear()
+    return server
+
+
+@pytest.fixture
+def no_conversion(monkeypatch):
+    monkeypatch.setattr(cache, "convert_release", lambda *args, **kwargs: pytest.fail("converted again"))
+
+
+def test_each_class_loads_the_released_repository_that_was_converted_once(hub, home, no_conversion):
+    codec = FlexiCodecModel.from_pretrained(ID)
+    assert codec.config.hidden_size == 32 and codec.dtype == torch.float32
+    extractor = FlexiCodecFeatureExtractor.from_pretrained(ID)
+    assert extractor.cmvn_shift is not None
+    model = FlexiCodecForTextToSpeech.from_pretrained(ID, dtype={"ar": torch.bfloat16})
+    assert model.ar.dtype == torch.bfloat16 and model.codec.dtype == torch.float32
+    processor = FlexiCodecTTSProcessor.from_pretrained(ID)
+    assert processor.tokenizer.convert_tokens_to_ids("<|en|>") == 50259
+    assert not any("safetensors" in request for request in hub.requests)
+    (folder,) = (home / "assets" / "flexicodec_hf" / "jiaqili3--flexicodec").iterdir()
+    assert folder.name.startswith(hub.refs[ID]["main"])
+
+
+def test_the_pipeline_speaks_by_the_id(hub, no_conversion):
+    tts = FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu")
+    speech = tts("Hello.", language="de", seed=0, generate_kwargs=SPEECH)
+    assert speech["sampling_rate"] == 24_000 and len(speech["audio"]) > 1_000
+
+
+@pytest.mark.parametrize("how", [{"offline": True}, {"local_files_only": True}], ids=str)
+def test_without_a_network_what_was_converted_is_found(hub, home, monkeypatch, no_conversion, how):
+    use(monkeypatch, hub.url, home, offline=how.pop("offline", False))
+    assert FlexiCodecModel.from_pretrained(ID, **how).config.hidden_size == 32
+    FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu", **how)
+    assert not hub.requests
+
+
+def test_without_a_network_and_a_cache_the_error_says_so(server, tmp_path, monkeypatch):
+    use(monkeypatch, server.url, tmp_path, offline=True)
+    with pytest.raises(OSError, match="couldn't connect to"):
+        FlexiCodecModel.from_pretrained(ID)
+
+
+def test_a_directory_with_the_released_files_is_converted_too(raw_release, tmp_path, monkeypatch):
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
+    codec = FlexiCodecModel.from_pretrained(raw_release)
+    (folder,) = (tmp_path / "assets" / "flexicodec_hf" / raw_release.name).iterdir()
+    assert not (folder / "tts").exists()  # the codec alone takes no other files
+    assert FlexiCodecForTextToSpeech.from_pretrained(raw_release).voicebox.config.num_hidden_layers == 7
+    assert not (raw_release / "config.json").exists()
+    settings = raw_release / "12hz_v1_half_config.yaml"
+    expected = convert_codec(raw_release / "12hz_v1_half.safetensors", None, settings, raw_release / "model.pt")
+    assert codec.config.num_bottleneck_attention_heads == expected.config.num_bottleneck_attention_heads
+    tensors = expected.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in codec.state_dict().items())
+
+
+def test_revision_and_cache_are_those_of_the_call(hub, raw_release, tmp_path):
+    settings = yaml.safe_load((raw_release / "12hz_v1_half_config.yaml").read_text())
+    settings["model"]["similarity_threshold"] = 0.86
+    commit = hub.commit(ID, {"12hz_v1_half_config.yaml": yaml.safe_dump(settings).encode()}, "strict")
+    for revision in ("strict", commit):
+        codec = FlexiCodecModel.from_pretrained(ID, revision=revision, cache_dir=tmp_path)
+        assert codec.config.merging_threshold == 0.86
+    (folder,) = (tmp_path / "assets" / "flexicodec_hf" / "jiaqili3--flexicodec").iterdir()
+    assert folder.name.startswith(commit)
+    # Anew only if asked to.
+    weights = folder / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    FlexiCodecModel.from_pretrained(ID, revision="strict", cache_dir=tmp_path)
+    assert weights.stat().st_mtime_ns == before
+    FlexiCodecModel.from_pretrained(ID, revision="strict", cache_dir=tmp_path, force_download=True)
+    assert weights.stat().st_mtime_ns > before
+
+
+def test_two_programs_at_once_convert_once(raw_release, tmp_path, monkeypatch):
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
+    conversions, convert_release = [], cache.convert_release
+
+    def counted(*args, **kwargs):
+        conversions.append(threading.current_thread())
+        convert_release(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "convert_release", counted)
+    programs = [threading.Thread(target=cache.converted_release, args=(raw_release, False)) for _ in range(3)]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join()
+    assert len(conversions) == 1
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(raw_release, tmp_path, monkeypatch):
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
+    convert_vocoder = convert.convert_vocoder
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "convert_vocoder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        FlexiCodecForTextToSpeech.from_pretrained(raw_release)
+    (folder,) = (tmp_path / "assets" / "flexicodec_hf" / raw_release.name).iterdir()
+    assert not (folder / "tts" / "model.safetensors").exists() and not list(folder.rglob(".incomplete-*"))
+    # The parts that are there are not made again.
+    monkeypatch.setattr(convert, "convert_vocoder", convert_vocoder)
+    monkeypatch.setattr(convert, "convert_ar", interrupted)
+    monkeypatch.setattr(convert, "convert_voicebox", interrupted)
+    FlexiCodecForTextToSpeech.from_pretrained(raw_release)
+
+
+def test_files_that_cannot_be_had_are_named(hub, raw_release, tmp_path, monkeypatch):
+    names = ("12hz_v1_half.safetensors", "12hz_v1_half_config.yaml")
+    hub.add("someone/copy", raw_release, *names)
+    use(monkeypatch, hub.url, tmp_path)
+    FlexiCodecModel.from_pretrained("someone/copy")
+    with pytest.raises(CheckpointError, match=r"artts\.safetensors could not be had from someone/copy"):
+        FlexiCodecForTextToSpeech.from_pretrained("someone/copy")
+    monkeypatch.setattr(download, "SEMANTIC_REPO", "someone/else")
+    hub.add("someone/other", raw_release, *names)
+    with pytest.raises(CheckpointError, match=r"model\.pt could not be had from someone/else"):
+        FlexiCodecModel.from_pretrained("someone/other")
+
+
+def test_other_repositories_load_as_ever(hub, tmp_path, monkeypatch):
+    use(monkeypatch, hub.url, tmp_path)
+    hub.commit("someone/bert", {"config.json": b"{}"})
+    for repo in ("someone/bert", "someone/nothing", "no such/id at all"):
+        assert cache.converted_release(repo) is None
+    with pytest.raises(OSError, match="someone/nothing is not a local folder"):
+        FlexiCodecModel.from_pretrained("someone/nothing")
+
+
+# Into the cache
+
+
+@pytest.fixture
+def installed(hub, home, tmp_path, monkeypatch) -> Path:
+    """Caches of a user whose first try failed, after the command."""
+    shutil.copytree(home, tmp_path / "home", symlinks=True)
+    use(monkeypatch, hub.url, tmp_path / "home")
+    with pytest.raises((ValueError, OSError)):
+        AutoModel.from_pretrained(ID)
+    assert main(["convert", "--repo", ID, "--into-cache", "--no-tts"]) == 0
+    assert main(["convert", "--repo", ID, "--into-cache"]) == 0
+    return tmp_path / "home"
+
+
+def test_after_the_command_stock_programs_find_the_id(hub, installed, monkeypatch, no_conversion):
+    for offline in (False, True):
+        use(monkeypatch, hub.url, installed, offline)
+        assert type(AutoModel.from_pretrained(ID)) is FlexiCodecModel
+        assert type(AutoProcessor.from_pretrained(ID)) is FlexiCodecTTSProcessor
+        assert FlexiCodecModel.from_pretrained(ID).config.hidden_size == 32
+        tts = pipeline("text-to-speech", model=ID, device="cpu")
+        assert type(tts.model) is FlexiCodecForTextToSpeech
+        assert type(tts.processor) is FlexiCodecTTSProcessor
+    (snapshot,) = (installed / "hub" / "models--jiaqili3--flexicodec" / "snapshots").iterdir()
+    assert not list(snapshot.rglob(".*"))
+    assert not (snapshot / "README.md").exists()  # the authors' own, which was not needed
+
+
+def test_the_literal_line_in_a_process_of_its_own(hub, installed):
+    program = f"""
+import flexicodec_hf
+from transformers import pipeline
+tts = pipeline("text-to-speech", model="{ID}", device="cpu")
+speech = tts("Hallo.", language="de", generate_kwargs={SPEECH | {"seed": 0}})
+assert speech["sampling_rate"] == 24000
+"""
+    program = program.replace(', language="de"', "")
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(installed),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_has_no_place_in_the_cache_is_refused(hub, raw_release, tmp_path, monkeypatch, capsys):
+    use(monkeypatch, hub.url, tmp_path)
+    assert main(["convert", "--repo", str(raw_release), "--into-cache"]) == 1
+    assert "only what comes from the Hub has a place in its cache" in capsys.readouterr().err
+    hub.add("someone/both", raw_release, "12hz_v1_half.safetensors", "12hz_v1_half_config.yaml")
+    hub.commit("someone/both", {"config.json": b"{}"})
+    huggingface_hub.hf_hub_download("someone/both", "config.json")
+    assert main(["convert", "--repo", "someone/both", "--into-cache"]) == 1
+    assert "has a config.json of its own" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", "--repo", ID, "--into-cache", "--dtype", "bfloat16"])
+    assert "--into-cache: does not go with --dtype" in capsys.readouterr().err
+
+
+# To the Hub
+
+
+def test_a_pull_request_adds_files_only(hub, raw_release, tmp_path, monkeypatch, capsys):
+    use(monkeypatch, hub.url, tmp_path)
+    before = hub.files(ID)
+    options = ["--repo", str(raw_release), "-o", str(tmp_path / "out"), "--push-to-hub", ID, "--create-pr"]
+    assert main(["convert", *options]) == 0
+    assert f"Pushed: {hub.url}/{ID}/discussions/1" in capsys.readouterr().out
+    assert hub.files(ID) == before  # the main branch
+    after = hub.files(ID, "refs/pr/1")
+    assert after.items() >= before.items() and after.keys() - before.keys() >= {"config.json", "tts/config.json"}
+    assert not any(part.startswith(".") for name in after for part in name.split("/"))
+    (description,) = hub.pull_requests
+    assert f'model="{ID}"' in description and "library_name" not in description
+
+    codec = FlexiCodecModel.from_pretrained(ID, revision="refs/pr/1", cache_dir=tmp_path / "cache")
+    assert codec.config.hidden_size == 32
+    assert not (tmp_path / "cache" / "assets").exists()
+    tts = pipeline("text-to-speech", model=ID, revision="refs/pr/1", device="cpu")
+    assert type(tts.model) is FlexiCodecForTextToSpeech
+
+
+def test_each_push_writes_the_card_for_its_id(hub, raw_release, tmp_path, monkeypatch, capsys):
+    use(monkeypatch, hub.url, tmp_path)
+    out = tmp_path / "out"
+    convert_and_push = ["convert", "--repo", str(raw_release), "--no-tts", "-o", str(out), "--push-to-hub", "me/mine"]
+    failing = ["convert", "-o", str(tmp_path / "nothing"), "--push-to-hub", "me/mine"]
+    assert main(failing) == 1
+    assert "holds no model to push" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert main(convert_and_push) == 1
+    assert "The upload to me/mine failed" in capsys.readouterr().err
+
+    # The upload alone is done again.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    assert main(convert_and_push) == 0
+    output = capsys.readouterr().out
+    assert "codec, done before" in output and f"Pushed: {hub.url}/me/mine/commit/" in output
+    assert b'model_id = "me/mine"' in hub.files("me/mine")["README.md"]
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert main(["convert", "-o", str(out), "--push-to-hub", "me/other"]) == 0
+    assert b'model_id = "me/other"' in hub.files("me/other")["README.md"]
+    assert FlexiCodecModel.from_pretrained("me/other").config.hidden_size == 32
+    # A card of the user's own goes as it is.
+    (out / "README.md").write_text("mine")
+    assert main(["convert", "-o", str(out), "--push-to-hub", "me/other"]) == 0
+    assert hub.files("me/other")["README.md"] == b"mine"
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
