@@ -3,13 +3,10 @@
 import contextlib
 import io
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +28,7 @@ import flexicodec_hf
 from conftest import AUDIO, WITHOUT_PACKAGE
 from flexicodec_hf.cli import main
 from flexicodec_hf.conversion.checkpoint import CheckpointError
-from flexicodec_hf.conversion.progress import RECORD, Progress
+from flexicodec_hf.conversion.repository import RECORD, Progress
 from whisper_files import write_tokenizer_json
 
 
@@ -73,8 +70,7 @@ def test_convert_text_to_speech_files(files, tmp_path, capsys):
         model, loading = auto_class.from_pretrained(out / "tts" / part, output_loading_info=True)
         assert type(model).__name__ == name
         assert not any(loading.values())
-        assert f"{auto_class.__name__}.from_pretrained('{out / 'tts' / part}')" in output
-        assert f"tts/{part}  " in output
+        assert f"{out / 'tts' / part}: " in output
     assert ModelCard.load(out / "tts" / "voicebox" / "README.md").data.pipeline_tag == "audio-to-audio"
     tokenizer = AutoTokenizer.from_pretrained(out / "tts" / "ar")
     assert tokenizer("two").input_ids[0] == tokenizer.convert_tokens_to_ids("<|en|>")
@@ -163,13 +159,9 @@ def test_convert_makes_one_repository(converted):
     card = ModelCard.load(out / "README.md")
     assert card.data.pipeline_tag == "text-to-speech" and 'model="flexicodec"' in card.text
 
-    table = {line.split("  ")[0]: line.split()[-3:] for line in output.splitlines()}
-    assert table.keys() >= {"codec", "tts: ar", "tts: codec", "tts: vocoder", "tts: voicebox", "total"}
-    for part in ("ar", "codec", "vocoder", "voicebox"):
-        tensors = {k: v for k, v in load_file(out / "tts" / "model.safetensors").items() if k.startswith(f"{part}.")}
-        assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
-        count = sum(tensor.numel() for tensor in tensors.values())
-        assert table[f"tts: {part}"] == [f"{count:,}", "bfloat16", f"{2 * count / 1e6:.1f}"]
+    weights = load_file(out / "tts" / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"ar", "codec", "vocoder", "voicebox"}
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
 
 
 def test_a_whole_repository_is_replaced_only_if_asked(converted, released, clip, tmp_path, capsys):
@@ -273,65 +265,13 @@ def test_the_pipeline_works_without_the_package(converted, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "audio.npy"), speech["audio"], atol=1e-6)
 
 
-class FakeApi:
-    """In place of `HfApi`: keeps what it was asked."""
-
-    calls: list[tuple[str, dict]] = []
-    fail = False
-
-    def create_repo(self, repo_id, **kwargs):
-        self.calls.append(("create_repo", {"repo_id": repo_id, **kwargs}))
-
-    def upload_folder(self, **kwargs):
-        if self.fail:
-            raise RuntimeError("no network.")
-        self.calls.append(("upload_folder", kwargs))
-        return SimpleNamespace(commit_url="https://hub/commit/1", pr_url="https://hub/discussions/1")
-
-
-def test_push_to_hub(released, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "model"
-    monkeypatch.setattr("flexicodec_hf.conversion.repository.HfApi", FakeApi)
-    monkeypatch.setattr(FakeApi, "calls", [])
-    monkeypatch.setattr(FakeApi, "fail", True)
-    options = ("--no-tts", "-o", out, "--push-to-hub", "me/flexicodec")
-    assert convert([*released[:3]], *options, "--private") == 1
-    error = capsys.readouterr().err
-    assert "The upload to me/flexicodec failed: no network. Run the command again" in error
-
-    # The upload alone is done again.
-    monkeypatch.setattr(FakeApi, "fail", False)
-    FakeApi.calls.clear()
-    assert convert([*released[:3]], *options, "--private") == 0
-    output = capsys.readouterr().out
-    assert "codec, done before" in output and "Pushed: https://hub/commit/1" in output
-    (create, created), (upload, uploaded) = FakeApi.calls
-    assert (create, upload) == ("create_repo", "upload_folder")
-    assert created == {"repo_id": "me/flexicodec", "private": True, "exist_ok": True}
-    assert uploaded["repo_id"] == "me/flexicodec" and Path(uploaded["folder_path"]) == out
-    assert not uploaded["create_pr"] and ".*" in uploaded["ignore_patterns"]
-    card = (out / "README.md").read_text()
-    assert 'model_id = "me/flexicodec"' in card
-
-    # What is there can be pushed again, as it is; a card of the user's own stays.
-    (out / "README.md").write_text("mine")
-    before = (out / "model.safetensors").stat().st_mtime_ns
-    assert main(["convert", "-o", str(out), "--push-to-hub", "me/flexicodec", "--create-pr"]) == 0
-    assert "Pushed: https://hub/discussions/1" in capsys.readouterr().out
-    assert FakeApi.calls[-1][1]["create_pr"] and FakeApi.calls[-2][1]["private"] is None
-    assert (out / "model.safetensors").stat().st_mtime_ns == before
-    assert (out / "README.md").read_text() == "mine"
-    assert main(["convert", "-o", str(tmp_path / "nothing"), "--push-to-hub", "me/flexicodec"]) == 1
-    assert "holds no model to push" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("voice", "status", "message"),
     [
         ("anna", 2, "argument --voice: must be NAME=FILE or NAME=FILE:TEXT, with a file that is there; got 'anna'"),
         ("anna=missing.wav:Text.", 2, "got 'anna=missing.wav:Text.'"),
         ("anna={mute}", 1, "mute.wav: what it says is needed, word for word"),
-        ("anna={mute}:Text.", 1, "mute.wav makes no voice: `audio` is silent"),
+        ("anna={mute}:Text.", 1, "mute.wav makes no voice: the recording is silent"),
         ("an/na={clip}", 2, "argument --voice: The name of a voice must be letters"),
     ],
 )
@@ -372,15 +312,10 @@ def test_what_the_whole_system_needs(released, release, clip, tmp_path, capsys):
     assert model.codec.num_parameters() > 0
 
 
-def test_the_folder_of_a_conversion_that_still_runs_stays(tmp_path):
-    for process, stays in ((os.getppid(), True), (2**22 + 1, False)):
-        folder = tmp_path / "tts" / f".incomplete-tts.{socket.gethostname()}.{process}"
-        folder.mkdir(parents=True)
-        if stays:
-            with pytest.raises(CheckpointError, match="Another conversion still writes"):
-                Progress(tmp_path)
-            assert folder.is_dir()
-            folder.rmdir()
-        else:
-            Progress(tmp_path)
-            assert not folder.exists()
+def test_two_conversions_to_a_directory_are_refused(tmp_path):
+    (tmp_path / "tts" / ".incomplete-tts").mkdir(parents=True)
+    with Progress(tmp_path):
+        assert not list((tmp_path / "tts").iterdir())  # what a killed process left
+        with pytest.raises(CheckpointError, match="Another conversion still writes"), Progress(tmp_path):
+            pass
+    assert not list(tmp_path.glob(".*"))

@@ -122,7 +122,8 @@ def test_codec_under_a_prefix(weights, golden, convert, device, prefix):
     tensors |= {"transformer_lm.llm.weight": torch.zeros(2, 2), "repa_projection.0.bias": torch.zeros(2)}
     assert_golden(convert(tensors), golden, device)
     tensors[f"{prefix}stray.weight"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=rf"Unknown \(1\): {prefix}stray\.weight\. "):
+    tensors["stray"] = torch.zeros(1)  # at the root of the file, where nothing of the codec is
+    with pytest.raises(CheckpointError, match=rf"Unknown \(2\): {prefix}stray\.weight, stray\. "):
         convert(tensors)
 
 
@@ -178,12 +179,14 @@ def test_semantic_encoder_in_its_own_file(weights, golden, convert, device, tmp_
     assert load_strictly(directory).config.semantic_model_config.num_timestamp_prediction_layers == 0
 
 
-def test_semantic_file_comes_before_the_encoder_inside(weights, convert, tmp_path):
-    _, semantic = split_semantic(weights)
+def test_semantic_file_fills_only_what_a_codec_lacks(weights, convert, tmp_path):
+    codec, semantic = split_semantic(weights)
     save_file({name: tensor + 1 for name, tensor in semantic.items()}, tmp_path / "semantic.safetensors")
     own = load_file(convert(weights) / "model.safetensors")
-    other = load_file(convert(weights, semantic=tmp_path / "semantic.safetensors") / "model.safetensors")
-    changed = {name for name in own if not torch.equal(own[name], other[name])}
+    kept = load_file(convert(weights, semantic=tmp_path / "semantic.safetensors") / "model.safetensors")
+    assert all(torch.equal(own[name], kept[name]) for name in own)
+    filled = load_file(convert(codec, semantic=tmp_path / "semantic.safetensors") / "model.safetensors")
+    changed = {name for name in own if not torch.equal(own[name], filled[name])}
     assert changed == {name for name in own if name.startswith("semantic_encoder.") or "query_embedding.w" in name}
 
 
@@ -194,6 +197,51 @@ def test_semantic_encoder_is_nowhere(weights, convert):
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
+
+
+def training_config(options: dict) -> dict:
+    """What `FlexiCodecConfig` of the authors' training code writes for a codec (some of its 90 fields)."""
+    return options | {
+        "model_type": "flexicodec",
+        "architectures": ["FlexiCodec"],
+        "transformers_version": "4.51.3",
+        "agg_add_query_embedding": True,
+        "add_semantic_spec_loss": False,
+        "bypass_quantize_rate": 0.25,
+        "flex_framerate": False,
+        "flow_matching_mel_dim": 128,
+        "use_bsq_for_semantic_vq": False,
+        "use_flow_matching_decoder": False,
+        "use_fsq_for_semantic_vq": True,
+        "mimo_config": None,
+    }
+
+
+def test_checkpoint_of_the_training_code(weights, golden, options, device, tmp_path):
+    source = tmp_path / "trained"
+    source.mkdir()
+    save_file(weights | {"repa_mlp.0.weight": torch.zeros(2, 2)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(training_config(options)))
+    for loader in (AutoModel, FlexiCodecModel, FlexiCodecConfig):
+        with pytest.raises(ValueError, match=r"authors' training code.*flexicodec-hf convert --codec"):
+            loader.from_pretrained(source)
+    convert_codec(source / "model.safetensors", tmp_path / "converted", source / "config.json")
+    assert_golden(tmp_path / "converted", golden, device)
+    assert FlexiCodecConfig.from_pretrained(tmp_path / "converted").quantizer_bypass_rate == 0.25
+
+
+def test_yaml_of_the_training_code(weights, golden, convert, options, device):
+    settings = {"config": training_config(options), "model": {"_target_": "FlexiCodec", "config": "${..config}"}}
+    directory = convert(weights, settings)
+    assert_golden(directory, golden, device)
+    assert FlexiCodecConfig.from_pretrained(directory).quantizer_bypass_rate == 0.25
+
+
+@pytest.mark.parametrize("variant", [{"use_flow_matching_decoder": True}, {"override_dac_encoder": "mimi"}], ids=str)
+def test_variants_of_the_training_code_are_refused(weights, convert, options, variant):
+    (name,) = variant
+    with pytest.raises(CheckpointError, match=f"`config` says `{name}: .*; only `{name}: (False|None)`"):
+        convert(weights, training_config(options) | variant)
 
 
 def test_yaml_with_and_without_model(weights, golden, convert, options, device):

@@ -13,7 +13,8 @@ import torch
 import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
-from transformers import AutoModel, AutoProcessor, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, pipeline
 
 from flexicodec_hf import (
     FlexiCodecFeatureExtractor,
@@ -197,6 +198,22 @@ def test_other_repositories_load_as_ever(hub, tmp_path, monkeypatch):
         assert cache.converted_release(repo) is None
     with pytest.raises(OSError, match="someone/nothing is not a local folder"):
         FlexiCodecModel.from_pretrained("someone/nothing")
+
+
+def test_the_older_codec_converts_by_itself(raw_release, tmp_path):
+    source, out = raw_release / "nartts_flexicodec_only.safetensors", tmp_path / "out"
+    assert main(["convert", "--codec", str(source), "-o", str(out)]) == 0
+    codec = FlexiCodecModel.from_pretrained(out)
+    assert codec.config.semantic_codebook_size == 512  # as the text-to-speech models speak it
+    assert AutoFeatureExtractor.from_pretrained(out).sampling_rate == 16_000
+
+
+def test_errors_of_a_part_name_its_option(raw_release, tmp_path, capsys):
+    weights = load_file(raw_release / "nartts.safetensors")
+    weights["voicebox_model.cond_emb.weight"] = torch.zeros(512, 60)
+    save_file(weights, tmp_path / "nartts.safetensors")
+    assert main(["convert", "--nar", str(tmp_path / "nartts.safetensors"), "-o", str(tmp_path / "out")]) == 1
+    assert "say `num_heads` in --nar-config" in capsys.readouterr().err
 
 
 # Into the cache

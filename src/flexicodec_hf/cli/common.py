@@ -57,7 +57,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=RELEASED_REPO,
         metavar="ID_OR_DIR",
-        help="converted model, a Hub id or a directory (default: %(default)s)",
+        help="Hub id or directory, converted or with the authors' files, which are converted once, into the cache of "
+        "the Hub (default: %(default)s)",
     )
     add_running_arguments(group)
 
@@ -175,10 +176,12 @@ def loading(model: str) -> Iterator[None]:
         first_line = next(iter(str(error).splitlines()), "")
         ours = isinstance(error, (OSError, ValueError, ImportError))
         reason = broken or (first_line if ours else f"{type(error).__name__}: {first_line}")
-        raise CommandError(
-            f"cannot load the model {model}: {reason} Download or convert it again: the released files are converted "
-            f"with `{PROGRAM} convert --repo {RELEASED_REPO} --output-dir DIR`; then pass `--model DIR`."
-        ) from error
+        remedy = (
+            "It is downloaded and converted at its first use, for which the Hub must be within reach."
+            if model == RELEASED_REPO
+            else f"Download or convert it again, or leave out --model: {RELEASED_REPO} is converted by itself."
+        )
+        raise CommandError(f"cannot load the model {model}: {reason} {remedy}") from error
 
 
 def _broken_file(directory: Path) -> str | None:
