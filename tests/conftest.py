@@ -23,6 +23,7 @@ from flexicodec_hf import (
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import convert_ar, convert_codec, convert_vocoder, convert_voicebox
 from flexicodec_hf.conversion.tables import VOICEBOX
+from hub_server import hub_server
 from whisper_files import write_tokenizer_json
 
 
@@ -239,3 +240,18 @@ def raw_release(release, tmp_path_factory):
     shutil.copy(release / "12hz_v1_half_config.yaml", folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nThe authors' own card.\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def released_hub(raw_release):
+    """A server in place of the Hub, with the four repositories that the released files are in."""
+    elsewhere = {
+        "vocos_emilia.safetensors": "amphion/dualcodec-tts",
+        "model.pt": "FunAudioLLM/SenseVoiceSmall",
+        "tokenizer.json": "openai/whisper-tiny",
+    }
+    with hub_server() as hub:
+        hub.add("jiaqili3/flexicodec", raw_release, *({path.name for path in raw_release.iterdir()} - {*elsewhere}))
+        for file, repo in elsewhere.items():
+            hub.add(repo, raw_release, file)
+        yield hub

@@ -10,6 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+import transformers.utils.hub
+from huggingface_hub import constants
+
 
 class HubServer:
     """
@@ -154,3 +159,13 @@ def hub_server() -> Iterator[HubServer]:
         yield hub
         server.shutdown()
         thread.join()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, offline: bool = False) -> None:
+    """Let `huggingface_hub` and transformers use a server, and the caches in `home`."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.utils._cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)

@@ -221,7 +221,7 @@ def test_an_interrupted_conversion_goes_on(released, tmp_path, capsys, monkeypat
     assert (out / "model.safetensors").read_bytes() == before
     capsys.readouterr()
     assert convert(released, "-o", out, "--dtype", "bfloat16") == 1
-    assert "unfinished conversion whose codec is of other files or options" in capsys.readouterr().err
+    assert "model.safetensors exists: pass --overwrite" in capsys.readouterr().err
 
     done.clear()
     monkeypatch.setattr(save, saved)

@@ -10,7 +10,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,7 @@ from flexicodec_hf import (
 )
 from flexicodec_hf.cli import main
 from flexicodec_hf.conversion import CheckpointError, cache, convert, convert_codec, download
-from hub_server import HubServer, hub_server
+from hub_server import HubServer, use_hub
 
 
 ID = "jiaqili3/flexicodec"
@@ -33,42 +32,20 @@ SPEECH = {"num_inference_steps": 1, "min_new_tokens": 2, "max_new_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def server(raw_release):
-    with hub_server() as hub:
-        own = [path.name for path in raw_release.iterdir() if path.name not in ("model.pt", "tokenizer.json")]
-        own.remove("vocos_emilia.safetensors")
-        hub.add(ID, raw_release, *own)
-        hub.add("amphion/dualcodec-tts", raw_release, "vocos_emilia.safetensors")
-        hub.add("FunAudioLLM/SenseVoiceSmall", raw_release, "model.pt")
-        hub.add("openai/whisper-tiny", raw_release, "tokenizer.json")
-        yield hub
-
-
-def use(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, offline: bool = False) -> None:
-    """Let `huggingface_hub` and transformers use this server and these caches."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(huggingface_hub.utils._cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
-
-
-@pytest.fixture(scope="module")
-def home(server, tmp_path_factory):
+def home(released_hub, tmp_path_factory):
     """Caches after the whole system was loaded by its id once."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        use(monkeypatch, server.url, home)
+        use_hub(monkeypatch, released_hub.url, home)
         FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu")
     return home
 
 
 @pytest.fixture
-def hub(server, home, monkeypatch) -> HubServer:
-    use(monkeypatch, server.url, home)
-    server.requests.clear()
-    return server
+def hub(released_hub, home, monkeypatch) -> HubServer:
+    use_hub(monkeypatch, released_hub.url, home)
+    released_hub.requests.clear()
+    return released_hub
 
 
 @pytest.fixture
@@ -98,20 +75,20 @@ def test_the_pipeline_speaks_by_the_id(hub, no_conversion):
 
 @pytest.mark.parametrize("how", [{"offline": True}, {"local_files_only": True}], ids=str)
 def test_without_a_network_what_was_converted_is_found(hub, home, monkeypatch, no_conversion, how):
-    use(monkeypatch, hub.url, home, offline=how.pop("offline", False))
+    use_hub(monkeypatch, hub.url, home, offline=how.pop("offline", False))
     assert FlexiCodecModel.from_pretrained(ID, **how).config.hidden_size == 32
     FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu", **how)
     assert not hub.requests
 
 
-def test_without_a_network_and_a_cache_the_error_says_so(server, tmp_path, monkeypatch):
-    use(monkeypatch, server.url, tmp_path, offline=True)
+def test_without_a_network_and_a_cache_the_error_says_so(released_hub, tmp_path, monkeypatch):
+    use_hub(monkeypatch, released_hub.url, tmp_path, offline=True)
     with pytest.raises(OSError, match="couldn't connect to"):
         FlexiCodecModel.from_pretrained(ID)
 
 
 def test_a_directory_with_the_released_files_is_converted_too(raw_release, tmp_path, monkeypatch):
-    use(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
     codec = FlexiCodecModel.from_pretrained(raw_release)
     (folder,) = (tmp_path / "assets" / "flexicodec_hf" / raw_release.name).iterdir()
     assert not (folder / "tts").exists()  # the codec alone takes no other files
@@ -143,7 +120,7 @@ def test_revision_and_cache_are_those_of_the_call(hub, raw_release, tmp_path):
 
 
 def test_two_programs_at_once_convert_once(raw_release, tmp_path, monkeypatch):
-    use(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
     conversions, convert_release = [], cache.convert_release
 
     def counted(*args, **kwargs):
@@ -160,7 +137,7 @@ def test_two_programs_at_once_convert_once(raw_release, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(raw_release, tmp_path, monkeypatch):
-    use(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path, offline=True)
     convert_vocoder = convert.convert_vocoder
 
     def interrupted(*args, **kwargs):
@@ -181,7 +158,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(raw_releas
 def test_files_that_cannot_be_had_are_named(hub, raw_release, tmp_path, monkeypatch):
     names = ("12hz_v1_half.safetensors", "12hz_v1_half_config.yaml")
     hub.add("someone/copy", raw_release, *names)
-    use(monkeypatch, hub.url, tmp_path)
+    use_hub(monkeypatch, hub.url, tmp_path)
     FlexiCodecModel.from_pretrained("someone/copy")
     with pytest.raises(CheckpointError, match=r"artts\.safetensors could not be had from someone/copy"):
         FlexiCodecForTextToSpeech.from_pretrained("someone/copy")
@@ -192,7 +169,7 @@ def test_files_that_cannot_be_had_are_named(hub, raw_release, tmp_path, monkeypa
 
 
 def test_other_repositories_load_as_ever(hub, tmp_path, monkeypatch):
-    use(monkeypatch, hub.url, tmp_path)
+    use_hub(monkeypatch, hub.url, tmp_path)
     hub.commit("someone/bert", {"config.json": b"{}"})
     for repo in ("someone/bert", "someone/nothing", "no such/id at all"):
         assert cache.converted_release(repo) is None
@@ -223,7 +200,7 @@ def test_errors_of_a_part_name_its_option(raw_release, tmp_path, capsys):
 def installed(hub, home, tmp_path, monkeypatch) -> Path:
     """Caches of a user whose first try failed, after the command."""
     shutil.copytree(home, tmp_path / "home", symlinks=True)
-    use(monkeypatch, hub.url, tmp_path / "home")
+    use_hub(monkeypatch, hub.url, tmp_path / "home")
     with pytest.raises((ValueError, OSError)):
         AutoModel.from_pretrained(ID)
     assert main(["convert", "--repo", ID, "--into-cache", "--no-tts"]) == 0
@@ -233,7 +210,7 @@ def installed(hub, home, tmp_path, monkeypatch) -> Path:
 
 def test_after_the_command_stock_programs_find_the_id(hub, installed, monkeypatch, no_conversion):
     for offline in (False, True):
-        use(monkeypatch, hub.url, installed, offline)
+        use_hub(monkeypatch, hub.url, installed, offline)
         assert type(AutoModel.from_pretrained(ID)) is FlexiCodecModel
         assert type(AutoProcessor.from_pretrained(ID)) is FlexiCodecTTSProcessor
         assert FlexiCodecModel.from_pretrained(ID).config.hidden_size == 32
@@ -266,7 +243,7 @@ assert speech["sampling_rate"] == 24000
 
 
 def test_what_has_no_place_in_the_cache_is_refused(hub, raw_release, tmp_path, monkeypatch, capsys):
-    use(monkeypatch, hub.url, tmp_path)
+    use_hub(monkeypatch, hub.url, tmp_path)
     assert main(["convert", "--repo", str(raw_release), "--into-cache"]) == 1
     assert "only what comes from the Hub has a place in its cache" in capsys.readouterr().err
     hub.add("someone/both", raw_release, "12hz_v1_half.safetensors", "12hz_v1_half_config.yaml")
@@ -283,7 +260,7 @@ def test_what_has_no_place_in_the_cache_is_refused(hub, raw_release, tmp_path, m
 
 
 def test_a_pull_request_adds_files_only(hub, raw_release, tmp_path, monkeypatch, capsys):
-    use(monkeypatch, hub.url, tmp_path)
+    use_hub(monkeypatch, hub.url, tmp_path)
     before = hub.files(ID)
     options = ["--repo", str(raw_release), "-o", str(tmp_path / "out"), "--push-to-hub", ID, "--create-pr"]
     assert main(["convert", *options]) == 0
@@ -303,7 +280,7 @@ def test_a_pull_request_adds_files_only(hub, raw_release, tmp_path, monkeypatch,
 
 
 def test_each_push_writes_the_card_for_its_id(hub, raw_release, tmp_path, monkeypatch, capsys):
-    use(monkeypatch, hub.url, tmp_path)
+    use_hub(monkeypatch, hub.url, tmp_path)
     out = tmp_path / "out"
     convert_and_push = ["convert", "--repo", str(raw_release), "--no-tts", "-o", str(out), "--push-to-hub", "me/mine"]
     failing = ["convert", "-o", str(tmp_path / "nothing"), "--push-to-hub", "me/mine"]

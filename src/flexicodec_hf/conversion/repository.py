@@ -103,13 +103,12 @@ class Progress:
             self.output_dir.rmdir()  # it is empty if nothing could be converted
 
     def convert(
-        self, name: str, directory: Path, sources: Sequence[Any], convert: Callable[[Path], Any], weights: str = ""
+        self, directory: Path, sources: Sequence[Any], convert: Callable[[Path], Any], weights: str = ""
     ) -> bool:
         """
         Convert a part, unless it is done.
 
         Args:
-            name: Name of the part, for error messages.
             directory: Where its files go.
             sources: What decides the result: files, and other values.
             convert: Called with a folder to write the files to.
@@ -127,11 +126,6 @@ class Progress:
         if result.exists():
             if record.exists() and record.read_text() == made_of:
                 return False
-            if not self.overwrite and record.exists():
-                raise CheckpointError(
-                    f"{self.output_dir} holds an unfinished conversion whose {name} is of other files or options: "
-                    "repeat it with those, or pass `overwrite`."
-                )
             if not self.overwrite:
                 raise CheckpointError(f"{result} exists: pass `overwrite` to replace it.")
         # What a killed process leaves is then inside, where the next run looks.
@@ -211,9 +205,7 @@ def convert_release(
         config = getattr(files, config_name)
         sources = [source, config, *options.values()]
         try:
-            new = progress.convert(
-                name, directory, sources, lambda folder: function(source, folder, config, **options)
-            )
+            new = progress.convert(directory, sources, lambda folder: function(source, folder, config, **options))
         except CheckpointError as error:
             raise CheckpointError(str(error).replace("`config`", f"`{config_name}`")) from error
         report(f"{directory}: {name}{'' if new else ', done before'}.")
@@ -238,7 +230,7 @@ def convert_release(
 
     run(*codec)
     sources = [*astuple(files), *options.values(), *(value for voice in voices for value in astuple(voice))]
-    progress.convert("text-to-speech system", output_dir, sources, build, weights=TTS_DIR)
+    progress.convert(output_dir, sources, build, weights=TTS_DIR)
     _keep_voices(output_dir, {voice.name for voice in voices})
     for _, directory, *_ in parts:
         shutil.rmtree(directory, ignore_errors=True)
