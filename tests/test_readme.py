@@ -95,9 +95,8 @@ def test_commands_of_a_page_run(page, workplace, monkeypatch):
                 monkeypatch.setenv("WORLD_SIZE", words[words.index("--num_processes") + 1])
                 assert main(launched) == 0, command
         elif words[0] == "flexicodec-hf":
-            assert main(words[1:] + ["--overwrite"] * (words[1] == "convert" and "--output-dir" in words)) == 0, (
-                command
-            )
+            again = ["--overwrite"] if words[1] == "convert" and "--output-dir" in words else []
+            assert main([*words[1:], *again]) == 0, command
         elif words[0] == "make":
             assert words[1] in targets
         else:

@@ -261,21 +261,21 @@ def test_what_has_no_place_in_the_cache_is_refused(hub, raw_release, tmp_path, m
 
 def test_a_pull_request_adds_files_only(hub, raw_release, tmp_path, monkeypatch, capsys):
     use_hub(monkeypatch, hub.url, tmp_path)
-    before = hub.files(ID)
+    before, number = hub.files(ID), len(hub.pull_requests) + 1
     options = ["--repo", str(raw_release), "-o", str(tmp_path / "out"), "--push-to-hub", ID, "--create-pr"]
     assert main(["convert", *options]) == 0
-    assert f"Pushed: {hub.url}/{ID}/discussions/1" in capsys.readouterr().out
+    assert f"Pushed: {hub.url}/{ID}/discussions/{number}" in capsys.readouterr().out
     assert hub.files(ID) == before  # the main branch
-    after = hub.files(ID, "refs/pr/1")
+    after = hub.files(ID, f"refs/pr/{number}")
     assert after.items() >= before.items() and after.keys() - before.keys() >= {"config.json", "tts/config.json"}
     assert not any(part.startswith(".") for name in after for part in name.split("/"))
-    (description,) = hub.pull_requests
+    description = hub.pull_requests[-1]
     assert f'model="{ID}"' in description and "library_name" not in description
 
-    codec = FlexiCodecModel.from_pretrained(ID, revision="refs/pr/1", cache_dir=tmp_path / "cache")
+    codec = FlexiCodecModel.from_pretrained(ID, revision=f"refs/pr/{number}", cache_dir=tmp_path / "cache")
     assert codec.config.hidden_size == 32
     assert not (tmp_path / "cache" / "assets").exists()
-    tts = pipeline("text-to-speech", model=ID, revision="refs/pr/1", device="cpu")
+    tts = pipeline("text-to-speech", model=ID, revision=f"refs/pr/{number}", device="cpu")
     assert type(tts.model) is FlexiCodecForTextToSpeech
 
 
