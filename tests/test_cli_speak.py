@@ -149,7 +149,7 @@ def test_broken_audio_is_not_written(tmp_path):
         (["speak", "--text-file", "missing.txt"], "missing.txt"),
         (["speak", "--text-file", "latin.txt"], "latin.txt: not a text in UTF-8"),
         (["speak", TEXT, "--model", "codec"], "holds the codec alone"),
-        (["speak", TEXT, "--model", "empty"], "converted with `flexicodec-hf convert"),
+        (["speak", TEXT, "--model", "empty"], "is converted by itself"),
         (["convert-voice", "missing.wav", "ben"], "missing.wav: there is no such file"),
         (["convert-voice", "short.wav", "short.wav"], "too short"),
     ],

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, pipeline
 
+from conftest import AUDIO
 from flexicodec_hf import (
     FlexiCodecFeatureExtractor,
     FlexiCodecForTextToSpeech,
@@ -71,6 +72,11 @@ def test_the_pipeline_speaks_by_the_id(hub, no_conversion):
     tts = FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu")
     speech = tts("Hello.", language="de", seed=0, generate_kwargs=SPEECH)
     assert speech["sampling_rate"] == 24_000 and len(speech["audio"]) > 1_000
+
+
+def test_commands_use_the_released_repository_unless_told_otherwise(hub, tmp_path, no_conversion):
+    assert main(["encode", str(AUDIO / "short_0p08s.wav"), "-o", str(tmp_path), "--device", "cpu"]) == 0
+    assert list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("how", [{"offline": True}, {"local_files_only": True}], ids=str)
