@@ -210,6 +210,7 @@ def installed(hub, home, tmp_path, monkeypatch) -> Path:
     with pytest.raises((ValueError, OSError)):
         AutoModel.from_pretrained(ID)
     assert main(["convert", "--repo", ID, "--into-cache", "--no-tts"]) == 0
+    assert FlexiCodecTTSProcessor.from_pretrained(ID)  # it is not taken for a repository without speech
     assert main(["convert", "--repo", ID, "--into-cache"]) == 0
     return tmp_path / "home"
 

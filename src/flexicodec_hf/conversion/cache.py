@@ -85,8 +85,7 @@ def install_release(source: str, text_to_speech: bool = True) -> Path:
     if os.path.isdir(source):
         raise CheckpointError(f"{source} is a directory here: only what comes from the Hub has a place in its cache.")
     snapshot = fetch(source, CODEC_CONFIG_FILE).parent
-    marks = snapshot.parents[1] / ".no_exist" / snapshot.name
-    if (snapshot / "config.json").exists() and not (marks / "config.json").is_dir():
+    if (snapshot / "config.json").exists() and not _is_installed(snapshot):
         raise CheckpointError(f"{source} has a config.json of its own: `from_pretrained` loads it as it is.")
     folder = _convert_once(source, snapshot.name, text_to_speech, snapshot.name)
     files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
@@ -106,7 +105,7 @@ def install_release(source: str, text_to_speech: bool = True) -> Path:
         temporary.unlink(missing_ok=True)  # a link that replaces itself stays
         # The cache marks what a repository lacks by an empty file. A directory is no mark, and keeps
         # the next program that asks the Hub from making one.
-        mark = marks / file
+        mark = _marks(snapshot) / file
         if mark.is_file():
             mark.unlink()
         mark.mkdir(parents=True, exist_ok=True)
@@ -114,7 +113,7 @@ def install_release(source: str, text_to_speech: bool = True) -> Path:
 
 
 def _released_commit(source: str, revision: str | None, hub: dict[str, Any]) -> str | None:
-    """The commit of a Hub repository that has the authors' files and no `config.json`."""
+    """The commit of a Hub repository that has the authors' files and no `config.json` of its own."""
     try:
         config, settings = (
             try_to_load_from_cache(source, name, hub["cache_dir"], revision)
@@ -122,18 +121,28 @@ def _released_commit(source: str, revision: str | None, hub: dict[str, Any]) -> 
         )
         if isinstance(config, str) and not isinstance(settings, str):
             return None  # any other repository; it takes no request to know
-        commit = Path(hf_hub_download(source, CODEC_CONFIG_FILE, revision=revision, **hub)).parent.name
+        snapshot = Path(hf_hub_download(source, CODEC_CONFIG_FILE, revision=revision, **hub)).parent
     except (OSError, ValueError):  # the Hub's own errors are one or the other; loading `source` says what is wrong
         return None
     config = cached_file(
         source,
         "config.json",
-        revision=commit,
+        revision=snapshot.name,
         **hub,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return commit if config is None else None
+    return snapshot.name if config is None or _is_installed(snapshot) else None
+
+
+def _is_installed(snapshot: Path) -> bool:
+    """Whether [`install_release`] put the `config.json` there."""
+    return (_marks(snapshot) / "config.json").is_dir()
+
+
+def _marks(snapshot: Path) -> Path:
+    """Where the cache of the Hub marks what a snapshot lacks."""
+    return snapshot.parents[1] / ".no_exist" / snapshot.name
 
 
 def _convert_once(
