@@ -1,6 +1,9 @@
 """Programs of others with FlexiCodec in place of their codec, by the adapters of `examples/integrations`."""
 
 import importlib
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,3 +129,24 @@ def test_parler_tts_gets_labels_from_its_encoding_step(adapter, codec_dir, unmer
     for row, expected in zip(output, codes, strict=True):
         assert torch.equal(row[: expected.shape[1], :3].T, expected)
     assert extractor.model_input_names[0] == "input_values"
+
+
+@pytest.mark.slow  # an interpreter, and two processes with the model
+def test_datasets_map_in_several_processes_ends_after_the_model_ran(codec_dir, tmp_path):
+    """The way that `docs/language_models.md` shows, in a process whose threads have worked."""
+    page = (INTEGRATIONS.parent.parent / "docs" / "language_models.md").read_text()
+    (snippet,) = re.findall(r"^```python\n([^`]*num_proc=2[^`]*)^```$", page, flags=re.MULTILINE)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch, flexicodec_hf\nfrom transformers import AutoFeatureExtractor, AutoModel\n"
+        f"codec = AutoModel.from_pretrained({str(codec_dir())!r})\n"
+        f"feature_extractor = AutoFeatureExtractor.from_pretrained({str(codec_dir())!r})\n"
+        "torch.set_num_threads(2)\n"
+        "audio = torch.randn(32_000, generator=torch.Generator().manual_seed(0)).numpy()\n"
+        "inputs = feature_extractor(audio[:20_000], sampling_rate=16_000, return_tensors='pt')\n"
+        "expected = codec.encode(**inputs).audio_codes[0].tolist()\n"
+        f"{snippet}assert tokens[1]['audio_codes'] == expected and torch.get_num_threads() == 2\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, program], check=True, timeout=180, env=environment)
