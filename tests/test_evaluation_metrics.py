@@ -1,6 +1,7 @@
 import math
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -308,5 +309,12 @@ def test_a_measure_without_what_it_needs_says_so(monkeypatch, speech):
     monkeypatch.setitem(sys.modules, "distillmos", None)
     with pytest.raises(DataError, match=r"the measure mos needs the package `distillmos`.*pip install distillmos"):
         SpeechMetric("mos")
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "flexicodec_hf.data.files.importlib.import_module", Mock(side_effect=OSError("no libtorch_cuda"))
+    )
+    with pytest.raises(DataError, match=r"the package `distillmos` \(no libtorch_cuda\)"):
+        SpeechMetric("mos")
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="same shape"):
         SpeechMetric("mcd").compute(predictions=[speech], references=[speech[1:]])

@@ -308,9 +308,9 @@ class SpeechMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any] | None = None, **options: Any) -> Values:
-        columns = (predictions,) if references is None else (predictions, references)
+        columns: list[Any] = [predictions] if references is None else [predictions, references]
         if MEASURES[self.config_name].inputs[0] is _WAVEFORM:
-            columns = tuple([np.array(waveform, dtype=np.float32) for waveform in column] for column in columns)
+            columns = [[np.array(waveform, dtype=np.float32) for waveform in column] for column in columns]
         return totals([self.measure(*item, **options) for item in zip(*columns, strict=True)])
 
 
