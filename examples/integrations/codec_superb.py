@@ -33,4 +33,4 @@ class Codec(BaseCodec):
     @torch.no_grad()
     def decode_unit(self, stuff_for_synth):
         audio_codes, token_lengths = stuff_for_synth
-        return self.model.decode(audio_codes, token_lengths).audio_values[0].cpu()  # (1, num_samples)
+        return self.model.decode(audio_codes, token_lengths=token_lengths).audio_values[0].cpu()  # (1, num_samples)
