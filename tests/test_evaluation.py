@@ -661,6 +661,8 @@ def test_errors_of_a_run(folder, monkeypatch):
         evaluate(clips[1:2], [Original()], Evaluator(["mel"]))
     with pytest.raises(ValueError, match="unknown measure 'snr': choose from wer, pesq"):
         Evaluator(["snr"])
+    with pytest.raises(ValueError, match="unknown measure 'ds_wed': choose from wer, pesq"):
+        Evaluator(["mel", "ds_wed"])  # of pairs of readings, not of clips
     with pytest.raises(ValueError, match="speaker needs a `model`: a speaker encoder"):
         Evaluator(["speaker"])
     monkeypatch.setitem(sys.modules, "pystoi", None)

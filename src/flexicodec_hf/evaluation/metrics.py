@@ -215,7 +215,7 @@ def ds_wed(
     if any(weight != int(weight) for weight in weights):
         raise ValueError(f"`weights` must be whole numbers, got {tuple(weights)}: scale them, for example by 10.")
     levenshtein = require("rapidfuzz.distance", "DS-WED", "eval").Levenshtein
-    return levenshtein.distance(prediction, reference, weights=tuple(weights))
+    return levenshtein.distance(prediction, reference, weights=tuple(int(weight) for weight in weights))
 
 
 class _Measure(NamedTuple):

@@ -22,12 +22,16 @@ from .recognizers import SAMPLING_RATE, Normalizer, Recognizer, SpeakerEncoder
 from .report import Report, Row
 
 
+# Of single clips.
+MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "mos", "dnsmos", "stability")
+
+
 class Evaluator:
     """
     Measures speech with [`SpeechMetric`].
 
     Args:
-        measures: `wer` (with CER), `pesq` (both bands), `stoi`, `mcd`, `mel`, `speaker`, `mos`, `dnsmos`, `stability`.
+        measures: Names from [`MEASURES`].
         recognizer: For `wer`, see [`load_recognizer`].
         normalizer: For `wer`, see [`load_normalizer`].
         speaker_encoder: For `speaker`, see [`load_speaker_encoder`].
@@ -46,6 +50,8 @@ class Evaluator:
         speaker_encoder: SpeakerEncoder | None = None,
         device: str = "cpu",
     ):
+        if unknown := set(measures) - set(MEASURES):
+            raise ValueError(f"unknown measure {min(unknown)!r}: choose from {', '.join(MEASURES)}.")
         if "wer" in measures and (recognizer is None or normalizer is None):
             raise ValueError("the measure wer needs a `recognizer` and a `normalizer`.")
         self.measures = tuple(measures)
