@@ -20,6 +20,8 @@ from packaging.version import Version
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
+    HubertConfig,
+    HubertModel,
     VitsConfig,
     VitsModel,
     VitsTokenizer,
@@ -43,7 +45,12 @@ from flexicodec_hf.evaluation.methods import (
     TextToSpeech,
     even_token_lengths,
 )
-from flexicodec_hf.evaluation.recognizers import load_normalizer, load_recognizer, load_speaker_encoder
+from flexicodec_hf.evaluation.recognizers import (
+    load_normalizer,
+    load_recognizer,
+    load_speaker_encoder,
+    load_unit_tokenizer,
+)
 from flexicodec_hf.evaluation.report import Report
 from flexicodec_hf.evaluation.run import Evaluator, evaluate
 
@@ -72,10 +79,10 @@ def folder(tmp_path) -> Path:
 def asr(tmp_path, monkeypatch) -> Path:
     """A directory that looks like CTranslate2's, and a fake faster-whisper with one sentence for any audio."""
     pytest.importorskip("jiwer")
+    pytest.importorskip("whisper_normalizer")
     directory = tmp_path / "asr"
     directory.mkdir()
     (directory / "model.bin").touch()
-    (directory / "normalizer.json").write_text(json.dumps({"colour": "color"}))
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "faster_whisper.py").write_text(
@@ -223,22 +230,14 @@ def test_errors_of_data(tmp_path):
 # Recognizers, normalizers, speakers
 
 
-def test_english_normalizer_needs_its_table(asr, monkeypatch, tmp_path):
-    normalize = load_normalizer("en", (str(asr),))
-    assert normalize("Mr. Smith's colour: twenty-one!") == "mister smith is color 21"
-    assert load_normalizer("en", (str(asr / "normalizer.json"),))("Colour") == "color"
+def test_normalizers_are_whispers(monkeypatch):
+    pytest.importorskip("whisper_normalizer")
+    assert load_normalizer("en")("Mr. Smith's colour: twenty-one!") == "mister smith is color 21"
     assert load_normalizer("fr")("Où est-il ?").split() == ["où", "est", "il"]
-    monkeypatch.setattr("flexicodec_hf.evaluation.recognizers.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"table of spellings.*openai/whisper-base.*pip install whisper-normalizer"):
-        load_normalizer("en", (str(tmp_path),))
-
-    package = tmp_path / "packages" / "whisper_normalizer" / "normalizers"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").touch()
-    (package / "english.json").write_text('{"colour": "color"}')
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    assert load_normalizer("en", (str(tmp_path),))("Colour") == "color"
+    monkeypatch.setitem(sys.modules, "whisper_normalizer", None)
+    assert load_normalizer("fr")("Où est-il ?").split() == ["où", "est", "il"]
+    with pytest.raises(DataError, match=r"English normalizer needs .*`whisper_normalizer`.*flexicodec-hf\[eval\]"):
+        load_normalizer("en")
 
 
 def test_a_fake_faster_whisper_gets_options_that_repeat_its_words(asr, monkeypatch):
@@ -330,6 +329,32 @@ def test_any_x_vector_model_serves(tmp_path, device):
         load_speaker_encoder(str(tmp_path / "nothing"))
 
 
+def test_units_are_the_nearest_centroids_of_the_spoken_part(tmp_path, monkeypatch):
+    """With a fake detector of speech. The units of the package dswed 1.0.0 were found to be the same."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (10, 8), "num_feat_extract_layers": 2}
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**sizes, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)).eval()
+    model.save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path)  # as in the repository of HuBERT base
+    waveform = second_of_speech()
+    found = [{"start": 1_000, "end": 5_000}, {"start": 9_000, "end": 15_000}]
+    vad = SimpleNamespace(
+        load_silero_vad=lambda: "detector", get_speech_timestamps=lambda audio, detector: found if audio.any() else []
+    )
+    monkeypatch.setitem(sys.modules, "silero_vad", vad)
+    with torch.no_grad():
+        states = model(torch.from_numpy(waveform[None, 1_000:15_000]), output_hidden_states=True).hidden_states[1][0]
+    centroids = states[:7].numpy()
+    units = load_unit_tokenizer(str(tmp_path), centroids, layer=1)
+    expected = np.linalg.norm(states.numpy()[:, None] - centroids, axis=2).argmin(axis=1)
+    assert units(waveform) == expected.tolist() and len(set(units(waveform))) > 2
+    assert len(units(np.zeros(800, dtype=np.float32))) == 10  # all of it: nothing is spoken
+    monkeypatch.setitem(sys.modules, "silero_vad", None)
+    with pytest.raises(DataError, match=r"`silero_vad`.*pip install silero-vad"):
+        load_unit_tokenizer(str(tmp_path), centroids)
+
+
 def test_resemblyzer_tells_speakers_apart():
     pytest.importorskip("resemblyzer")
     encode = load_speaker_encoder("resemblyzer")
@@ -386,6 +411,15 @@ def test_tokens_of_a_fixed_rate_cover_all_frames(rate):
         (lengths,) = even_token_lengths(num_frames, 12.5 / rate).tolist()
         assert sum(lengths) == num_frames and len(lengths) == math.ceil(num_frames * rate / 12.5)
         assert set(lengths[:-1]) <= {math.floor(12.5 / rate), math.ceil(12.5 / rate)} and lengths[-1] >= 1
+
+
+def test_tokens_are_semantic_codes_with_their_lengths(codec, device):
+    model, extractor = codec
+    method = CodecReconstruction(model, extractor, target_frame_rate=6.25)
+    inputs = extractor(second_of_speech(), sampling_rate=16_000, return_tensors="pt", device=device)
+    encoded = model.encode(**inputs, target_frame_rate=6.25)
+    expected = torch.stack([encoded.audio_codes[0, 0], encoded.token_lengths[0]], dim=1).tolist()
+    assert [list(token) for token in method.tokenize(second_of_speech())] == expected
 
 
 def test_one_frame_a_token_is_no_merging(codec):
@@ -580,7 +614,7 @@ def test_clips_of_one_name_are_measured_each(folder, tmp_path):
 
 
 def test_silence_of_text_to_speech_counts_as_errors_and_takes_no_time(asr):
-    evaluator = Evaluator(["wer"], load_recognizer(str(asr)), load_normalizer("en", (str(asr),)))
+    evaluator = Evaluator(["wer"], load_recognizer(str(asr)), load_normalizer("en"))
     silent = TextToSpeech(lambda text: {"audio": np.zeros((1, 0), dtype=np.float32), "sampling_rate": 24_000})
     report = evaluate([{"text": "he was not"}], [silent], evaluator)
     assert report.totals()["text-to-speech"]["wer"] == 1
@@ -627,11 +661,24 @@ def test_errors_of_a_run(folder, monkeypatch):
         evaluate(clips[1:2], [Original()], Evaluator(["mel"]))
     with pytest.raises(ValueError, match="unknown measure 'snr': choose from wer, pesq"):
         Evaluator(["snr"])
-    with pytest.raises(ValueError, match="speaker needs a `speaker_encoder`"):
+    with pytest.raises(ValueError, match="unknown measure 'ds_wed': choose from wer, pesq"):
+        Evaluator(["mel", "ds_wed"])  # of pairs of readings, not of clips
+    with pytest.raises(ValueError, match="speaker needs a `model`: a speaker encoder"):
         Evaluator(["speaker"])
     monkeypatch.setitem(sys.modules, "pystoi", None)
     with pytest.raises(DataError, match=r"the measure stoi needs the package `pystoi`.*flexicodec-hf\[eval\]"):
         Evaluator(["stoi"])
+
+
+def test_stability_is_measured_of_methods_with_tokens(folder, codec):
+    pytest.importorskip("rapidfuzz")
+    method = CodecReconstruction(*codec)
+    report = evaluate(load_rows(folder)[:2], [Original(), method], Evaluator(["stability"]))
+    original, stable = report.totals().values()
+    assert "compared_tokens" not in original
+    assert stable["compared_tokens"] == sum(row["num_tokens"] for row in report.rows[1::2])
+    assert all(0 <= stable[f"changed_by_{way}"] <= 1 for way in ("noise", "gain", "resampling", "shift"))
+    assert stable["changed_by_noise"] > 0 and "| noise %" in report.table()
 
 
 def test_speakers_are_compared(folder):
@@ -657,7 +704,7 @@ def test_texts_are_spoken(folder, asr):
     evaluator = Evaluator(
         ["wer", "speaker"],
         load_recognizer(str(asr)),
-        load_normalizer("en", (str(asr),)),
+        load_normalizer("en"),
         lambda waveform: waveform[:9],
     )
     report = evaluate(load_speech(folder / "texts.csv"), [Original(), TextToSpeech(synthesizer)], evaluator)
@@ -825,6 +872,17 @@ def test_the_command_streams_part_of_a_dataset(run, tmp_path):
     assert status == 0 and "| 000001 | threshold 0.91, 5 codebooks |" in output and "000002" not in output
 
 
+def test_the_command_measures_opinions_and_stability(run, folder, monkeypatch):
+    network = SimpleNamespace(ConvTransformerSQAModel=lambda: torch.nn.AdaptiveAvgPool1d(1))
+    monkeypatch.setitem(sys.modules, "distillmos", network)
+    (folder / "table.csv").write_text("file_name\nshort_0p08s.wav\n")
+    status, output, errors = run(folder / "table.csv", "--measures", "mos", "stability")
+    assert (status, errors) == (0, "")
+    header, _, original, codec = output.strip().splitlines()
+    assert [word.strip() for word in header.split("|")[3:4]] == ["MOS"] and header.rstrip(" |").endswith("shift %")
+    assert original.split("|")[-2].strip() == "" and codec.split("|")[-2].strip() != ""
+
+
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"), reason="a bug of transformers 5.17: pipelines of VITS fail"
 )
@@ -903,9 +961,10 @@ def test_the_page_runs(codec_dir, folder, asr, tmp_path, monkeypatch):
     for command in commands:
         assert main([*command.split(), "--limit", "1"]) == 0
     assert len(commands) == 2 and Path("results.png").is_file() and Path("results/results.json").is_file()
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    snippets = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     # The small codec has five codebooks.
-    Path("page.py").write_text(snippet.replace("8 codebooks", "5 codebooks"))
+    shutil.copy(AUDIO / "librivox_austen_0880.flac", "speech.flac")
+    Path("page.py").write_text("\n".join(snippets).replace("8 codebooks", "5 codebooks"))
     runpy.run_path("page.py")
 
 

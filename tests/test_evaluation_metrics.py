@@ -1,22 +1,31 @@
 import math
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from scipy.fft import dct
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from conftest import AUDIO
-from flexicodec_hf.data.files import DataError
-from flexicodec_hf.evaluation.metrics import (
-    character_errors,
-    cosine_similarity,
+
+
+evaluate = pytest.importorskip("evaluate")
+
+from flexicodec_hf.data.files import DataError  # noqa: E402
+from flexicodec_hf.evaluation import metrics  # noqa: E402
+from flexicodec_hf.evaluation.metrics import (  # noqa: E402
+    SpeechMetric,
     dnsmos,
     log_mel_distance,
     mel_cepstral_distortion,
     pesq,
+    speaker_similarity,
     stoi,
+    token_changes,
     word_errors,
 )
 
@@ -119,16 +128,24 @@ def test_waveforms_must_fit(measure, speech):
 
 def test_errors_are_counted():
     pytest.importorskip("jiwer")
+
+    def words(reference: str, prediction: str) -> tuple[int, int]:
+        values = word_errors(prediction, reference)
+        return values["word_errors"], values["words"]
+
     # on -> in, mat -> today
-    assert word_errors("the cat sat on the mat", "the cat sat in the today") == (2, 6)
-    assert word_errors("the cat sat on the mat", "the cat sat on the mat") == (0, 6)
-    assert word_errors("a b", "") == (2, 2)
-    assert word_errors("a b", "a b c d e") == (3, 2)
-    assert character_errors("abc d", "abd") == (2, 5)
+    assert words("the cat sat on the mat", "the cat sat in the today") == (2, 6)
+    assert words("the cat sat on the mat", "the cat sat on the mat") == (0, 6)
+    assert words("a b", "") == (2, 2)
+    assert words("a b", "a b c d e") == (3, 2)
+    values = word_errors("abd", "abc d")
+    assert (values["character_errors"], values["characters"]) == (2, 5)
 
 
-def test_cosine_similarity():
-    assert cosine_similarity(np.array([1.0, 0.0]), np.array([2.0, 2.0])) == pytest.approx(math.sqrt(0.5))
+def test_speakers_are_compared_by_the_cosine():
+    first, second = np.array([1.0, 0.0]), np.array([2.0, 2.0])
+    assert speaker_similarity(first, second, lambda vector: vector) == pytest.approx(math.sqrt(0.5))
+    assert speaker_similarity(first, np.zeros(2), lambda vector: vector) is None
 
 
 def test_dnsmos_is_lower_for_noise(speech):
@@ -151,3 +168,153 @@ def test_missing_packages_are_named(monkeypatch, speech, package, measure, insta
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DataError, match=rf"`{package}`.*{install}"):
         measure(speech, speech)
+
+
+# As modules of `evaluate`
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No network, and no cache but a new one."""
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(sys.modules, "evaluate_modules", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pesq", lambda x, y: {"pesq_nb": pesq(x, y, "nb"), "pesq_wb": pesq(x, y, "wb")}),
+        ("stoi", lambda x, y: {"stoi": stoi(x, y)}),
+        ("mcd", lambda x, y: {"mcd": mel_cepstral_distortion(x, y)}),
+        ("mel", lambda x, y: {"mel_distance": log_mel_distance(x, y)}),
+    ],
+)
+def test_evaluate_loads_a_measure_by_its_path(speech, name, expected):
+    """And the value of a corpus is the mean of the values of the functions, without what is not defined."""
+    metric = evaluate.load(metrics.__file__, name)
+    assert isinstance(metric, evaluate.Metric)
+    pairs = [(speech, with_noise(speech, 20)), (speech[:24_000], with_noise(speech, 5)[:24_000])]
+    silence = np.zeros(1_000, dtype=np.float32)
+    undefined = [] if name in ("mcd", "mel") else [(silence, silence)]
+    results = metric.compute(
+        predictions=[degraded for _, degraded in pairs + undefined],
+        references=[reference for reference, _ in pairs + undefined],
+    )
+    values = [expected(*pair) for pair in pairs]
+    for key in values[0]:
+        assert results[key] == pytest.approx(np.mean([value[key] for value in values]), rel=1e-6)
+        assert results[f"{key}_count"] == 2 and results[f"{key}_std"] > 0
+
+
+def test_measures_combine(speech):
+    pytest.importorskip("jiwer")
+    combined = evaluate.combine([SpeechMetric("stoi"), SpeechMetric("mcd"), SpeechMetric("stability", model=list)])
+    noisy = with_noise(speech, 10)
+    for length in (16_000, 24_000):
+        combined.add(prediction=noisy[:length], reference=speech[:length])
+    results = combined.compute()
+    assert results["stoi_count"] == results["mcd_count"] == 2
+    assert results["compared_tokens"] == 40_000 and results["changed_by_noise"] > 0.5
+    assert "references" not in SpeechMetric("stability", model=list).features
+
+
+def test_error_rates_are_those_of_the_corpus():
+    pytest.importorskip("jiwer")
+    metric = SpeechMetric("wer", keep_in_memory=True)
+    results = metric.compute(predictions=["a b", "c d e f g h"], references=["a x", "c d e f g h"])
+    assert results["wer"] == 1 / 8 and results["cer"] == 1 / 14  # not the means 1/4 and 1/6
+
+
+def test_rates_are_those_of_the_corpus():
+    results = SpeechMetric("rate").compute(predictions=[10, 18], references=[1.0, 3.0], bits_per_token=15)
+    assert results == {"tokens_per_second": 7.0, "bits_per_second": 105.0, "tokens_per_second_std": 2.0}
+    assert "bits_per_second" not in SpeechMetric("rate").compute(predictions=[10], references=[1.0])
+
+
+def test_tokens_that_change_are_counted():
+    waveform = np.linspace(-1, 1, 16_000, dtype=np.float32)
+    values = token_changes(waveform, lambda waveform: [len(waveform) > 15_900, bool(np.abs(waveform).max() > 0.7), 7])
+    assert values == {
+        "compared_tokens": 3,
+        "noise_changes": 0,
+        "gain_changes": 1,
+        "resampling_changes": 0,
+        "shift_changes": 1,
+    }
+
+
+def test_a_token_more_changes_no_other():
+    waveform = np.zeros(16_000, dtype=np.float32)
+    values = token_changes(waveform, lambda waveform: [0] * (len(waveform) < 16_000) + [1, 2, 3, 2])
+    assert values["shift_changes"] == 0 and values["compared_tokens"] == 4
+
+
+def test_changes_are_of_the_size_that_is_documented(speech):
+    inputs: list[np.ndarray] = []
+    token_changes(speech, lambda waveform: inputs.append(waveform) or [0])
+    clean, noisy, soft, resampled, late = inputs
+    assert all(waveform.dtype == np.float32 for waveform in inputs)
+    powers = [np.mean(np.square(waveform)) for waveform in (clean, noisy - clean, soft)]
+    assert 10 * np.log10(powers[0] / powers[1]) == pytest.approx(20, abs=0.1)
+    assert 10 * np.log10(powers[2] / powers[0]) == pytest.approx(-6)
+    assert resampled.shape == clean.shape and 0 < np.abs(resampled - clean).max() < 0.05
+    np.testing.assert_array_equal(late, clean[160:])
+
+
+def test_ds_wed_is_a_weighted_edit_distance():
+    pytest.importorskip("rapidfuzz")
+    metric = SpeechMetric("ds_wed")
+    pair = {"predictions": [[1, 2, 2, 3]], "references": [[1, 4, 3]]}  # a deletion and a substitution
+    assert metric.compute(**pair)["ds_wed"] == 2
+    assert metric.compute(**pair, weights=(1, 3, 2))["ds_wed"] == 5
+    assert metric.compute(**pair, weights=(1, 3, 9))["ds_wed"] == 7  # two deletions and an insertion are cheaper
+    with pytest.raises(ValueError, match=r"`weights` must be whole numbers, got \(1, 1, 1.2\)"):
+        metric.compute(**pair, weights=(1, 1, 1.2))
+
+
+def test_distill_mos_is_lower_for_noise(speech):
+    pytest.importorskip("distillmos", exc_type=(ImportError, OSError))
+    results = SpeechMetric("mos").compute(predictions=[speech, with_noise(speech, 0)])
+    assert results["mos_count"] == 2 and 1 < results["mos"] < 5
+    measure = SpeechMetric("mos").measure
+    assert measure(speech)["mos"] > measure(with_noise(speech, 0))["mos"] + 0.5
+
+
+def test_distill_mos_of_a_fake_package_gets_a_batch_of_one(speech, monkeypatch, capsys):
+    class Network(torch.nn.Module):
+        def forward(self, waveforms):
+            assert waveforms.shape == (1, len(speech)) and waveforms.dtype == torch.float32
+            return waveforms.abs().amax(dim=1, keepdim=True)
+
+    fake = SimpleNamespace(ConvTransformerSQAModel=lambda: print("weights loaded") or Network())
+    monkeypatch.setitem(sys.modules, "distillmos", fake)
+    assert SpeechMetric("mos").compute(predictions=[speech])["mos"] == pytest.approx(np.abs(speech).max())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_measure_without_what_it_needs_says_so(monkeypatch, speech):
+    with pytest.raises(ValueError, match="unknown measure 'snr': choose from wer, pesq"):
+        SpeechMetric("snr")
+    with pytest.raises(ValueError, match="unknown measure None"):
+        evaluate.load(metrics.__file__)
+    with pytest.raises(ValueError, match="the measure speaker needs a `model`: a speaker encoder"):
+        SpeechMetric("speaker")
+    with pytest.raises(ValueError, match="the measure stability needs a `model`: a function that makes tokens"):
+        SpeechMetric("stability")
+    with pytest.raises(DataError, match="cannot load the speaker encoder nothing/here"):
+        SpeechMetric("speaker", model="nothing/here")
+    monkeypatch.setitem(sys.modules, "distillmos", None)
+    with pytest.raises(DataError, match=r"the measure mos needs the package `distillmos`.*pip install distillmos"):
+        SpeechMetric("mos")
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "flexicodec_hf.data.files.importlib.import_module", Mock(side_effect=OSError("no libtorch_cuda"))
+    )
+    with pytest.raises(DataError, match=r"the package `distillmos` \(no libtorch_cuda\)"):
+        SpeechMetric("mos")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="same shape"):
+        SpeechMetric("mcd").compute(predictions=[speech], references=[speech[1:]])

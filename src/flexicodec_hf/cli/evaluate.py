@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from ..evaluation.methods import Method
     from ..evaluation.run import Evaluator
 
+_MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "mos", "dnsmos", "stability")
 # What decides the results: all results in a directory have the same.
 _DATA_SETTINGS = ("config_name", "split", "audio_column", "text_column")
-_MEASURE_SETTINGS = ("asr", "language", "normalizer", "speaker_model")
+_MEASURE_SETTINGS = ("asr", "language", "speaker_model")
 _SETTINGS = ("task", "model", "data", *_DATA_SETTINGS, *_MEASURE_SETTINGS, "chunk_length_s", "seed", "dtype")
 
 
@@ -68,12 +69,10 @@ def add_commands(commands: Any) -> None:
 
     add = parser.add_argument_group("measures").add_argument
     text = "default: pesq, stoi, mcd and mel (of the codec), wer with --asr, speaker with --speaker-model"
-    add("--measures", nargs="+", choices=("wer", "pesq", "stoi", "mcd", "mel", "speaker", "dnsmos"), help=text)
+    add("--measures", nargs="+", choices=_MEASURES, help=text)
     text = "recognizer for error rates: an `automatic-speech-recognition` model, or one in CTranslate2's format"
     add("--asr", metavar="ID_OR_DIR", help=text)
     add("--language", default="en", metavar="CODE", help="spoken language (default: en)")
-    text = "normalizer.json with English spellings, or a model that has it (default: --asr, or whisper-normalizer)"
-    add("--normalizer", metavar="FILE_OR_ID", help=text)
     add("--speaker-model", metavar="ID_OR_DIR", help="speaker encoder: resemblyzer, or a model with an x-vector head")
 
     add = parser.add_argument_group("results").add_argument
@@ -92,10 +91,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     measures = _measures(args)
     device = choose_device(args)
 
+    from ..data.files import require
+
+    require("evaluate", "flexicodec-hf evaluate", "eval")
     from accelerate import PartialState
     from datasets import Dataset
 
-    from ..data.files import require
     from ..data.sources import load_speech
     from ..evaluation.methods import Original
     from ..evaluation.run import evaluate
@@ -121,7 +122,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             dataset = dataset.take(size)
         evaluator = _evaluator(args, measures, device)
         methods = (_codec_methods if args.task == "codec" else _speaking_methods)(args, device)
-        if {"wer", "dnsmos"} & set(measures):
+        if {"wer", "mos", "dnsmos"} & set(measures):
             methods.insert(0, Original())
         settings = {name: getattr(args, name) for name in _SETTINGS}
         report = evaluate(dataset, methods, evaluator, args.output_dir, settings, on_error=report_error)
@@ -161,11 +162,11 @@ def _evaluator(args: argparse.Namespace, measures: list[str], device: str) -> Ev
 
     recognizer = normalizer = speaker_encoder = None
     if "wer" in measures:
-        normalizer = load_normalizer(args.language, (args.normalizer or args.asr,))
+        normalizer = load_normalizer(args.language)
         recognizer = load_recognizer(args.asr, args.language, device)
     if "speaker" in measures:
         speaker_encoder = load_speaker_encoder(args.speaker_model, device)
-    return Evaluator(measures, recognizer, normalizer, speaker_encoder)
+    return Evaluator(measures, recognizer, normalizer, speaker_encoder, device)
 
 
 def _codec_methods(args: argparse.Namespace, device: str) -> list[Method]:

@@ -172,7 +172,7 @@ def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of the package does not fit this build of PyTorch
         install = f"'flexicodec-hf[{extra}]'" if extra else module.split(".")[0].replace("_", "-")
         raise DataError(f"{purpose} needs the package `{module}` ({error}): pip install {install}") from error
 

@@ -17,7 +17,7 @@ from ..audio_flexicodec import resample
 from ..data.runner import chunk_length
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
-from .metrics import SAMPLING_RATE
+from .recognizers import SAMPLING_RATE
 
 
 # How labels name each way to choose the token rate.
@@ -141,11 +141,26 @@ class CodecReconstruction:
 
     @torch.inference_mode()
     def __call__(self, clip: Clip) -> Speech | None:
-        waveform, codec = clip.waveform, self._codec
-        if waveform is None:
+        if clip.waveform is None:
             return None
-        chunk_length_s = chunk_length(len(waveform) / SAMPLING_RATE, self._chunk_length_s)
         start = time.perf_counter()
+        encoded, chunk_length_s = self._encode(clip.waveform)
+        decoded: Any = self._codec.decode(encoded.audio_codes, encoded.token_lengths, chunk_length_s=chunk_length_s)
+        output = decoded.audio_values[0, 0].float().cpu().numpy()[: len(clip.waveform)]
+        seconds = time.perf_counter() - start
+        num_tokens = encoded.audio_codes.shape[2]
+        return Speech(output, True, seconds, num_tokens, num_tokens * self._bits_per_token)
+
+    @torch.inference_mode()
+    def tokenize(self, waveform: np.ndarray) -> list[tuple[int, int]]:
+        """The tokens of a waveform `(num_samples,)` at 16 kHz: the semantic code of each, and its length in frames."""
+        encoded, _ = self._encode(waveform)
+        return list(zip(encoded.audio_codes[0, 0].tolist(), encoded.token_lengths[0].tolist(), strict=True))
+
+    def _encode(self, waveform: np.ndarray) -> tuple[Any, float | None]:
+        """The codec's output, and the length of the chunks that the clip was processed in."""
+        codec = self._codec
+        chunk_length_s = chunk_length(len(waveform) / SAMPLING_RATE, self._chunk_length_s)
         inputs = self._feature_extractor(
             waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=codec.device
         )
@@ -154,12 +169,8 @@ class CodecReconstruction:
         if "fixed_frame_rate" in self._rate:
             frames_per_token = codec.config.frame_rate / self._rate["fixed_frame_rate"]
             segmentation = {"token_lengths": even_token_lengths(frames.semantic_frames.shape[1], frames_per_token)}
-        encoded: Any = codec.quantize_frames(frames, self._codebooks, **segmentation, chunk_length_s=chunk_length_s)
-        decoded: Any = codec.decode(encoded.audio_codes, encoded.token_lengths, chunk_length_s=chunk_length_s)
-        output = decoded.audio_values[0, 0].float().cpu().numpy()[: len(waveform)]
-        seconds = time.perf_counter() - start
-        num_tokens = encoded.audio_codes.shape[2]
-        return Speech(output, True, seconds, num_tokens, num_tokens * self._bits_per_token)
+        encoded = codec.quantize_frames(frames, self._codebooks, **segmentation, chunk_length_s=chunk_length_s)
+        return encoded, chunk_length_s
 
 
 class TextToSpeech:

@@ -1,27 +1,26 @@
-"""Models that the measures use: speech recognizers, text normalizers, speaker encoders."""
+"""Models that the measures use: speech recognizers, text normalizers, encoders of speakers, predictors of opinions."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from contextlib import contextmanager, redirect_stdout
+from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
-from transformers import AutoFeatureExtractor, AutoModelForAudioXVector, pipeline
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioXVector, pipeline
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from ..audio_flexicodec import resample
 from ..data.files import DataError, require
-from .metrics import SAMPLING_RATE
 
 
-# Names of the table of British spellings: in Whisper's repositories on the Hub, and in the package openai-whisper.
-_SPELLING_FILES = ("normalizer.json", "english.json")
+# Of all measures, in hertz: wide-band PESQ, Whisper and most speaker encoders accept no other rate.
+SAMPLING_RATE = 16_000
 # Whisper sees 30 s at once.
 _WHISPER_SAMPLES = 30 * SAMPLING_RATE
 
@@ -65,31 +64,21 @@ def load_recognizer(model: str, language: str = "en", device: str = "cpu") -> Re
     return recognize
 
 
-def load_normalizer(language: str = "en", sources: tuple[str, ...] = ()) -> Normalizer:
+def load_normalizer(language: str = "en") -> Normalizer:
     """
     Load Whisper's text normalizer (arXiv:2212.04356, appendix C): the English one for `en`, otherwise the basic one.
 
-    The English one also turns British spellings into American ones. Their table is not in transformers; it is taken
-    from `normalizer.json` of a Whisper model.
-
     Args:
         language: ISO 639-1 code of the texts.
-        sources: Where to look for the table: JSON files, directories or Hub ids of models. The first that has one is
-            used, or else the package `whisper-normalizer`.
 
     Raises:
-        DataError: The language is English, and no table was found.
+        DataError: The language is English, and `whisper-normalizer`, which has the table of spellings, is missing.
     """
     if language != "en":
         return BasicTextNormalizer()
-    for path in (*map(_spelling_file, sources), _packaged_spelling_file()):
-        if path is not None:
-            return EnglishTextNormalizer(json.loads(path.read_text(encoding="utf-8")))
-    raise DataError(
-        "Whisper's English normalizer needs its table of spellings, which is not in "
-        f"{', '.join(sources) or 'the sources given (none)'}: pass the `normalizer.json` of a Whisper model "
-        "(`--normalizer openai/whisper-base`), or pip install whisper-normalizer"
-    )
+    require("whisper_normalizer", "Whisper's English normalizer", "eval")
+    table = files("whisper_normalizer").joinpath("normalizers", "english.json")
+    return EnglishTextNormalizer(json.loads(table.read_text(encoding="utf-8")))
 
 
 def load_speaker_encoder(model: str, device: str = "cpu") -> SpeakerEncoder:
@@ -121,6 +110,67 @@ def load_speaker_encoder(model: str, device: str = "cpu") -> SpeakerEncoder:
         return network(**inputs).embeddings[0].cpu().numpy()
 
     return encode
+
+
+def load_mos_predictor(device: str = "cpu") -> Callable[[np.ndarray], float]:
+    """
+    Load Distill-MOS (arXiv:2502.05356), as a function from a waveform (`(num_samples,)` at 16 kHz) to its predicted
+    mean opinion score from 1 to 5.
+
+    Args:
+        device: Where to run.
+
+    Raises:
+        DataError: The package `distillmos`, which includes the weights, is missing.
+    """
+    package = require("distillmos", "the measure mos")
+    with redirect_stdout(StringIO()):  # it prints the path of its weights
+        network = package.ConvTransformerSQAModel().to(device).eval()
+
+    @torch.inference_mode()
+    def predict(waveform: np.ndarray) -> float:
+        return network(torch.from_numpy(waveform).float()[None].to(device)).item()
+
+    return predict
+
+
+def load_unit_tokenizer(
+    model: str, centroids: np.ndarray, layer: int = 8, device: str = "cpu"
+) -> Callable[[np.ndarray], list[int]]:
+    """
+    Load what makes the discrete units of DS-WED (arXiv:2509.19928), as a function from a waveform (`(num_samples,)`
+    at 16 kHz) to its units, as the authors' package does (`dswed` 1.0.0, `ds_wed.py`): silence around the speech is
+    cut off (Silero VAD), and each frame of a layer of HuBERT or WavLM becomes the nearest centroid of k-means.
+
+    Args:
+        model: A Hub id (`facebook/hubert-base-ls960`, `microsoft/wavlm-base`) or a directory.
+        centroids: `(num_units, hidden_size)`: `cluster_centers_` of the authors' k-means (the default of their package
+            has 50 units), which they publish as a pickle: load it only if you trust it.
+        layer: Number of the layer, from 1.
+        device: Where to run.
+
+    Raises:
+        DataError: The package `silero-vad` is missing, or the model cannot be loaded.
+    """
+    vad = require("silero_vad", "DS-WED")
+    advice = "Pass a HuBERT or WavLM, such as `facebook/hubert-base-ls960`."
+    with _loading(f"the speech encoder {model}", advice):
+        extractor = AutoFeatureExtractor.from_pretrained(model)
+        network = AutoModel.from_pretrained(model).to(device).eval()
+    # The base models, which normalize groups, were trained on audio as it is, whatever their repository says.
+    extractor.do_normalize = network.config.feat_extract_norm == "layer"
+    detector, centers = vad.load_silero_vad(), torch.from_numpy(centroids).to(device).float()
+
+    @torch.inference_mode()
+    def tokenize(waveform: np.ndarray) -> list[int]:
+        spoken = vad.get_speech_timestamps(torch.from_numpy(waveform).float(), detector)
+        if spoken:
+            waveform = waveform[spoken[0]["start"] : spoken[-1]["end"]]
+        inputs = extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(device)
+        states = network(**inputs, output_hidden_states=True).hidden_states[layer][0]
+        return torch.cdist(states, centers).argmin(dim=1).tolist()
+
+    return tokenize
 
 
 @contextmanager
@@ -161,21 +211,3 @@ def _faster_whisper(model: str, language: str, device: str) -> Recognizer:
         return " ".join(segment.text.strip() for segment in segments)
 
     return recognize
-
-
-def _spelling_file(source: str) -> Path | None:
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return next((path / name for name in _SPELLING_FILES if (path / name).is_file()), None)
-    try:
-        return Path(hf_hub_download(source, _SPELLING_FILES[0]))
-    except (OSError, ValueError):  # no such repository, no such file in it, or no network
-        return None
-
-
-def _packaged_spelling_file() -> Path | None:
-    spec = find_spec("whisper_normalizer")
-    folders = [] if spec is None else spec.submodule_search_locations or []
-    return next((path for folder in folders for path in Path(folder).rglob(_SPELLING_FILES[1])), None)

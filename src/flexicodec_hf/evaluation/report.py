@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.files import DataError, atomic_file, require
+from .metrics import totals
 
 
 # One clip by one method: their names, the values of all measures, and the counts that rates are computed from.
 Row = dict[str, Any]
 
-# Sums over all clips divided by sums over all clips: rate, numerator, denominator.
-_RATIOS = (
-    ("wer", "word_errors", "words"),
-    ("cer", "character_errors", "characters"),
-    ("tokens_per_second", "num_tokens", "seconds"),
-    ("bits_per_second", "bits", "seconds"),
-    ("real_time_factor", "processing_seconds", "seconds"),
-)
-# Means over the clips that have a value.
-_DNSMOS = ("dnsmos_signal", "dnsmos_background", "dnsmos_overall", "dnsmos_p808")
-_MEANS = ("pesq_nb", "pesq_wb", "stoi", "mcd", "mel_distance", "speaker_similarity", *_DNSMOS)
 # Header, value and format of the columns of the tables; empty columns are left out.
 _COLUMNS = (
     ("WER %", "wer", "{:.1%}"),
@@ -36,12 +25,17 @@ _COLUMNS = (
     ("MCD dB", "mcd", "{:.2f}"),
     ("mel distance", "mel_distance", "{:.3f}"),
     ("speaker", "speaker_similarity", "{:.3f}"),
+    ("MOS", "mos", "{:.2f}"),
     ("DNSMOS", "dnsmos_overall", "{:.2f}"),
     ("DNSMOS P.808", "dnsmos_p808", "{:.2f}"),
     ("tokens/s", "tokens_per_second", "{:.2f}"),
     ("spread", "tokens_per_second_std", "{:.2f}"),
     ("bits/s", "bits_per_second", "{:.0f}"),
     ("RTF", "real_time_factor", "{:.3f}"),
+    ("noise %", "changed_by_noise", "{:.1%}"),
+    ("gain %", "changed_by_gain", "{:.1%}"),
+    ("resampling %", "changed_by_resampling", "{:.1%}"),
+    ("shift %", "changed_by_shift", "{:.1%}"),
 )
 # Panels of the plot: label of the y axis, factor, and the curves by name.
 _PANELS: tuple[tuple[str, float, dict[str, str]], ...] = (
@@ -144,22 +138,8 @@ def _codebooks(number: int | None) -> str:
     return "" if number is None else f"{number} codebook{'s' if number > 1 else ''}"
 
 
-def _total(rows: Sequence[Row]) -> dict[str, Any]:
-    total: dict[str, Any] = {"clips": len(rows), "seconds": sum(row["seconds"] for row in rows)}
-    for rate, numerator, denominator in _RATIOS:
-        having = [row for row in rows if row.get(numerator) is not None]
-        sums = {name: sum(row[name] for row in having) for name in (numerator, denominator)}
-        if having and sums[denominator]:  # 0 seconds if text-to-speech generated nothing
-            total |= {rate: sums[numerator] / sums[denominator]} | (sums if denominator != "seconds" else {})
-    for name in _MEANS:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if values:
-            total[name], total[f"{name}_std"] = statistics.fmean(values), statistics.pstdev(values)
-            total[f"{name}_count"] = len(values)
-    rates = [row["num_tokens"] / row["seconds"] for row in rows if row.get("num_tokens") is not None]
-    if len(rates) > 1:
-        total["tokens_per_second_std"] = statistics.pstdev(rates)
-    return total
+def _total(rows: list[Row]) -> dict[str, Any]:
+    return {"clips": len(rows), "seconds": sum(row["seconds"] for row in rows), **totals(rows)}
 
 
 def _markdown(names: tuple[str, str], lines: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str:

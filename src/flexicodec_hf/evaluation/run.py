@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +14,28 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..audio_flexicodec import AudioError
-from ..data.files import DataError, atomic_file, check_settings, only_run, require
+from ..data.files import DataError, atomic_file, check_settings, only_run
 from ..data.sources import decode_audio
-from . import metrics
 from .methods import Clip, Method, Original, Speech
-from .metrics import SAMPLING_RATE
-from .recognizers import Normalizer, Recognizer, SpeakerEncoder
+from .metrics import SpeechMetric, Tokenizer, token_changes
+from .recognizers import SAMPLING_RATE, Normalizer, Recognizer, SpeakerEncoder
 from .report import Report, Row
 
 
-MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "dnsmos")
-# Optional packages. The extra `eval` installs them all, except that of DNSMOS.
-_PACKAGES = {"wer": "jiwer", "pesq": "pesq", "stoi": "pystoi", "dnsmos": "speechmos.dnsmos"}
-# The values of each measure that compares two aligned waveforms.
-_COMPARISONS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], float | None]]] = {
-    "pesq": {"pesq_nb": partial(metrics.pesq, band="nb"), "pesq_wb": partial(metrics.pesq, band="wb")},
-    "stoi": {"stoi": metrics.stoi},
-    "mcd": {"mcd": metrics.mel_cepstral_distortion},
-    "mel": {"mel_distance": metrics.log_mel_distance},
-}
+# Of single clips.
+MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "mos", "dnsmos", "stability")
 
 
 class Evaluator:
     """
-    Measures speech.
+    Measures speech with [`SpeechMetric`].
 
     Args:
-        measures: Names from [`MEASURES`]: `wer` (with CER), `pesq` (both bands), `stoi`, `mcd`, `mel`, `speaker`,
-            `dnsmos`.
+        measures: Names from [`MEASURES`].
         recognizer: For `wer`, see [`load_recognizer`].
         normalizer: For `wer`, see [`load_normalizer`].
         speaker_encoder: For `speaker`, see [`load_speaker_encoder`].
+        device: Where the predictor of `mos` runs.
 
     Raises:
         ValueError: A measure is unknown, or an argument that it needs is missing.
@@ -58,25 +48,31 @@ class Evaluator:
         recognizer: Recognizer | None = None,
         normalizer: Normalizer | None = None,
         speaker_encoder: SpeakerEncoder | None = None,
+        device: str = "cpu",
     ):
-        for measure in measures:
-            if measure not in MEASURES:
-                raise ValueError(f"unknown measure {measure!r}: choose from {', '.join(MEASURES)}.")
-            if measure in _PACKAGES:
-                require(_PACKAGES[measure], f"the measure {measure}", None if measure == "dnsmos" else "eval")
+        if unknown := set(measures) - set(MEASURES):
+            raise ValueError(f"unknown measure {min(unknown)!r}: choose from {', '.join(MEASURES)}.")
         if "wer" in measures and (recognizer is None or normalizer is None):
             raise ValueError("the measure wer needs a `recognizer` and a `normalizer`.")
-        if "speaker" in measures and speaker_encoder is None:
-            raise ValueError("the measure speaker needs a `speaker_encoder`.")
         self.measures = tuple(measures)
-        self._recognizer, self._normalizer, self._speaker_encoder = recognizer, normalizer, speaker_encoder
+        self._recognizer, self._normalizer = recognizer, normalizer
+        self._measure = {
+            name: SpeechMetric(name, speaker_encoder if name == "speaker" else None, device).measure
+            for name in measures
+            if name != "stability"  # the model is the method
+        }
 
-    def __call__(self, speech: Speech, clip: Clip) -> dict[str, Any]:
+    def __call__(self, speech: Speech, clip: Clip, tokenize: Tokenizer | None = None) -> dict[str, Any]:
         """
         Measure what a method made of a clip.
 
         Error rates need the clip's text, comparisons need its recording and aligned speech, and the similarity of
         speakers needs a recording of the voice.
+
+        Args:
+            speech: What the method made.
+            clip: The clip.
+            tokenize: For `stability`, what makes the method's tokens of a waveform.
 
         Returns:
             Values by name. What cannot be measured (no text, no recording, too short, silent) is missing or `None`.
@@ -86,15 +82,17 @@ class Evaluator:
             values |= self._errors(speech.waveform, clip.text)
         if clip.waveform is not None and speech.aligned:
             length = min(len(clip.waveform), len(speech.waveform))
-            for measure in self.measures:
-                for name, compare in _COMPARISONS.get(measure, {}).items():
-                    values[name] = compare(clip.waveform[:length], speech.waveform[:length])
+            for name in self.measures:
+                if name in ("pesq", "stoi", "mcd", "mel"):
+                    values |= self._measure[name](speech.waveform[:length], clip.waveform[:length])
         voice = clip.waveform if clip.reference_waveform is None else clip.reference_waveform
-        if self._speaker_encoder is not None and "speaker" in self.measures and voice is not None:
-            vectors = [self._speaker_encoder(waveform) for waveform in (voice, speech.waveform) if waveform.any()]
-            values["speaker_similarity"] = metrics.cosine_similarity(*vectors) if len(vectors) == 2 else None
-        if "dnsmos" in self.measures and len(speech.waveform):
-            values |= metrics.dnsmos(speech.waveform)
+        if "speaker" in self.measures and voice is not None:
+            values |= self._measure["speaker"](speech.waveform, voice)
+        for name in ("mos", "dnsmos"):
+            if name in self.measures and len(speech.waveform):
+                values |= self._measure[name](speech.waveform)
+        if "stability" in self.measures and clip.waveform is not None and tokenize is not None:
+            values |= token_changes(clip.waveform, tokenize)
         return values
 
     def _errors(self, waveform: np.ndarray, text: str) -> dict[str, Any]:
@@ -103,11 +101,7 @@ class Evaluator:
         if not expected:
             return {}
         recognized = self._recognizer(waveform) if len(waveform) else ""
-        actual = self._normalizer(recognized)
-        values: dict[str, Any] = {"recognized": recognized}
-        values["word_errors"], values["words"] = metrics.word_errors(expected, actual)
-        values["character_errors"], values["characters"] = metrics.character_errors(expected, actual)
-        return values
+        return {"recognized": recognized, **self._measure["wer"](self._normalizer(recognized), expected)}
 
 
 def evaluate(
@@ -218,7 +212,7 @@ def _measure(clip: Clip, method: Method, evaluator: Evaluator) -> Row | None:
         "processing_seconds": speech.processing_seconds,
         "num_tokens": speech.num_tokens,
         "bits": speech.bits,
-        **evaluator(speech, clip),
+        **evaluator(speech, clip, getattr(method, "tokenize", None)),
     }
 
 
