@@ -1,6 +1,7 @@
 """What the training recipes are made of: data, losses, discriminators, averages."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNa
 from conftest import AUDIO, assert_close
 from flexicodec_hf.data.files import DataError
 from flexicodec_hf.data.sources import decode_audio, load_speech
+from flexicodec_hf.training import teacher
 from flexicodec_hf.training.batches import EpochSampler, random_crop
 from flexicodec_hf.training.discriminators import Discriminators, PeriodDiscriminator
 from flexicodec_hf.training.gan import GANTrainingArguments, averaged_model, train_loader
@@ -25,7 +27,15 @@ from flexicodec_hf.training.losses import (
     magnitudes,
 )
 from flexicodec_hf.training.samples import plot_spectrograms
-from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, best_paths, decode_ctc, train_tokenizer
+from flexicodec_hf.training.semantic_encoder import (
+    SemanticEncoderForCTC,
+    best_paths,
+    calibrate_similarities,
+    decode_ctc,
+    similarity_spread_loss,
+    teacher_loss,
+    train_tokenizer,
+)
 from flexicodec_hf.training.trainer import last_checkpoint
 
 
@@ -312,6 +322,86 @@ def test_ctc_loss_is_that_of_the_items_alone(tmp_path, device):
     assert_close(together.loss, ((first.loss + second.loss) / 2).detach().cpu(), atol=1e-5)
     assert_close(together.logits[1, :5], second.logits[0].detach().cpu(), atol=1e-5)
 
+    textless = torch.full((1, 3), -100, device=device)
+    half = model(features, mask, torch.cat([labels[:1], textless])).loss
+    assert_close(half, (first.loss / 2).detach().cpu(), atol=1e-5)
+
     model.save_pretrained(tmp_path)
     loaded = SemanticEncoderForCTC.from_pretrained(tmp_path).to(device)
     torch.testing.assert_close(loaded(features, mask, labels).loss, together.loss)
+
+
+def test_teacher_loss_by_hand(device):
+    hidden_states = torch.zeros(2, 3, 4, device=device)
+    targets = torch.tensor([1.0, 2.0, 3.0], device=device)[None, :, None].expand(2, 3, 4)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], device=device)
+    assert_close(teacher_loss(hidden_states, targets, mask), torch.tensor(((1 + 4 + 9) / 3 + 1) / 2))
+
+
+def test_a_teacher_hears_clips_that_share_a_window(monkeypatch):
+    windows = []
+
+    class Whisper:
+        n_mels = 80
+
+        def encode(self, features, to_cpu):
+            windows.append(features)
+            return features.max(axis=1)[:, ::2, None].repeat(4, axis=2)
+
+    storage = SimpleNamespace(from_array=np.asarray)
+    module = SimpleNamespace(models=SimpleNamespace(Whisper=lambda *_, **__: Whisper()), StorageView=storage)
+    monkeypatch.setattr(teacher, "require", lambda *_: module)
+    hears = teacher.WhisperTeacher("whisper")
+    clips = [np.random.default_rng(0).normal(size=seconds * 16_000).astype(np.float32) for seconds in (1, 12, 14, 20)]
+    states = hears(clips)
+    assert len(windows) == 2
+    assert [item.shape for item in states] == [(-(-len(clip) // 960), 4) for clip in clips]
+    assert min(item[:-1].min() for item in states) > max(windows[0][0].min(axis=0)[-50:].max(), 0)  # no silence in it
+    with pytest.raises(ValueError, match=r"hears at most 29.5 s at once, and a clip has 30.0 s"):
+        hears([np.zeros(30 * 16_000, np.float32)])
+
+
+def test_projection_of_a_teacher():
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(500, 3, generator=random) @ torch.randn(3, 8, generator=random) + 5
+    projection = teacher.TeacherProjection.fit(states, 3, whitening=1.0)
+    assert_close(torch.cov(((states - projection.mean) @ projection.basis).T), torch.eye(3), atol=0.05)
+    targets = projection.targets(states, 500)
+    assert_close(targets.square().mean(dim=1), torch.ones(500), atol=1e-4)
+    assert torch.equal(projection.targets(states[::2], 250), targets[::2])
+    assert projection.targets(states, 250).shape == (250, 3)
+    with pytest.raises(ValueError, match="`hidden_size` must be at most the teacher's, 8, got 9"):
+        teacher.TeacherProjection.fit(states, 9)
+
+
+RATES = {0.91: 8.3, 0.86: 6.25}
+
+
+def test_similarities_are_spread():
+    """The loss is small for similarities whose thresholds have the rates, wherever they lie."""
+    quantiles = torch.rand(1500, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
+
+    def loss(width, scale=0.02):
+        distances = torch.exp(-0.649 * width * quantiles.logit()) * scale
+        angles = torch.cumsum(torch.arccos(1 - distances.clamp(max=2)), dim=0)
+        frames = torch.stack([angles.cos(), angles.sin()])[None]
+        features = torch.nn.functional.interpolate(frames, 2000, mode="linear").mT
+        return similarity_spread_loss(features, torch.ones(1, 2000), RATES).item()
+
+    assert max(loss(1.0), loss(1.0, scale=0.04)) < 0.25 < loss(0.2)
+
+
+def test_similarities_are_calibrated():
+    torch.manual_seed(0)
+    model = SemanticEncoderForCTC(ctc_config(10)).eval()
+    model.encoder.layers[-1].final_layernorm.weight.data = torch.linspace(1, 0.1, 16)  # channels that vary unlike
+    features, mask = torch.randn(2, 401, 8), torch.ones(2, 400)
+    features = features[:, 1:] + features[:, :-1]  # neighbors are somewhat alike
+    before = model(features, mask)
+    rates = calibrate_similarities(model, before.last_hidden_state.detach(), torch.tensor([400, 300]), RATES)
+    assert rates == pytest.approx(RATES, abs=0.2)
+    after = model(features, mask)
+    states = torch.cat([after.last_hidden_state[0], after.last_hidden_state[1, :300]])
+    similarities = torch.cosine_similarity(states[1:], states[:-1], dim=-1)
+    assert (similarities <= 0.91).float().mean() * 12.5 == pytest.approx(8.3, abs=0.3)
+    assert torch.corrcoef(torch.stack([before.logits.flatten(), after.logits.flatten()]))[0, 1] > 0.95

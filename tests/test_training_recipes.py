@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,8 @@ from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import CheckpointError, convert_codec
 from flexicodec_hf.data.files import DataError, only_run
+from flexicodec_hf.training import teacher
+from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -134,6 +138,63 @@ def test_semantic_encoder(semantic_encoder):
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     features = extractor(read_audio(AUDIO / "librivox_austen_0880.flac", 16_000).waveform, 16_000, return_tensors="pt")
     assert features.input_features.std().item() == pytest.approx(1, abs=0.3)  # normalized by what it was trained on
+
+
+class FakeWhisper:
+    """Hears 20 bands of loudness."""
+
+    n_mels = 80
+
+    def encode(self, features, to_cpu):
+        bands = np.asarray(features)[:, :20, ::2]
+        return bands.transpose(0, 2, 1)
+
+
+@pytest.fixture
+def whisper(monkeypatch):
+    """CTranslate2, without a model."""
+    storage = SimpleNamespace(from_array=np.asarray)
+    module = SimpleNamespace(models=SimpleNamespace(Whisper=lambda *_, **__: FakeWhisper()), StorageView=storage)
+    monkeypatch.setattr(teacher, "require", lambda *_: module)
+    return module
+
+
+def test_semantic_encoder_learns_from_a_teacher(run, data, whisper, monkeypatch, tmp_path):
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    rows[2]["text"] = None
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "speech" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(teacher, "CLIPS_PER_FILE", 3)
+    options = (*SEMANTIC_OPTIONS, "--do_eval", "--dropout", 0, "--dataset", tmp_path / "speech")
+    options += ("--teacher", "whisper", "--teacher_cache", tmp_path / "states")
+    options += ("--similarity_rates", 0.91, 8.3, 0.86, 6.25)
+    expected = steps(run("train_semantic_encoder", tmp_path / "whole", *options))
+    for row in expected[:3]:
+        assert row["loss"] == pytest.approx(row["ctc"] + row["teacher"] + row["similarity"], rel=1e-3)
+    assert {"eval_ctc", "eval_teacher", "eval_similarity", "eval_wer"} <= expected[-1].keys()
+
+    encoder = SemanticEncoderForCTC.from_pretrained(tmp_path / "whole")
+    calibrated = SemanticEncoderForCTC.from_pretrained(tmp_path / "whole" / "calibrated")
+    changed = {
+        name for name, weight in encoder.state_dict().items() if not weight.equal(calibrated.state_dict()[name])
+    }
+    norm = "encoder.layers.0.final_layernorm"
+    assert changed == {f"{norm}.weight", f"{norm}.bias", "ctc_head.weight", "ctc_head.bias"}
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "whole" / "calibrated").cmvn_shift
+
+    monkeypatch.setattr(teacher, "require", None)  # what is kept is not heard again
+    for _ in range(3):
+        rows = run("train_semantic_encoder", tmp_path / "parts", *options, "--time_limit", 0)
+    assert steps(rows) == expected
+
+
+def test_semantic_encoder_says_what_it_needs(run, tmp_path):
+    with pytest.raises(ValueError, match="`--similarity_rates` needs `--do_eval`"):
+        run("train_semantic_encoder", tmp_path, "--similarity_rates", 0.91, 8.3, 0.86, 6.25)
+    with pytest.raises(ValueError, match=r"such as 0.91 8.3 0.86 6.25, got \[0.91, 8.3\]"):
+        run("train_semantic_encoder", tmp_path, "--similarity_rates", 0.91, 8.3)
+    with pytest.raises(ValueError, match="`--teacher` hears the data before the training"):
+        run("train_semantic_encoder", tmp_path, "--teacher", "whisper", "--streaming")
 
 
 def test_curves_of_trainings(semantic_encoder, codec, tmp_path):
@@ -356,10 +417,24 @@ def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):
 
 
 def test_codec_says_what_it_can_start_from(run, tmp_path):
-    with pytest.raises(ValueError, match="pass either --model_name_or_path or --semantic_encoder"):
-        run("train_codec", tmp_path, "--model_name_or_path", "a", "--semantic_encoder", "c")
-    with pytest.raises(ValueError, match="--keep_tokens needs --model_name_or_path"):
-        run("train_codec", tmp_path, "--semantic_encoder", "a", "--keep_tokens")
+    with pytest.raises(ValueError, match="pass --model_name_or_path, or --semantic_encoder, or both"):
+        run("train_codec", tmp_path)
+    for options in (("--semantic_encoder", "a"), ("--semantic_encoder", "a", "--model_name_or_path", "b")):
+        with pytest.raises(ValueError, match="--keep_tokens needs --model_name_or_path alone"):
+            run("train_codec", tmp_path, *options, "--keep_tokens")
+
+
+def test_a_codec_gets_another_semantic_encoder(run, codec, semantic_encoder, tmp_path):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(semantic_encoder[0], encoder)
+    weights = load_file(encoder / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
+    options = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--crop_s", 0.48, "--num_eval_examples", 0)
+    options += ("--model_name_or_path", codec[0] / "model", "--semantic_encoder", encoder, "--discriminator_start", 9)
+    run("train_codec", tmp_path / "codec", *options, "--learning_rate", 0)
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (codec[0], tmp_path / "codec"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"semantic_encoder", "semantic_query_embedding"}
 
 
 def test_codec_trains_in_mixed_precision(codec, device):

@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,14 @@ class SafeTrainer(Trainer):
 class SpeechTrainer(SafeTrainer):
     """
     `Trainer` whose training examples have seeds for their random choices (`batches.with_seeds`),
-    whose order a resumed run repeats, and that heeds the time limit.
+    whose order a resumed run repeats, that logs the parts of the loss, and that heeds the time limit.
     """
 
     def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         if train_dataset is not None:
             self.train_dataset = with_seeds(train_dataset, self.args.seed)
+        self._parts: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"There are {self.args.n_gpu} GPUs, and one process: start one for each with `accelerate launch` or "
@@ -144,6 +145,20 @@ class SpeechTrainer(SafeTrainer):
             )
         if getattr(self.args, "time_limit", None) is not None:
             self.add_callback(TimeLimit(self.args.time_limit))
+
+    def sum_losses(self, model: Any, losses: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the parts of a loss. `log` writes their means too."""
+        for name, value in losses.items():
+            self._parts[model.training].setdefault(name, []).append(value.detach())
+        return torch.stack(list(losses.values())).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for training, prefix in ((True, ""), (False, "eval_")):
+            if f"{prefix}loss" in logs:
+                for name, values in self._parts[training].items():
+                    logs[prefix + name] = self.accelerator.reduce(torch.stack(values).mean(), "mean").item()
+                self._parts[training] = {}
+        super().log(logs, start_time)
 
     # ******** FlexiCodec specific ********
     # An order that does not depend on the global random state, which a resumed run does not have at
