@@ -27,7 +27,7 @@ from flexicodec_hf.data.sources import decode_audio
 from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop, vary_voice
 from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
-from flexicodec_hf.training.trainer import fresh_config, parse_arguments
+from flexicodec_hf.training.trainer import fresh_config, parse_arguments, run_training
 
 
 logger = logging.get_logger("transformers.train_codec")
@@ -146,10 +146,10 @@ class CodecCollator:
 
 
 class CodecTrainer(GANTrainer):
-    def generate(self, batch: dict[str, Tensor]) -> Generated:
-        config = self.trained.unwrapped.config
+    def generate(self, model: nn.Module, batch: dict[str, Tensor]) -> Generated:
+        config = self.model.generator.config
         threshold, num_quantizers = self._draw()
-        output = self.trained.model(**batch, merging_threshold=threshold, num_quantizers=num_quantizers)
+        output = model(**batch, merging_threshold=threshold, num_quantizers=num_quantizers)
         losses = {"commitment": output.commitment_loss, "codebook": output.codebook_loss}
         num_tokens = output.audio_codes_mask.sum().float()
         if output.distillation_loss is not None:
@@ -164,7 +164,7 @@ class CodecTrainer(GANTrainer):
         A merging threshold for the batch, and how many quantizers it uses: one, or a number for
         each item.
         """
-        args, config = self.args, self.trained.unwrapped.config
+        args, config = self.args, self.model.generator.config
         random = np.random.default_rng((args.seed, self.state.global_step))
         threshold = random.uniform(*args.merging_threshold_range)
         if self.state.global_step < args.fixed_rate_steps:
@@ -181,7 +181,7 @@ class CodecTrainer(GANTrainer):
 
     def evaluate_clip(self, model: Any, waveform: np.ndarray) -> tuple[dict[str, float], dict[str, Tensor]]:
         rate = self.sampling_rate
-        inputs = self.feature_extractor(waveform, sampling_rate=rate, return_tensors="pt").to(model.device)
+        inputs = self.processing_class(waveform, sampling_rate=rate, return_tensors="pt").to(model.device)
         metrics, sounds = {}, {}
         for name, (threshold, num_quantizers) in SETTINGS.items():
             output = model(**inputs, merging_threshold=threshold, num_quantizers=num_quantizers)
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "codebook": config.codebook_loss_weight,
         "distillation": config.distillation_loss_weight,
     }
-    trainer.train()
+    run_training(trainer, data_args)
 
 
 if __name__ == "__main__":

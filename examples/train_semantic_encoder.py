@@ -171,7 +171,8 @@ class CTCTrainer(SpeechTrainer):
         if self.args.rates:
             spread = similarity_spread_loss(outputs.last_hidden_state, mask, self.args.rates)
             losses["similarity"] = self.args.similarity_weight * spread
-        loss = self.sum_losses(model, losses)
+        self.keep_means(losses, model.training)
+        loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(

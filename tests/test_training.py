@@ -9,16 +9,18 @@ import soundfile
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import TrainerState
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf.data.files import DataError
 from flexicodec_hf.data.sources import decode_audio, load_speech
 from flexicodec_hf.training import teacher
-from flexicodec_hf.training.batches import EpochSampler, random_crop
+from flexicodec_hf.training.batches import EpochSampler, random_crop, with_seeds
 from flexicodec_hf.training.discriminators import Discriminators, PeriodDiscriminator
-from flexicodec_hf.training.gan import GANTrainingArguments, averaged_model, train_loader
+from flexicodec_hf.training.gan import MovingAverage
 from flexicodec_hf.training.losses import (
     MultiScaleMelLoss,
     adversarial_loss,
@@ -130,10 +132,13 @@ def names_and_numbers(examples):
     return [(example["name"], np.random.default_rng(example["seed"]).random()) for example in examples]
 
 
-def batches(dataset, num_epochs, per_device_train_batch_size, *, process=0, num_processes=1, skip=0, **options):
-    """The batches of some epochs, as `GANTrainer` reads them; the first epoch from the batch `skip` on."""
-    args = GANTrainingArguments("", per_device_train_batch_size=per_device_train_batch_size, seed=3, **options)
-    loader = train_loader(dataset, names_and_numbers, args)
+def batches(dataset, num_epochs, size, *, process=0, num_processes=1, skip=0, num_workers=0):
+    """The batches of some epochs, as `SpeechTrainer` reads them; the first epoch from the batch `skip` on."""
+    sampler = None if isinstance(dataset, IterableDataset) else EpochSampler(len(dataset), 3)
+    dataset = with_seeds(dataset, 3)
+    loader = DataLoader(
+        dataset, size, sampler=sampler, collate_fn=names_and_numbers, drop_last=True, num_workers=num_workers
+    )
     loader = prepare_data_loader(loader, num_processes=num_processes, process_index=process, dispatch_batches=False)
     epochs = []
     for epoch in num_epochs if isinstance(num_epochs, list) else range(num_epochs):
@@ -164,7 +169,7 @@ def test_batches_do_not_depend_on_processes_or_interruptions(streaming):
 
 def test_batches_do_not_depend_on_workers():
     dataset = Dataset.from_dict({"name": list("abcdefghijk")})
-    assert batches(dataset, 2, 4, dataloader_num_workers=1) == batches(dataset, 2, 4)
+    assert batches(dataset, 2, 4, num_workers=1) == batches(dataset, 2, 4)
 
 
 def test_batches_of_about_the_same_length():
@@ -189,13 +194,6 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
             (tmp_path / name / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-
-
-def test_training_options_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="`save_total_limit` must be at least 1, got 0"):
-        GANTrainingArguments("", save_total_limit=0)
-    with pytest.raises(ValueError, match="`push_to_hub` needs `hub_model_id`"):
-        GANTrainingArguments("", push_to_hub=True)
 
 
 def test_magnitudes_of_a_sine(device):
@@ -252,22 +250,19 @@ def test_a_period_discriminator_sees_samples_a_period_apart(device):
 
 
 def test_moving_average_by_hand(device):
-    model = torch.nn.Linear(1, 1).to(device)
-    model.bias.requires_grad_(False)
-    torch.nn.init.constant_(model.weight, 1.0)
-    average = averaged_model(model, decay=0.25)
-    torch.nn.init.constant_(model.weight, 3.0)
-    average.update_parameters(model)  # keeps min(0.25, 2 / 11) of 1
+    model = SimpleNamespace(
+        averaged=torch.nn.Linear(1, 1, device=device), generator=torch.nn.Linear(1, 1, device=device)
+    )
+    torch.nn.init.constant_(model.averaged.weight, 1.0)
+    torch.nn.init.constant_(model.generator.weight, 3.0)
+    average = MovingAverage(decay=0.25)
+    average.on_step_end(None, TrainerState(global_step=1), None, model)  # keeps min(0.25, 2 / 11) of 1
     expected = 2 / 11 + 3 * 9 / 11
-    assert average.module.weight.item() == pytest.approx(expected)
-    assert average.module.bias.item() == model.bias.item()
-    assert model.weight.item() == 3
-    restored = averaged_model(model, decay=0.25)
-    restored.load_state_dict(average.state_dict())
-    for _ in range(2):
-        restored.update_parameters(model)
-    # Keeps a quarter, twice.
-    assert restored.module.weight.item() == pytest.approx(expected / 16 + 3 * 15 / 16)
+    assert model.averaged.weight.item() == pytest.approx(expected)
+    for step in (2, 3):  # keeps a quarter, twice
+        average.on_step_end(None, TrainerState(global_step=step), None, model)
+    assert model.averaged.weight.item() == pytest.approx(expected / 16 + 3 * 15 / 16)
+    assert model.generator.weight.item() == 3
 
 
 def test_plots_a_spectrogram_for_each_waveform():
