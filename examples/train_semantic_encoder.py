@@ -118,6 +118,18 @@ def augment(waveform: np.ndarray, sampling_rate: int, random: np.random.Generato
     return np.clip(waveform, -1, 1).astype(np.float32)
 
 
+def warp_spectrum(features: Tensor, factor: float, num_mel_bins: int) -> Tensor:
+    """
+    Stretch the bands of stacked mel features `(num_features, size)`: a factor above 1 makes the vocal
+    tract longer.
+    """
+    frames = features.unflatten(-1, (-1, num_mel_bins))
+    places = (torch.arange(num_mel_bins) * factor).clamp(max=num_mel_bins - 1)
+    left = places.long()
+    right = (left + 1).clamp(max=num_mel_bins - 1)
+    return torch.lerp(frames[..., left], frames[..., right], places - left).flatten(-2)
+
+
 @dataclass
 class CTCCollator:
     """
@@ -132,24 +144,25 @@ class CTCCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         rate = self.feature_extractor.sampling_rate
         waveforms = [decode_audio(example["audio"], rate) for example in examples]
-        if "seed" in examples[0]:
-            randoms = [np.random.default_rng(example["seed"]) for example in examples]
+        randoms = [np.random.default_rng(example["seed"]) for example in examples if "seed" in example]
+        if randoms:
             waveforms = [augment(waveform, rate, random) for waveform, random in zip(waveforms, randoms, strict=True)]
         inputs = self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt")
+        features = inputs.input_features
+        for row, random in enumerate(randoms):
+            features[row] = warp_spectrum(features[row], random.uniform(0.9, 1.1), self.feature_extractor.num_mel_bins)
         ids = [torch.tensor(self.tokenizer(example.get("text") or "").input_ids).long() for example in examples]
         batch = {
-            "input_features": inputs.input_features,
+            "input_features": features,
             "input_features_mask": inputs.input_features_mask,
             "labels": pad_sequence(ids, batch_first=True, padding_value=-100),
         }
         if self.projection is not None:
             lengths = inputs.input_features_mask.sum(dim=1).tolist()
-            targets = [self._targets(example, length) for example, length in zip(examples, lengths, strict=True)]
+            states = map(_teacher_states, examples)
+            targets = [self.projection.targets(*pair) for pair in zip(states, lengths, strict=True)]
             batch["teacher_targets"] = pad_sequence(targets, batch_first=True)
         return batch
-
-    def _targets(self, example: dict[str, Any], length: int) -> Tensor:
-        return self.projection.targets(_teacher_states(example), length)
 
 
 def _teacher_states(example: dict[str, Any]) -> Tensor:

@@ -188,6 +188,14 @@ def test_semantic_encoder_learns_from_a_teacher(run, data, whisper, monkeypatch,
     assert steps(rows) == expected
 
 
+def test_spectra_are_warped(run):
+    warp = importlib.import_module("train_semantic_encoder").warp_spectrum
+    features = torch.arange(8.0).repeat(1, 2)  # two frames of eight bands
+    assert_close(warp(features, 1.0, 8), features)
+    assert_close(warp(features, 0.5, 8), (torch.arange(8.0) / 2).repeat(1, 2))
+    assert_close(warp(features, 1.5, 8), (torch.arange(8.0) * 1.5).clamp(max=7).repeat(1, 2))
+
+
 def test_semantic_encoder_says_what_it_needs(run, tmp_path):
     with pytest.raises(ValueError, match="`--similarity_rates` needs `--do_eval`"):
         run("train_semantic_encoder", tmp_path, "--similarity_rates", 0.91, 8.3, 0.86, 6.25)
