@@ -2,7 +2,7 @@
 Put trained models together into one repository, which `AutoModel` and `pipeline("text-to-speech")`
 load.
 
-python examples/assemble_tts.py --codec codec/model --ar ar --output_dir mine --voice "me=me.wav:What I say."
+python examples/assemble_tts.py --codec codec --ar ar --output_dir mine --voice "me=me.wav:What I say."
 """
 
 import argparse

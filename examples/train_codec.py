@@ -3,7 +3,7 @@
 accelerate launch examples/train_codec.py --dataset speech --semantic_encoder semantic-encoder \
     --config_overrides examples/flexicodec_tiny.json --output_dir codec  # from nothing
 accelerate launch examples/train_codec.py --dataset speech --model_name_or_path flexicodec \
-    --output_dir tuned  # from a codec
+    --output_dir tuned  # from a codec; with --semantic_encoder, around another encoder
 
 The losses are those of the paper (arXiv:2510.00981): multi-scale mel spectra, discriminators that
 the codec has to fool and whose layers' features it has to match, the quantizers' losses, and the
@@ -20,15 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from flexicodec_hf import FlexiCodecConfig, FlexiCodecFeatureExtractor, FlexiCodecModel
 from flexicodec_hf.data.sources import decode_audio
 from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop, vary_voice
 from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
-from flexicodec_hf.training.trainer import fresh_config, parse_arguments
+from flexicodec_hf.training.trainer import fresh_config, parse_arguments, run_training
 
 
+logger = logging.get_logger("transformers.train_codec")
+
+# What `--semantic_encoder` brings to a codec.
+ENCODER = ("semantic_encoder.", "semantic_query_embedding.")
 # Seconds of a clip that are evaluated at most.
 EVAL_SECONDS = 10
 # What is evaluated: the merging threshold (None: the config's) and the number of quantizers (None:
@@ -38,7 +43,10 @@ SETTINGS = {"all_quantizers": (1.0, None), "semantic": (1.0, 1), "merged": (None
 
 @dataclass
 class ModelArguments:
-    """The codec to start from: either `model_name_or_path`, or `semantic_encoder`."""
+    """
+    The codec to start from: `model_name_or_path`, a new one around `semantic_encoder`, or the former
+    around the latter.
+    """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A codec, a Hub id or a directory."})
     keep_tokens: bool = field(
@@ -46,7 +54,11 @@ class ModelArguments:
         metadata={"help": "Train only what decodes the tokens, so that tokens, and models of them, stay as they are."},
     )
     semantic_encoder: str | None = field(
-        default=None, metadata={"help": "The output of train_semantic_encoder.py, to train a new codec around."}
+        default=None,
+        metadata={
+            "help": "The output of train_semantic_encoder.py: to train a new codec around, or in place of the encoder "
+            "of `model_name_or_path`."
+        },
     )
     config_overrides: str | None = field(
         default=None,
@@ -54,10 +66,10 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if (self.model_name_or_path is None) == (self.semantic_encoder is None):
-            raise ValueError("pass either --model_name_or_path or --semantic_encoder")
-        if self.keep_tokens and self.model_name_or_path is None:
-            raise ValueError("--keep_tokens needs --model_name_or_path: there are no tokens to keep yet")
+        if self.model_name_or_path is None and self.semantic_encoder is None:
+            raise ValueError("pass --model_name_or_path, or --semantic_encoder, or both")
+        if self.keep_tokens and (self.model_name_or_path is None or self.semantic_encoder is not None):
+            raise ValueError("--keep_tokens needs --model_name_or_path alone: a new encoder has other tokens")
 
 
 @dataclass
@@ -75,11 +87,11 @@ class CodecTrainingArguments(GANTrainingArguments):
     )
 
 
-def new_codec(overrides: str | None, semantic_encoder: str) -> FlexiCodecModel:
+def new_codec(config: FlexiCodecConfig, semantic_encoder: str) -> FlexiCodecModel:
     """A codec with random weights around a trained semantic encoder."""
     recognizer = SemanticEncoderForCTC.from_pretrained(semantic_encoder)
     recognizer.encoder.config._name_or_path = ""  # a folder of this machine
-    config = fresh_config(FlexiCodecConfig, overrides, num_semantic_queries=1, semantic_query_ids=[0])
+    config.num_semantic_queries, config.semantic_query_ids = 1, [0]
     config.semantic_model_config = recognizer.encoder.config
     codec = FlexiCodecModel(config)
     # The model's own initialization, of a fixed width, fits layers as wide as the released ones; in
@@ -94,8 +106,16 @@ def new_codec(overrides: str | None, semantic_encoder: str) -> FlexiCodecModel:
 
 def load_codec(model_args: ModelArguments) -> FlexiCodecModel:
     if model_args.model_name_or_path is None:
-        return new_codec(model_args.config_overrides, model_args.semantic_encoder)
+        return new_codec(fresh_config(FlexiCodecConfig, model_args.config_overrides), model_args.semantic_encoder)
     codec = FlexiCodecModel.from_pretrained(model_args.model_name_or_path)
+    if model_args.semantic_encoder is not None:
+        old, codec = codec.state_dict(), new_codec(codec.config, model_args.semantic_encoder)
+        shapes = {name: weight.shape for name, weight in codec.state_dict().items()}
+        kept = {name: weight for name, weight in old.items() if not name.startswith(ENCODER)}
+        kept = {name: weight for name, weight in kept.items() if weight.shape == shapes[name]}
+        new = [name for name in codec.load_state_dict(kept, strict=False).missing_keys if not name.startswith(ENCODER)]
+        if new:
+            logger.warning(f"Starts with random weights, because the encoder has another size: {', '.join(new)}.")
     if model_args.keep_tokens:
         codec.requires_grad_(False)
         codec.bottleneck.requires_grad_(True)
@@ -126,10 +146,10 @@ class CodecCollator:
 
 
 class CodecTrainer(GANTrainer):
-    def generate(self, batch: dict[str, Tensor]) -> Generated:
-        config = self.trained.unwrapped.config
+    def generate(self, model: nn.Module, batch: dict[str, Tensor]) -> Generated:
+        config = self.model.generator.config
         threshold, num_quantizers = self._draw()
-        output = self.trained.model(**batch, merging_threshold=threshold, num_quantizers=num_quantizers)
+        output = model(**batch, merging_threshold=threshold, num_quantizers=num_quantizers)
         losses = {"commitment": output.commitment_loss, "codebook": output.codebook_loss}
         num_tokens = output.audio_codes_mask.sum().float()
         if output.distillation_loss is not None:
@@ -144,7 +164,7 @@ class CodecTrainer(GANTrainer):
         A merging threshold for the batch, and how many quantizers it uses: one, or a number for
         each item.
         """
-        args, config = self.args, self.trained.unwrapped.config
+        args, config = self.args, self.model.generator.config
         random = np.random.default_rng((args.seed, self.state.global_step))
         threshold = random.uniform(*args.merging_threshold_range)
         if self.state.global_step < args.fixed_rate_steps:
@@ -161,7 +181,7 @@ class CodecTrainer(GANTrainer):
 
     def evaluate_clip(self, model: Any, waveform: np.ndarray) -> tuple[dict[str, float], dict[str, Tensor]]:
         rate = self.sampling_rate
-        inputs = self.feature_extractor(waveform, sampling_rate=rate, return_tensors="pt").to(model.device)
+        inputs = self.processing_class(waveform, sampling_rate=rate, return_tensors="pt").to(model.device)
         metrics, sounds = {}, {}
         for name, (threshold, num_quantizers) in SETTINGS.items():
             output = model(**inputs, merging_threshold=threshold, num_quantizers=num_quantizers)
@@ -180,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = codec.config
     config.merging_threshold_range = list(training_args.merging_threshold_range)
     feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(
-        model_args.model_name_or_path or model_args.semantic_encoder
+        model_args.semantic_encoder or model_args.model_name_or_path
     )
     train_dataset, eval_dataset = load_splits(data_args, training_args.seed)
     num_samples = round(training_args.crop_s * config.sampling_rate)
@@ -199,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "codebook": config.codebook_loss_weight,
         "distillation": config.distillation_loss_weight,
     }
-    trainer.train()
+    run_training(trainer, data_args)
 
 
 if __name__ == "__main__":

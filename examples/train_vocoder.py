@@ -1,7 +1,7 @@
 """Train the vocoder: mel spectrograms of recorded speech back to its waveform.
 
 accelerate launch examples/train_vocoder.py --dataset speech --output_dir vocoder  # from nothing
-accelerate launch examples/train_vocoder.py --dataset speech --model_name_or_path vocoder/model \
+accelerate launch examples/train_vocoder.py --dataset speech --model_name_or_path vocoder \
     --output_dir tuned  # from a vocoder
 
 The losses are the codec's: multi-scale mel spectra, discriminators to fool, and the features of
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexicodec_hf import FlexiCodecMelFeatureExtractor, FlexiCodecVocoderConfig, FlexiCodecVocoderModel
 from flexicodec_hf.data.sources import decode_audio
 from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop
 from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
-from flexicodec_hf.training.trainer import fresh_config, parse_arguments
+from flexicodec_hf.training.trainer import fresh_config, parse_arguments, run_training
 
 
 @dataclass
@@ -67,14 +67,14 @@ def mel_inputs(waveforms: list[np.ndarray], feature_extractor: FlexiCodecMelFeat
 
 
 class VocoderTrainer(GANTrainer):
-    def generate(self, batch: dict[str, Tensor]) -> Generated:
+    def generate(self, model: nn.Module, batch: dict[str, Tensor]) -> Generated:
         real = batch["audio_values"]
-        return Generated(real, self.trained.model(batch["mel"]).audio_values.view_as(real))
+        return Generated(real, model(mel=batch["mel"]).audio_values.view_as(real))
 
     def evaluate_clip(self, model: Any, waveform: np.ndarray) -> tuple[dict[str, float], dict[str, Tensor]]:
         hop_length = model.config.hop_length
         waveform = waveform[: len(waveform) // hop_length * hop_length]
-        inputs = mel_inputs([waveform], self.feature_extractor)
+        inputs = mel_inputs([waveform], self.processing_class)
         real = inputs["audio_values"].to(model.device)
         fake = model(inputs["mel"].to(model.device)).audio_values.view_as(real)
         return {"mel": self.mel_loss(fake, real).item()}, {"vocoded": fake[0, 0]}
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         VocoderCollator(feature_extractor, round(training_args.crop_s * config.frame_rate) * config.hop_length),
         [decode_audio(example["audio"], config.sampling_rate) for example in eval_dataset or []],
     )
-    trainer.train()
+    run_training(trainer, data_args)
 
 
 if __name__ == "__main__":

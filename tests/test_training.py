@@ -1,6 +1,7 @@
 """What the training recipes are made of: data, losses, discriminators, averages."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,15 +9,18 @@ import soundfile
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import TrainerState
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
 
 from conftest import AUDIO, assert_close
 from flexicodec_hf.data.files import DataError
 from flexicodec_hf.data.sources import decode_audio, load_speech
-from flexicodec_hf.training.batches import EpochSampler, random_crop
+from flexicodec_hf.training import teacher
+from flexicodec_hf.training.batches import EpochSampler, random_crop, with_seeds
 from flexicodec_hf.training.discriminators import Discriminators, PeriodDiscriminator
-from flexicodec_hf.training.gan import GANTrainingArguments, averaged_model, train_loader
+from flexicodec_hf.training.gan import MovingAverage
 from flexicodec_hf.training.losses import (
     MultiScaleMelLoss,
     adversarial_loss,
@@ -25,7 +29,15 @@ from flexicodec_hf.training.losses import (
     magnitudes,
 )
 from flexicodec_hf.training.samples import plot_spectrograms
-from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC, best_paths, decode_ctc, train_tokenizer
+from flexicodec_hf.training.semantic_encoder import (
+    SemanticEncoderForCTC,
+    best_paths,
+    calibrate_similarities,
+    decode_ctc,
+    similarity_spread_loss,
+    teacher_loss,
+    train_tokenizer,
+)
 from flexicodec_hf.training.trainer import last_checkpoint
 
 
@@ -120,10 +132,13 @@ def names_and_numbers(examples):
     return [(example["name"], np.random.default_rng(example["seed"]).random()) for example in examples]
 
 
-def batches(dataset, num_epochs, per_device_train_batch_size, *, process=0, num_processes=1, skip=0, **options):
-    """The batches of some epochs, as `GANTrainer` reads them; the first epoch from the batch `skip` on."""
-    args = GANTrainingArguments("", per_device_train_batch_size=per_device_train_batch_size, seed=3, **options)
-    loader = train_loader(dataset, names_and_numbers, args)
+def batches(dataset, num_epochs, size, *, process=0, num_processes=1, skip=0, num_workers=0):
+    """The batches of some epochs, as `SpeechTrainer` reads them; the first epoch from the batch `skip` on."""
+    sampler = None if isinstance(dataset, IterableDataset) else EpochSampler(len(dataset), 3)
+    dataset = with_seeds(dataset, 3)
+    loader = DataLoader(
+        dataset, size, sampler=sampler, collate_fn=names_and_numbers, drop_last=True, num_workers=num_workers
+    )
     loader = prepare_data_loader(loader, num_processes=num_processes, process_index=process, dispatch_batches=False)
     epochs = []
     for epoch in num_epochs if isinstance(num_epochs, list) else range(num_epochs):
@@ -154,7 +169,7 @@ def test_batches_do_not_depend_on_processes_or_interruptions(streaming):
 
 def test_batches_do_not_depend_on_workers():
     dataset = Dataset.from_dict({"name": list("abcdefghijk")})
-    assert batches(dataset, 2, 4, dataloader_num_workers=1) == batches(dataset, 2, 4)
+    assert batches(dataset, 2, 4, num_workers=1) == batches(dataset, 2, 4)
 
 
 def test_batches_of_about_the_same_length():
@@ -179,13 +194,6 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
             (tmp_path / name / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-
-
-def test_training_options_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="`save_total_limit` must be at least 1, got 0"):
-        GANTrainingArguments("", save_total_limit=0)
-    with pytest.raises(ValueError, match="`push_to_hub` needs `hub_model_id`"):
-        GANTrainingArguments("", push_to_hub=True)
 
 
 def test_magnitudes_of_a_sine(device):
@@ -242,22 +250,19 @@ def test_a_period_discriminator_sees_samples_a_period_apart(device):
 
 
 def test_moving_average_by_hand(device):
-    model = torch.nn.Linear(1, 1).to(device)
-    model.bias.requires_grad_(False)
-    torch.nn.init.constant_(model.weight, 1.0)
-    average = averaged_model(model, decay=0.25)
-    torch.nn.init.constant_(model.weight, 3.0)
-    average.update_parameters(model)  # keeps min(0.25, 2 / 11) of 1
+    model = SimpleNamespace(
+        averaged=torch.nn.Linear(1, 1, device=device), generator=torch.nn.Linear(1, 1, device=device)
+    )
+    torch.nn.init.constant_(model.averaged.weight, 1.0)
+    torch.nn.init.constant_(model.generator.weight, 3.0)
+    average = MovingAverage(decay=0.25)
+    average.on_step_end(None, TrainerState(global_step=1), None, model)  # keeps min(0.25, 2 / 11) of 1
     expected = 2 / 11 + 3 * 9 / 11
-    assert average.module.weight.item() == pytest.approx(expected)
-    assert average.module.bias.item() == model.bias.item()
-    assert model.weight.item() == 3
-    restored = averaged_model(model, decay=0.25)
-    restored.load_state_dict(average.state_dict())
-    for _ in range(2):
-        restored.update_parameters(model)
-    # Keeps a quarter, twice.
-    assert restored.module.weight.item() == pytest.approx(expected / 16 + 3 * 15 / 16)
+    assert model.averaged.weight.item() == pytest.approx(expected)
+    for step in (2, 3):  # keeps a quarter, twice
+        average.on_step_end(None, TrainerState(global_step=step), None, model)
+    assert model.averaged.weight.item() == pytest.approx(expected / 16 + 3 * 15 / 16)
+    assert model.generator.weight.item() == 3
 
 
 def test_plots_a_spectrogram_for_each_waveform():
@@ -312,6 +317,86 @@ def test_ctc_loss_is_that_of_the_items_alone(tmp_path, device):
     assert_close(together.loss, ((first.loss + second.loss) / 2).detach().cpu(), atol=1e-5)
     assert_close(together.logits[1, :5], second.logits[0].detach().cpu(), atol=1e-5)
 
+    textless = torch.full((1, 3), -100, device=device)
+    half = model(features, mask, torch.cat([labels[:1], textless])).loss
+    assert_close(half, (first.loss / 2).detach().cpu(), atol=1e-5)
+
     model.save_pretrained(tmp_path)
     loaded = SemanticEncoderForCTC.from_pretrained(tmp_path).to(device)
     torch.testing.assert_close(loaded(features, mask, labels).loss, together.loss)
+
+
+def test_teacher_loss_by_hand(device):
+    hidden_states = torch.zeros(2, 3, 4, device=device)
+    targets = torch.tensor([1.0, 2.0, 3.0], device=device)[None, :, None].expand(2, 3, 4)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], device=device)
+    assert_close(teacher_loss(hidden_states, targets, mask), torch.tensor(((1 + 4 + 9) / 3 + 1) / 2))
+
+
+def test_a_teacher_hears_clips_that_share_a_window(monkeypatch):
+    windows = []
+
+    class Whisper:
+        n_mels = 80
+
+        def encode(self, features, to_cpu):
+            windows.append(features)
+            return features.max(axis=1)[:, ::2, None].repeat(4, axis=2)
+
+    storage = SimpleNamespace(from_array=np.asarray)
+    module = SimpleNamespace(models=SimpleNamespace(Whisper=lambda *_, **__: Whisper()), StorageView=storage)
+    monkeypatch.setattr(teacher, "require", lambda *_: module)
+    hears = teacher.WhisperTeacher("whisper")
+    clips = [np.random.default_rng(0).normal(size=seconds * 16_000).astype(np.float32) for seconds in (1, 12, 14, 20)]
+    states = hears(clips)
+    assert len(windows) == 2
+    assert [item.shape for item in states] == [(-(-len(clip) // 960), 4) for clip in clips]
+    assert min(item[:-1].min() for item in states) > max(windows[0][0].min(axis=0)[-50:].max(), 0)  # no silence in it
+    with pytest.raises(ValueError, match=r"hears at most 29.5 s at once, and a clip has 30.0 s"):
+        hears([np.zeros(30 * 16_000, np.float32)])
+
+
+def test_projection_of_a_teacher():
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(500, 3, generator=random) @ torch.randn(3, 8, generator=random) + 5
+    projection = teacher.TeacherProjection.fit(states, 3, whitening=1.0)
+    assert_close(torch.cov(((states - projection.mean) @ projection.basis).T), torch.eye(3), atol=0.05)
+    targets = projection.targets(states, 500)
+    assert_close(targets.square().mean(dim=1), torch.ones(500), atol=1e-4)
+    assert torch.equal(projection.targets(states[::2], 250), targets[::2])
+    assert projection.targets(states, 250).shape == (250, 3)
+    with pytest.raises(ValueError, match="`hidden_size` must be at most the teacher's, 8, got 9"):
+        teacher.TeacherProjection.fit(states, 9)
+
+
+RATES = {0.91: 8.3, 0.86: 6.25}
+
+
+def test_similarities_are_spread():
+    """The loss is small for similarities whose thresholds have the rates, wherever they lie."""
+    quantiles = torch.rand(1500, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
+
+    def loss(width, scale=0.02):
+        distances = torch.exp(-0.649 * width * quantiles.logit()) * scale
+        angles = torch.cumsum(torch.arccos(1 - distances.clamp(max=2)), dim=0)
+        frames = torch.stack([angles.cos(), angles.sin()])[None]
+        features = torch.nn.functional.interpolate(frames, 2000, mode="linear").mT
+        return similarity_spread_loss(features, torch.ones(1, 2000), RATES).item()
+
+    assert max(loss(1.0), loss(1.0, scale=0.04)) < 0.25 < loss(0.2)
+
+
+def test_similarities_are_calibrated():
+    torch.manual_seed(0)
+    model = SemanticEncoderForCTC(ctc_config(10)).eval()
+    model.encoder.layers[-1].final_layernorm.weight.data = torch.linspace(1, 0.1, 16)  # channels that vary unlike
+    features, mask = torch.randn(2, 401, 8), torch.ones(2, 400)
+    features = features[:, 1:] + features[:, :-1]  # neighbors are somewhat alike
+    before = model(features, mask)
+    rates = calibrate_similarities(model, before.last_hidden_state.detach(), torch.tensor([400, 300]), RATES)
+    assert rates == pytest.approx(RATES, abs=0.2)
+    after = model(features, mask)
+    states = torch.cat([after.last_hidden_state[0], after.last_hidden_state[1, :300]])
+    similarities = torch.cosine_similarity(states[1:], states[:-1], dim=-1)
+    assert (similarities <= 0.91).float().mean() * 12.5 == pytest.approx(8.3, abs=0.3)
+    assert torch.corrcoef(torch.stack([before.logits.flatten(), after.logits.flatten()]))[0, 1] > 0.95

@@ -1,77 +1,47 @@
-"""
-Training of models that make waveforms (codec, vocoder), with discriminators or without, on
-Accelerate: the two optimizers of a GAN do not fit `Trainer`.
-"""
+"""Training of models that make waveforms (codec, vocoder), with discriminators or without."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.utils import ProjectConfiguration
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, TrainerCallback
 
-from ..data.files import atomic_directory, atomic_file, only_run
-from .batches import EpochSampler, with_seeds
+from ..data.files import atomic_directory
 from .discriminators import Discriminators
 from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from .samples import write_samples
-from .trainer import time_is_up
+from .trainer import SpeechTrainer, SpeechTrainingArguments
 
 
 @dataclass
-class GANTrainingArguments:
-    """The options of `GANTrainer`, named as in transformers' `TrainingArguments`."""
+class GANTrainingArguments(SpeechTrainingArguments):
+    """The training arguments, with the defaults of models that make waveforms."""
 
-    output_dir: str = field(metadata={"help": "For checkpoints, logs, samples, and the model in `model`."})
     max_steps: int = field(default=1_000_000, metadata={"help": "Steps of the whole training."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Clips in a batch of each process."})
     learning_rate: float = field(default=1e-4, metadata={"help": "The learning rate of AdamW."})
-    lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "A schedule of transformers, such as cosine."}
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "The schedule of the rate."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "The second beta of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "The weight decay of AdamW."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate; there is one at the end."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Must be true: batches have one size."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "Must be true: a batch may leave out quantizers."}
     )
-    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate rises to its value."})
     crop_s: float = field(default=5.0, metadata={"help": "Seconds of a clip to train on."})
     ema_decay: float = field(default=0.999, metadata={"help": "Share of the averaged weights that a step keeps."})
     discriminator_start: int = field(default=0, metadata={"help": "Without discriminators before this step."})
     discriminator_size: int = field(default=32, metadata={"help": "Channels of their first layers."})
-    seed: int = field(default=0, metadata={"help": "Seed of the weights, the data and all random choices."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that read audio; a streamed dataset always has one."}
-    )
-    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU, even if there is a GPU."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps between logs."})
-    eval_steps: int = field(default=1000, metadata={"help": "Steps between evaluations; there is one at the end."})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints; there is one at the end."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, at least 2."})
-    time_limit: float | None = field(
-        default=None, metadata={"help": "Save and stop after so many minutes; the same command goes on."}
-    )
-    report_to: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate, or none."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Push the model to the Hub at the end."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "The repository to push to."})
-
-    def __post_init__(self) -> None:
-        if self.save_total_limit < 1:
-            raise ValueError(f"`save_total_limit` must be at least 1, got {self.save_total_limit}.")
-        if self.push_to_hub and self.hub_model_id is None:
-            raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to push to.")
 
 
 class Generated(NamedTuple):
@@ -86,27 +56,36 @@ class Generated(NamedTuple):
     metrics: Mapping[str, Tensor] = {}
 
 
-@dataclass
-class GANTrainerState:
-    """How far a training is; `epoch` and `batch` are the place of the next batch in the data."""
+class GAN(nn.Module):
+    """
+    What a checkpoint holds: the model in training, its moving average and the discriminators.
 
-    global_step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    checkpoint: int = -1
-    log_history: list[dict[str, float]] = field(default_factory=list)
+    Args:
+        generator: The model; its frozen parameters stay as they are.
+        args: The options.
+    """
+
+    config = None  # `Trainer` asks for one
+
+    def __init__(self, generator: PreTrainedModel, args: GANTrainingArguments):
+        super().__init__()
+        self.generator = generator
+        self.averaged = copy.deepcopy(generator).requires_grad_(False)
+        self.discriminators: Any = None
+        if args.discriminator_start < args.max_steps:
+            self.discriminators = Discriminators(size=args.discriminator_size)
+
+    def forward(self, waveforms: Tensor | None = None, **inputs: Any) -> Any:
+        """What the discriminators say of waveforms, or what the generator makes of its inputs."""
+        return self.generator(**inputs) if waveforms is None else self.discriminators(waveforms)
 
 
-class GANTrainer(ABC):
+class GANTrainer(SpeechTrainer, ABC):
     """
     Trains a model that makes waveforms: on a spectral loss, on losses of its own and, from a step
     on, against discriminators. Recipes subclass it with `generate` and `evaluate_clip`.
 
-    The output directory gets `checkpoints/` (all that it takes to go on with the same losses),
-    `model/` (the averaged weights and the feature extractor), `trainer_state.json` (with the log)
-    and the files of the tracker in `logs/`. All of them are complete at every moment. A training that
-    was killed while it saved goes on from the last checkpoint, and writes `model/` again. A second
-    training in the same directory is refused.
+    The output directory gets the averaged weights and the feature extractor with each checkpoint.
 
     Args:
         model: The model; its frozen parameters stay as they are.
@@ -130,24 +109,24 @@ class GANTrainer(ABC):
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
         eval_waveforms: list[np.ndarray],
     ):
-        self.args, self.feature_extractor, self.eval_waveforms = args, feature_extractor, eval_waveforms
-        self.output_dir = Path(args.output_dir)
-        self.state = GANTrainerState()
+        size = args.train_batch_size * args.world_size
+        if isinstance(train_dataset, Dataset) and len(train_dataset) < size:
+            raise ValueError(f"There are {len(train_dataset)} clips to train on, fewer than a batch, {size}.")
+        super().__init__(
+            GAN(model, args),
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_waveforms,
+            processing_class=feature_extractor,
+        )
         self.sampling_rate: int = model.config.sampling_rate
-        self.accelerator = make_accelerator(args)
-        model.to(self.accelerator.device)
-        self.averaged = averaged_model(model, args.ema_decay)
-        self.mel_loss = MultiScaleMelLoss(self.sampling_rate).to(self.accelerator.device)
-        self.trained = TrainedModel(model, args, self.accelerator)
-        self.accelerator.register_for_checkpointing(self.averaged)
-        self.discriminators = None
-        if args.discriminator_start < args.max_steps:
-            self.discriminators = TrainedModel(Discriminators(size=args.discriminator_size), args, self.accelerator)
-        self.loader = self.accelerator.prepare(train_loader(train_dataset, data_collator, args))
+        self.mel_loss = MultiScaleMelLoss(self.sampling_rate).to(args.device)
+        self.add_callback(MovingAverage(args.ema_decay))
 
     @abstractmethod
-    def generate(self, batch: dict[str, Tensor]) -> Generated:
-        """Run `self.trained.model` on a batch of this process."""
+    def generate(self, model: nn.Module, batch: dict[str, Tensor]) -> Generated:
+        """Run `model`, which takes the generator's inputs, on a batch of this process."""
 
     @abstractmethod
     def evaluate_clip(
@@ -155,257 +134,83 @@ class GANTrainer(ABC):
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Metrics of a clip, and waveforms `(num_samples,)` to listen to, by name."""
 
-    def train(self) -> None:
-        """
-        Train until `max_steps`, from the last checkpoint in the output directory if there is one.
-        """
-        main = self.accelerator.is_main_process
-        with only_run(self.output_dir, main):
-            self._train()
-            if self.args.push_to_hub and main and self.state.global_step >= self.args.max_steps:
-                api = HfApi()
-                api.create_repo(self.args.hub_model_id, exist_ok=True)
-                api.upload_folder(repo_id=self.args.hub_model_id, folder_path=str(self.output_dir / "model"))
-            self.accelerator.end_training()
-
-    def _train(self) -> None:
-        args, accelerator, state = self.args, self.accelerator, self.state
-        self._resume()
-        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": state.global_step + 1}})
-        start, first = time.monotonic(), state.global_step
-        hidden = not accelerator.is_main_process
-        with tqdm(total=args.max_steps, initial=first, disable=hidden, unit="step", mininterval=1) as progress:
-            for batch in self._batches():
-                metrics = self.training_step(batch)
-                state.global_step += 1
-                progress.update()
-                finished = state.global_step == args.max_steps
-                last = finished or time_is_up(start, args.time_limit)
-                if state.global_step % args.logging_steps == 0 or last:
-                    self._log(self._mean(metrics))
-                if state.global_step % args.eval_steps == 0 or finished:
-                    self._log({f"eval_{name}": value for name, value in self.evaluate().items()})
-                if state.global_step % args.save_steps == 0 or last:
-                    self._save()
-                if last:
-                    break
-
-    def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
-        """
-        Update the weights with a batch. Returns what to log: means over the clips of this process.
-        """
-        self.trained.model.train()
-        real, fake, losses, metrics = self.generate(batch)
+    # ******** FlexiCodec specific ********
+    # Two losses a step, for two halves of the model.
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        real, fake, losses, metrics = self.generate(model, self._prepare_inputs(inputs))
         losses, metrics = {"mel": self.mel_loss(fake, real), **losses}, dict(metrics)
-        if self.discriminators is not None and self.state.global_step >= self.args.discriminator_start:
-            metrics["discriminator"] = train_discriminators(self.discriminators, real, fake)
-            losses["adversarial"], losses["feature"] = generator_losses(self.discriminators, real, fake)
+        adversarial = self.state.global_step >= self.args.discriminator_start
+        if adversarial:
+            losses["adversarial"], losses["feature"] = self._judge(real, fake)
         loss = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
-        norm = self.trained.update(loss)
-        self.averaged.update_parameters(self.trained.unwrapped)
-        return {
-            "loss": loss.detach(),
-            **{name: value.detach() for name, value in losses.items()},
-            **metrics,
-            "grad_norm": norm,
-            "learning_rate": self.trained.scheduler.get_last_lr()[0],
-        }
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        if adversarial:
+            scores, _ = model(waveforms=torch.cat([real, fake.detach()]))
+            metrics["discriminator"] = discriminator_loss(*zip(*(score.chunk(2) for score in scores), strict=True))
+            self.accelerator.backward(metrics["discriminator"] / self.current_gradient_accumulation_steps)
+        self.keep_means(losses | metrics, training=True)
+        return loss.detach() / self.current_gradient_accumulation_steps
+
+    def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """The adversarial and the feature matching loss of `fake`, without gradients for the discriminators."""
+        self.model.discriminators.requires_grad_(False)
+        scores, features = self.model(waveforms=torch.cat([real, fake]))
+        self.model.discriminators.requires_grad_(True)
+        reals, fakes = zip(
+            *(zip(*(layer.chunk(2) for layer in layers), strict=True) for layers in features), strict=True
+        )
+        return adversarial_loss([score.chunk(2)[1] for score in scores]), feature_matching_loss(reals, fakes)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if self.model.discriminators is not None:
+            self.accelerator.clip_grad_norm_(self.model.discriminators.parameters(), self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self.model.generator.parameters(), self.args.max_grad_norm)
 
     @torch.inference_mode()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """
-        The mean metrics of the averaged model over the clips, on the main process; sounds of the
-        first to `samples/`.
+        The mean metrics of the averaged model over the clips; sounds of the first to `samples/`.
         """
-        if not self.accelerator.is_main_process or not self.eval_waveforms:
-            return {}
-        model = self.averaged.module.eval()
+        model = self.model.averaged.eval()
         results = []
-        for number, waveform in enumerate(self.eval_waveforms):
-            metrics, sounds = self.evaluate_clip(model, waveform)
-            results.append(metrics)
-            if number == 0:
+        for number, waveform in enumerate(self.eval_dataset):
+            result, sounds = self.evaluate_clip(model, waveform)
+            results.append(result)
+            if number == 0 and self.is_world_process_zero():
                 waveforms = {"original": waveform} | {name: sound.cpu().numpy() for name, sound in sounds.items()}
-                writers = [tracker.writer for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
-                folder = self.output_dir / "samples"
-                write_samples(folder, self.state.global_step, waveforms, self.sampling_rate, *writers)
-        return {name: float(np.mean([metrics[name] for metrics in results])) for name in results[0]}
+                folder = Path(self.args.output_dir) / "samples"
+                write_samples(folder, self.state.global_step, waveforms, self.sampling_rate)
+        names = results[0] if results else ()
+        metrics = {f"{metric_key_prefix}_{name}": float(np.mean([row[name] for row in results])) for name in names}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """Batches without end, from the place where the training is."""
-        state = self.state
-        while state.global_step < self.args.max_steps:
-            self.loader.set_epoch(state.epoch)
-            for batch in skip_first_batches(self.loader, state.batch):
-                state.batch += 1
-                yield batch
-            if state.batch == 0:
-                raise ValueError(
-                    "The training data have fewer clips than a batch of all processes, "
-                    f"{self.args.per_device_train_batch_size * self.accelerator.num_processes}."
-                )
-            state.epoch, state.batch = state.epoch + 1, 0
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if output_dir not in (None, self.args.output_dir):  # a checkpoint
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            with atomic_directory(self.args.output_dir) as folder:
+                self.model.averaged.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
 
-    def _mean(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """The means over all processes."""
-        values = torch.tensor([float(value) for value in metrics.values()], device=self.accelerator.device)
-        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        if metrics and self.accelerator.is_main_process:
-            step = self.state.global_step
-            self.state.log_history.append({"step": step, **metrics})
-            self.accelerator.log(metrics, step)
-            tqdm.write(f"{step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-    def _save(self) -> None:
-        state, checkpoints = self.state, self.output_dir / "checkpoints"
-        state.checkpoint += 1
-        partial = checkpoints / f".incomplete-{state.checkpoint}"
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            partial.rename(checkpoints / f"checkpoint_{state.checkpoint}")
-            # Only now does the checkpoint count: `_resume` deletes one that the state does not name.
-            with atomic_file(self.output_dir / "trainer_state.json") as path:
-                path.write_text(json.dumps(asdict(state), indent=1))
-            for number, checkpoint in self._checkpoints().items():
-                if number <= state.checkpoint - self.args.save_total_limit:
-                    shutil.rmtree(checkpoint)
-            self._save_model()
-        self.accelerator.wait_for_everyone()
-
-    def _checkpoints(self) -> dict[int, Path]:
-        folders = (self.output_dir / "checkpoints").glob("checkpoint_*")
-        return {int(folder.name.removeprefix("checkpoint_")): folder for folder in folders}
-
-    def _save_model(self) -> None:
-        model: Any = self.averaged.module
-        with atomic_directory(self.output_dir / "model") as folder:
-            model.save_pretrained(folder)
-            self.feature_extractor.save_pretrained(folder)
-
-    def _resume(self) -> None:
-        accelerator, state_file = self.accelerator, self.output_dir / "trainer_state.json"
-        if state_file.exists():
-            vars(self.state).update(json.loads(state_file.read_text()))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            for number, checkpoint in self._checkpoints().items():
-                if number > self.state.checkpoint:
-                    shutil.rmtree(checkpoint)
-        accelerator.wait_for_everyone()
-        if self.state.checkpoint >= 0:
-            accelerator.load_state(str(self.output_dir / "checkpoints" / f"checkpoint_{self.state.checkpoint}"))
-            accelerator.print(f"Going on from step {self.state.global_step}.")
-            if accelerator.is_main_process:
-                self._save_model()  # again: the run may have been killed before it did
+    # ******** end ********
 
 
-class TrainedModel:
+class MovingAverage(TrainerCallback):
     """
-    A model with its optimizer (AdamW) and its learning rate schedule.
-
-    Args:
-        model: The model; its frozen parameters stay as they are.
-        args: The options.
-        accelerator: Prepares the model and the optimizer; its checkpoints hold all three.
-
-    Attributes:
-        model: The prepared model.
-        unwrapped: The model itself.
+    Keeps the exponential moving average of the generator's weights. The first steps keep less than
+    `decay` of it: its start, the first weights, should not last.
     """
 
-    def __init__(self, model: nn.Module, args: GANTrainingArguments, accelerator: Accelerator):
-        self.accelerator, self.unwrapped = accelerator, model
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        # Not prepared: Accelerate would take a step for each process.
-        self.scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
-        accelerator.register_for_checkpointing(self.scheduler)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+    def __init__(self, decay: float):
+        self.decay = decay
 
-    def update(self, loss: Tensor) -> Tensor:
-        """A step down the gradient, clipped to a norm of 1. Returns the norm."""
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        return norm
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(model.averaged.parameters()), list(model.generator.parameters()), 1 - decay)
 
 
-def train_discriminators(discriminators: TrainedModel, real: Tensor, fake: Tensor) -> Tensor:
-    """Update the discriminators with waveforms `(batch_size, 1, num_samples)`. Returns their loss."""
-    scores, _ = discriminators.model(torch.cat([real, fake.detach()]))
-    halves = [score.chunk(2) for score in scores]
-    loss = discriminator_loss([half[0] for half in halves], [half[1] for half in halves])
-    discriminators.update(loss)
-    return loss.detach()
-
-
-def generator_losses(discriminators: TrainedModel, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """The adversarial and the feature matching loss of `fake`."""
-    unwrapped = discriminators.unwrapped.requires_grad_(False)
-    scores, features = unwrapped(torch.cat([real, fake]))
-    unwrapped.requires_grad_(True)
-    halves = [[feature.chunk(2) for feature in layers] for layers in features]
-    matching = feature_matching_loss(
-        [[half[0] for half in layers] for layers in halves], [[half[1] for half in layers] for layers in halves]
-    )
-    return adversarial_loss([score.chunk(2)[1] for score in scores]), matching
-
-
-def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
-    """
-    The exponential moving average of a model's weights. The first updates keep less than `decay` of
-    it: its start, the first weights, should not last.
-    """
-
-    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
-        count = int(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averages, weights, num_averaged)
-
-    averaged = AveragedModel(model, multi_avg_fn=update)
-    averaged.n_averaged.fill_(1)  # the weights of the start count: at 0 the first update would only copy
-    return averaged
-
-
-def make_accelerator(args: GANTrainingArguments) -> Accelerator:
-    """The accelerator that `accelerate launch` and the options describe."""
-    return Accelerator(
-        cpu=args.use_cpu,
-        mixed_precision="bf16" if args.bf16 else None,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir),
-        # Each process reads a stream and takes its share.
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
-        # Quantizers that a batch leaves out have no gradients.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-
-
-def train_loader(
-    dataset: Dataset | IterableDataset,
-    data_collator: Callable[[list[dict[str, Any]]], Any],
-    args: GANTrainingArguments,
-) -> DataLoader:
-    """
-    Batches of one process, to be prepared by Accelerate: each epoch in another order, which depends
-    on the seed alone, and without the clips that do not fill a batch.
-    """
-    streamed = isinstance(dataset, IterableDataset)
-    return DataLoader(
-        with_seeds(dataset, args.seed),
-        args.per_device_train_batch_size,
-        sampler=None if streamed else EpochSampler(len(dataset), args.seed),
-        # `datasets` shuffles a stream differently in a worker: always one, so that their number
-        # changes nothing.
-        num_workers=1 if streamed else args.dataloader_num_workers,
-        collate_fn=data_collator,
-        drop_last=True,
-        generator=torch.Generator(),  # without one, each epoch would draw from the random numbers of the model
-    )
-
-
-__all__ = ["GANTrainer", "GANTrainingArguments", "Generated", "averaged_model", "make_accelerator", "train_loader"]
+__all__ = ["GAN", "GANTrainer", "GANTrainingArguments", "Generated", "MovingAverage"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from ..audio_flexicodec import write_audio
 from .losses import magnitudes
@@ -15,30 +16,25 @@ from .losses import magnitudes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
 
-def write_samples(
-    directory: Path, step: int, waveforms: dict[str, np.ndarray], sampling_rate: int, *writers: SummaryWriter
-) -> None:
+def write_samples(directory: Path, step: int, waveforms: dict[str, np.ndarray], sampling_rate: int) -> None:
     """
-    Write waveforms and a picture of their spectrograms to a folder and to TensorBoard.
+    Write waveforms and a picture of their spectrograms.
 
     Args:
-        directory: Each step gets a folder in it.
+        directory: Each step gets a folder in it, and TensorBoard a file.
         step: The step of the training.
         waveforms: Waveforms `(num_samples,)`, in [-1, 1], by name.
         sampling_rate: Their sampling rate, in hertz.
-        writers: The writers of TensorBoard, if there are any.
     """
     folder = directory / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     figure = plot_spectrograms(waveforms, sampling_rate)
     figure.savefig(folder / "spectrograms.png")
-    for name, waveform in waveforms.items():
-        write_audio(folder / f"{name}.flac", waveform, sampling_rate)
-    for writer in writers:
+    with SummaryWriter(str(directory)) as writer:
         for name, waveform in waveforms.items():
+            write_audio(folder / f"{name}.flac", waveform, sampling_rate)
             writer.add_audio(name, waveform[None], step, sampling_rate)
         writer.add_figure("spectrograms", figure, step)
 

@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -130,13 +129,14 @@ class SafeTrainer(Trainer):
 class SpeechTrainer(SafeTrainer):
     """
     `Trainer` whose training examples have seeds for their random choices (`batches.with_seeds`),
-    whose order a resumed run repeats, and that heeds the time limit.
+    whose order a resumed run repeats, that logs means beside the loss, and that heeds the time limit.
     """
 
     def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         if train_dataset is not None:
             self.train_dataset = with_seeds(train_dataset, self.args.seed)
+        self._kept: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"There are {self.args.n_gpu} GPUs, and one process: start one for each with `accelerate launch` or "
@@ -144,6 +144,19 @@ class SpeechTrainer(SafeTrainer):
             )
         if getattr(self.args, "time_limit", None) is not None:
             self.add_callback(TimeLimit(self.args.time_limit))
+
+    def keep_means(self, values: Mapping[str, Tensor], training: bool) -> None:
+        """Log the means of values, such as parts of the loss, beside the next loss."""
+        for name, value in values.items():
+            self._kept[training].setdefault(name, []).append(value.detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for training, prefix in ((True, ""), (False, "eval_")):
+            if f"{prefix}loss" in logs:
+                for name, values in self._kept[training].items():
+                    logs[prefix + name] = self.accelerator.reduce(torch.stack(values).mean(), "mean").item()
+                self._kept[training] = {}
+        super().log(logs, start_time)
 
     # ******** FlexiCodec specific ********
     # An order that does not depend on the global random state, which a resumed run does not have at
@@ -185,18 +198,8 @@ class TimeLimit(TrainerCallback):
         self._start = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time_is_up(self._start, self.minutes):
+        if broadcast_object_list([time.monotonic() - self._start > self.minutes * 60])[0]:
             control.should_save = control.should_training_stop = True
-
-
-def time_is_up(start: float, minutes: float | None) -> bool:
-    """
-    Whether `minutes` have passed since `start` (of `time.monotonic`). All processes get the answer
-    of the first one.
-    """
-    if minutes is None:
-        return False
-    return broadcast_object_list([time.monotonic() - start > minutes * 60])[0]
 
 
 class SpeechSamples(TrainerCallback):
@@ -236,8 +239,7 @@ class SpeechSamples(TrainerCallback):
             waveforms = {name: waveform.cpu().numpy() for name, waveform in self.speak(model)}
         model.train(training)
         if waveforms:
-            with SummaryWriter(str(folder)) as writer:
-                write_samples(folder, state.global_step, waveforms, self.sampling_rate, writer)
+            write_samples(folder, state.global_step, waveforms, self.sampling_rate)
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -306,5 +308,4 @@ __all__ = [
     "last_checkpoint",
     "parse_arguments",
     "run_training",
-    "time_is_up",
 ]

@@ -360,9 +360,8 @@ def _item_randoms(seeds: Tensor) -> list[np.random.Generator]:
 class TTSTrainer(SpeechTrainer):
     """
     A `Trainer` that makes the model's inputs of a batch on the model's device, with the frozen
-    codec, and takes its losses
-    over the batch of all processes: two processes have the losses of one with twice the batch. It
-    logs the parts of the loss too.
+    codec, and takes its losses over the batch of all processes: two processes have the losses of one
+    with twice the batch.
 
     Args:
         prepare: `ARBatches` or `VoiceboxBatches`: called with a batch, it returns the model's
@@ -381,7 +380,6 @@ class TTSTrainer(SpeechTrainer):
         if eval_dataset is not None:
             self.eval_dataset = with_seeds(eval_dataset, self.args.seed)
         self.prepare = prepare
-        self._parts: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         model_inputs, counts = self.prepare(super()._prepare_inputs(inputs))
@@ -396,10 +394,9 @@ class TTSTrainer(SpeechTrainer):
         # what distributed training makes of losses and gradients, is then the mean over all values.
         local = torch.stack(list(counts.values())).float()
         shares = local * self.accelerator.num_processes / self.accelerator.reduce(local, "sum")
-        losses = {name: outputs[name] * share for name, share in zip(counts, shares, strict=True)}
-        for name, value in losses.items():
-            self._parts[model.training].setdefault(name, []).append(value.detach())
-        loss = torch.stack(list(losses.values())).sum()
+        loss = self.sum_losses(
+            model, {name: outputs[name] * share for name, share in zip(counts, shares, strict=True)}
+        )
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -408,14 +405,6 @@ class TTSTrainer(SpeechTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for training, prefix in ((True, ""), (False, "eval_")):
-            if f"{prefix}loss" in logs:
-                for name, values in self._parts[training].items():
-                    logs[prefix + name] = self.accelerator.reduce(torch.stack(values).mean(), "mean").item()
-                self._parts[training] = {}
-        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # a batch of audio does not tell what the model computes
