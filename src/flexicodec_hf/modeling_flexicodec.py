@@ -1336,18 +1336,19 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         frames = self._encode_semantic(input_features, num_features, chunk=None)
         return frames * _length_mask(_num_frames(self.config, num_features), frames.shape[1], frames.device)[..., None]
 
-    @torch.no_grad()
     def _encode_semantic(self, input_features: Tensor, num_features: Tensor, chunk: Chunk | None) -> Tensor:
         """Output of the frozen semantic encoder on codec frames, `(batch_size, num_frames, size)` in float32."""
+        frames = self._encode_features(input_features, num_features, chunk and _in_features(self.config, chunk))
+        return _resample(frames, num_features, _num_frames(self.config, num_features))
+
+    @torch.no_grad()
+    def _encode_features(self, input_features: Tensor, num_features: Tensor, chunk: Chunk | None) -> Tensor:
+        """Output of the frozen semantic encoder, `(batch_size, num_features, size)`; chunks count features."""
         query_ids = torch.tensor(self.config.semantic_query_ids, device=input_features.device)
         queries = self.semantic_query_embedding(query_ids)
-        if chunk is not None:  # in codec frames, of which there are 3 for 4 features
-            factor = self.config.semantic_downsampling_factor
-            chunk = Chunk(round(chunk.size * factor), round(chunk.context * factor))
-        frames = _run_semantic_encoder(self.semantic_encoder, queries, input_features, num_features, chunk)
         # In float32 whatever the model's dtype: the similarities of these frames decide the
         # merging.
-        return _resample(frames.float(), num_features, _num_frames(self.config, num_features))
+        return _run_semantic_encoder(self.semantic_encoder, queries, input_features, num_features, chunk).float()
 
     def _quantize(
         self, frames: FlexiCodecFramesOutput, segments: FlexiCodecSegments, num_acoustic_quantizers: int | Tensor
@@ -1418,20 +1419,12 @@ def _quantize_in_chunks(
     """The tokens of `quantize(frames, segments)`, some whole tokens at a time with whole tokens of context."""
     items = []
     for item, num_frames in enumerate(frames.num_frames.tolist()):
-        parts = []
-        starts = F.pad(segments.token_lengths[item].cumsum(dim=0), (1, 0))
-        for core, window in windows(num_frames, chunk):
-            # Tokens that begin in the chunk, and those that lie in its context.
-            bounds = torch.tensor([window.start, core.start, core.stop, window.stop], device=starts.device)
-            first_context, first, last, last_context = torch.searchsorted(starts, bounds).tolist()
-            if first == last:
-                continue
-            last_context = max(last, min(last_context, len(starts) - 1))
-            span = slice(int(starts[first_context]), int(starts[last_context]))
-            tokens = quantize(frames.cut(item, span), segments.cut(item, span, slice(first_context, last_context)))
-            kept = slice(first - first_context, last - first_context)
-            parts.append((tokens.codes[0, :, kept].t(), tokens.latents[0, kept]))
-        items.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        parts = [
+            _quantize_window(quantize, frames, segments, item, core, window)
+            for core, window in windows(num_frames, chunk)
+        ]
+        found = [(tokens.codes[0].t(), tokens.latents[0]) for tokens, _ in filter(None, parts)]
+        items.append([torch.cat(tensors) for tensors in zip(*found, strict=True)])
     codes, latents = (
         nn.utils.rnn.pad_sequence(list(tensors), batch_first=True) for tensors in zip(*items, strict=True)
     )
@@ -1439,6 +1432,28 @@ def _quantize_in_chunks(
     codes, latents = (F.pad(tensor, (0, 0, 0, padding)) for tensor in (codes, latents))
     no_loss = latents.new_zeros((), dtype=torch.float32)
     return _QuantizedTokens(codes.transpose(1, 2), latents, latents, no_loss, no_loss)
+
+
+def _quantize_window(
+    quantize: Callable[[FlexiCodecFramesOutput, FlexiCodecSegments], _QuantizedTokens],
+    frames: FlexiCodecFramesOutput,
+    segments: FlexiCodecSegments,
+    item: int,
+    core: slice,
+    window: slice,
+) -> tuple[_QuantizedTokens, Tensor] | None:
+    """The tokens of an item that begin in `core`, with those in `window` as context, and their lengths; if any do."""
+    starts = F.pad(segments.token_lengths[item].cumsum(dim=0), (1, 0))
+    bounds = torch.tensor([window.start, core.start, core.stop, window.stop], device=starts.device)
+    first_context, first, last, last_context = torch.searchsorted(starts, bounds).tolist()
+    if first == last:
+        return None
+    last_context = max(last, min(last_context, len(starts) - 1))
+    span = slice(int(starts[first_context]), int(starts[last_context]))
+    tokens = quantize(frames.cut(item, span), segments.cut(item, span, slice(first_context, last_context)))
+    kept = slice(first - first_context, last - first_context)
+    codes, latents = tokens.codes[:, :, kept], tokens.latents[:, kept]
+    return tokens._replace(codes=codes, latents=latents), segments.token_lengths[item, first:last]
 
 
 def _encoder_output(tokens: _QuantizedTokens, segments: FlexiCodecSegments) -> FlexiCodecEncoderOutput:
@@ -1504,6 +1519,12 @@ def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context
     # A multiple of three frames is a whole number of the semantic encoder's features.
     size = max(round(chunk_length_s * config.frame_rate / 3), 1) * 3
     return Chunk(size, math.ceil(chunk_context_s * config.frame_rate / 3) * 3)
+
+
+def _in_features(config: FlexiCodecConfig, chunk: Chunk) -> Chunk:
+    """A chunk of codec frames, of which there are 3 for 4 features, in features."""
+    factor = config.semantic_downsampling_factor
+    return Chunk(round(chunk.size * factor), round(chunk.context * factor))
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -1744,13 +1765,18 @@ def _resample(frames: Tensor, lengths: Tensor, new_lengths: Tensor) -> Tensor:
     modeling_flexicodec.py, line 411).
     """
     positions = torch.arange(int(new_lengths.max()), device=frames.device)
-    old, new = lengths.to(frames.device)[:, None], new_lengths.to(frames.device)[:, None]
+    left, right, weight = _neighbors(positions, lengths.to(frames.device), new_lengths.to(frames.device))
+    index = torch.stack([left, right])[..., None].expand(-1, -1, -1, frames.shape[-1])
+    weight = weight[..., None].to(frames.dtype)
+    return frames.gather(1, index[0]) * (1 - weight) + frames.gather(1, index[1]) * weight
+
+
+def _neighbors(positions: Tensor, lengths: Tensor, new_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two frames that `_resample` mixes at positions, and the share of the second, `(batch_size, num_positions)`."""
+    old, new = lengths[:, None], new_lengths[:, None]
     source = ((positions + 0.5) * (old.float() / new.float()) - 0.5).clamp(min=0)
     left = torch.minimum(source.long(), old - 1)
-    right = torch.minimum(left + 1, old - 1)
-    weight = (source - left).clamp(max=1)[..., None].to(frames.dtype)
-    index = torch.stack([left, right])[..., None].expand(-1, -1, -1, frames.shape[-1])
-    return frames.gather(1, index[0]) * (1 - weight) + frames.gather(1, index[1]) * weight
+    return left, torch.minimum(left + 1, old - 1), (source - left).clamp(max=1)
 
 
 __all__ = ["FlexiCodecFrameMerger", "FlexiCodecFramesOutput", "FlexiCodecModel", "FlexiCodecPreTrainedModel"]
