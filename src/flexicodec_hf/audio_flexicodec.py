@@ -271,9 +271,7 @@ def _check_not_empty(path: Path, audio: soundfile.SoundFile, num_samples: int, s
         )
 
 
-def _blocks(
-    audio: soundfile.SoundFile, path: Path, sampling_rate: float, warn: bool = False
-) -> Iterator[np.ndarray]:
+def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float, warn: bool = False) -> Iterator[np.ndarray]:
     """All samples of an open file, its channels averaged and resampled, checked, in blocks of any lengths."""
     _check_rates(sampling_rate=sampling_rate)
     log = audio.extra_info
@@ -350,10 +348,13 @@ class AudioWriter:
         """
         if not np.isfinite(waveform).all():
             raise AudioError("The audio has NaN or infinite samples, and is not written: compute it in float32.")
-        if self._file is None:
-            self.sampling_rate = sampling_rate
-            self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
-        self._file.write(waveform)
+        try:
+            if self._file is None:
+                self.sampling_rate = sampling_rate
+                self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
+            self._file.write(waveform)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{self.path}: cannot be written: {error.error_string}") from error
         self.num_samples += len(waveform)
 
 

@@ -1772,7 +1772,7 @@ def _resample(frames: Tensor, lengths: Tensor, new_lengths: Tensor) -> Tensor:
 
 
 def _neighbors(positions: Tensor, lengths: Tensor, new_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two frames that `_resample` mixes at positions, and the share of the second, `(batch_size, num_positions)`."""
+    """The frames that `_resample` mixes at positions, and the share of the second, `(batch_size, num_positions)`."""
     old, new = lengths[:, None], new_lengths[:, None]
     source = ((positions + 0.5) * (old.float() / new.float()) - 0.5).clamp(min=0)
     left = torch.minimum(source.long(), old - 1)

@@ -97,6 +97,8 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
         language: str = "en",
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        if not isinstance(mel_config, dict | None):
+            raise ValueError(f"`mel_config` must be a dictionary or None, got {mel_config!r}.")
         self.mel_config = mel_config
         self.mel_extractor = None if mel_config is None else FlexiCodecMelFeatureExtractor(**mel_config)
         self.language = language

@@ -74,9 +74,7 @@ def encode_blocks(
     num_quantizers = _check_num_quantizers(codec.config, num_quantizers)
     # For the errors of these two arguments, before anything is read.
     one_frame = torch.ones(1, 1, dtype=torch.bool)
-    threshold = codec.frame_merger.choose_threshold(
-        torch.zeros(1, 0), one_frame, merging_threshold, target_frame_rate
-    )
+    threshold = codec.frame_merger.choose_threshold(torch.zeros(1, 0), one_frame, merging_threshold, target_frame_rate)
     if (num_samples is None or target_frame_rate is not None) and iter(blocks) is blocks:
         raise ValueError(
             "`blocks` can be iterated only once, but is needed twice: pass `num_samples` and no `target_frame_rate`, "
