@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -303,10 +304,10 @@ def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float, warn: 
         )
 
 
-def _check_rates(**rates: float) -> None:
+def _check_rates(**rates: Any) -> None:
     for name, rate in rates.items():
-        if not (math.isfinite(rate) and rate > 0):
-            raise AudioError(f"`{name}` must be a positive number of hertz, got {rate}.")
+        if not isinstance(rate, numbers.Real) or not (math.isfinite(rate) and rate > 0):
+            raise AudioError(f"`{name}` must be a positive number of hertz, got {rate!r}.")
 
 
 class AudioWriter:

@@ -1225,7 +1225,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     ) -> FlexiCodecDecoderOutput:
         """Decode codes or latents, of tokens of any number of frames: a text model may predict 0, or 9."""
         if tokens.is_floating_point():
-            vectors = tokens.transpose(1, 2)
+            vectors = tokens.transpose(1, 2).to(self.acoustic_decoder.conv1.weight.dtype)
         else:
             codes = tokens.long() * token_mask[:, None]
             vectors = self.semantic_quantizer.from_codes(codes[:, 0], token_mask)
@@ -1510,7 +1510,8 @@ def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context
     if chunk_length_s is None:
         return None
     numbers = (chunk_length_s, chunk_context_s)
-    are_finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    are_finite = all(isinstance(number, (int, float)) and -math.inf < number < math.inf for number in numbers)
+    are_finite = are_finite and max(numbers) < 1e9  # beyond, an integer may have no float
     if not are_finite or chunk_length_s <= 0 or chunk_context_s < 0:
         raise ValueError(
             f"`chunk_length_s` must be positive and `chunk_context_s` not negative, both finite numbers of "
@@ -1533,6 +1534,8 @@ def _check_tensor(name: str, value: Any) -> None:
             f"`{name}` must be a torch.Tensor, got {type(value).__name__}. Call the feature extractor with "
             '`return_tensors="pt"`, or use `torch.as_tensor`.'
         )
+    if value.is_meta or value.layout != torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor with values, got {value.layout} on {value.device}.")
 
 
 def _check_inputs(config: FlexiCodecConfig, input_values: Tensor, input_features: Tensor) -> None:
@@ -1569,8 +1572,8 @@ def _check_num_quantizers(config: FlexiCodecConfig, num_quantizers: Any) -> int:
     """The number of codebooks as an `int`, at most all; all for `None`."""
     if num_quantizers is None:
         return config.num_quantizers
-    try:
-        number = index(num_quantizers)  # also NumPy's integers, and tensors of one
+    try:  # also NumPy's integers, and tensors of one without an axis
+        number = None if getattr(num_quantizers, "ndim", 0) else index(num_quantizers)
     except TypeError:
         number = None
     if number is None or isinstance(num_quantizers, bool):
@@ -1630,6 +1633,8 @@ def _check_tokens(
         )
     if 0 in shape:
         raise ValueError("There is nothing to decode: an item has no tokens.")
+    if not is_codes and tokens.shape[1] != config.hidden_size:
+        raise ValueError(f"`latents` must have {config.hidden_size} channels, got the shape {tuple(tokens.shape)}.")
 
     passed_mask = mask
     if mask is not None:
@@ -1707,23 +1712,30 @@ def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[Tensor]:
         if mask is None:
             mask = torch.ones(1, 1, dtype=torch.bool, device=values.device).expand(batch_size, length)
         _check_tensor(mask_name, mask)
+        if mask.is_complex():
+            raise ValueError(f"`{mask_name}` must be real numbers, got {mask.dtype}.")
         if tuple(mask.shape) != (batch_size, length):
             raise ValueError(f"`{mask_name}` must have the shape {(batch_size, length)}, got {tuple(mask.shape)}.")
         lengths = (mask != 0).sum(dim=1)
         is_mask = (mask == _length_mask(lengths, length, mask.device)).all()
-        numbers += [_is_finite(values)[None].long(), is_mask[None].long().to(values.device), lengths.to(values.device)]
+        peak = values.detach().aminmax()
+        # A larger one is no audio in [-1, 1] that overshoots, but integer PCM without scaling.
+        limit = 100.0 if name == "input_values" else math.inf
+        is_valid = torch.stack(peak).isfinite().all() & (peak.max <= limit) & (peak.min >= -limit)
+        numbers += [is_valid[None].long(), is_mask[None].long().to(values.device), lengths.to(values.device)]
     device = numbers[0].device
     parts = iter(torch.cat([number.to(device) for number in numbers]).cpu().split([len(n) for n in numbers]))
     all_lengths = []
-    for (name, _), is_finite, is_mask, lengths in zip(inputs.items(), parts, parts, parts, strict=True):
+    for (name, _), is_valid, is_mask, lengths in zip(inputs.items(), parts, parts, parts, strict=True):
         if not is_mask:
             raise ValueError(
                 f"`{_MASK_NAMES[name]}` must be 1 for the valid part and then 0: padding goes on the right."
             )
         if not bool((lengths > 0).all()):
             raise ValueError(f"The audio of an item is empty: a row of `{_MASK_NAMES[name]}` is 0 everywhere.")
-        if not is_finite:
-            raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+        if not is_valid:
+            scale = " and in [-1, 1], as PCM divided by its full scale" if name == "input_values" else ""
+            raise ValueError(f"`{name}` must be finite{scale}, got NaN, infinity or larger values.")
         all_lengths.append(lengths)
     return all_lengths
 
@@ -1747,7 +1759,7 @@ def _per_item(name: str, value: float | list[float] | Tensor, num_items: int) ->
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         tensor = torch.empty(0, dtype=torch.bool)
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.is_complex() or tensor.dtype == torch.bool or tensor.is_meta:
         raise TypeError(
             f"`{name}` must be one number, or a list or tensor of numbers, got {type(value).__name__} {value!r}."
         )

@@ -269,6 +269,9 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
             content = message.get("content") or ""
             items: list[dict[str, Any]] = [{"text": content}] if isinstance(content, str) else content
             for item in items:
+                kind = item.get("type", "text")
+                if kind not in ("text", "audio") or (kind == "text" and not isinstance(item.get("text"), str)):
+                    raise ValueError(f"Content must be of type 'text' or 'audio', got {kind!r} in {item!r}.")
                 if AUDIO_TOKEN in (item.get("text") or ""):
                     raise ValueError(f"A message holds {AUDIO_TOKEN}, which means a recording: take it out.")
                 if item.get("type") == "audio":

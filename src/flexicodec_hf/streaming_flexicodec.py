@@ -282,7 +282,9 @@ def _latent_frames(codec: FlexiCodecModel, blocks: Iterable[FlexiCodecEncoderOut
     reach = 3 * len(codec.semantic_quantizer.decoder)
     pieces = _pieces(codec, blocks)
     piece = next(pieces, None)
-    codes, lengths = (tensor[..., :0] for tensor in piece) if piece is not None else (None, None)
+    if piece is None:
+        return
+    codes, lengths = (tensor[..., :0] for tensor in piece)
     done = 0  # tokens of `codes` whose latents were made
     while piece is not None:
         following = next(pieces, None)
