@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -306,7 +305,7 @@ def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float, warn: 
 
 def _check_rates(**rates: Any) -> None:
     for name, rate in rates.items():
-        if not isinstance(rate, numbers.Real) or not (math.isfinite(rate) and rate > 0):
+        if not isinstance(rate, (int, float, np.number)) or not (math.isfinite(rate) and rate > 0):
             raise AudioError(f"`{name}` must be a positive number of hertz, got {rate!r}.")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -617,7 +618,7 @@ def _row_generators(
     sources: list[torch.Generator | None]
     if seed is not None:
         seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed] * batch_size
-        if not all(isinstance(one, numbers.Integral) and -(2**63) <= one < 2**63 for one in seeds):
+        if not all(isinstance(one, (int, np.integer)) and -(2**63) <= one < 2**63 for one in seeds):
             raise ValueError(f"`seed` must be a whole number of 64 bits, or a list of them, got {seed!r}.")
         sources = [torch.Generator().manual_seed(int(one)) for one in seeds]
     else:
