@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +193,48 @@ def test_long_clips_are_processed_in_chunks(run, tmp_path):
     assert soundfile.info(tmp_path / "librivox_long.wav").frames == soundfile.info(long).frames
 
 
+def test_a_long_file_gives_the_tokens_and_audio_of_the_api(run, model, device, tmp_path):
+    long = AUDIO / "librivox_long.flac"
+    codec, extractor = AutoModel.from_pretrained(model).to(device), AutoFeatureExtractor.from_pretrained(model)
+    samples, rate = soundfile.read(long, dtype="float32")
+    for number, options in enumerate(({}, {"chunk_length_s": 15.0})):
+        flags = [str(word) for name, value in options.items() for word in ("--chunk-length-s", value)]
+        folder = tmp_path / str(number)
+        assert run("encode", long, "-o", folder, *flags)[0] == 0
+        assert run("decode", folder / "librivox_long.safetensors", "-o", folder, *flags)[0] == 0
+        assert run("reconstruct", long, folder / "again.wav", *flags)[0] == 0
+        with torch.no_grad():
+            inputs = extractor(samples, sampling_rate=rate, return_tensors="pt", device=device)
+            encoded = codec.encode(**inputs, **options)
+            decoded = codec.decode(encoded.audio_codes, encoded.token_lengths, **options).audio_values[0, 0].cpu()
+        tokens = load_file(folder / "librivox_long.safetensors")
+        assert torch.equal(tokens["audio_codes"].long(), encoded.audio_codes[0].cpu())
+        assert torch.equal(tokens["token_lengths"].long(), encoded.token_lengths[0].cpu())
+        written, _ = soundfile.read(folder / "librivox_long.wav", dtype="float32")
+        length = min(len(written), len(decoded))
+        np.testing.assert_allclose(written[:length], decoded[:length].clamp(-1, 1), atol=1e-3)
+        assert (folder / "again.wav").read_bytes() == (folder / "librivox_long.wav").read_bytes()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_file(model, tmp_path):
+    samples, rate = soundfile.read(AUDIO / "librivox_long.flac", dtype="int16")
+    peaks = {}
+    for minutes in (3, 30):
+        audio = tmp_path / f"{minutes}.flac"
+        soundfile.write(audio, np.resize(samples, minutes * 60 * rate), rate)
+        for command, source in (("encode", audio), ("decode", tmp_path / f"{minutes}.safetensors")):
+            arguments = [command, str(source), "-o", str(tmp_path), "--model", model, "--device", "cpu"]
+            code = (
+                f"import resource\nfrom flexicodec_hf.cli import main\nassert main({arguments!r}) == 0\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+            )
+            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            peaks[command, minutes] = float(result.stdout.splitlines()[-1])
+    for command in ("encode", "decode"):  # in MiB; the audio alone has 115 more, its features 67
+        assert peaks[command, 30] < peaks[command, 3] + 60
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_runs(run, tmp_path, dtype):
     status, _, errors = run("reconstruct", AUDIO / "short_0p08s.wav", tmp_path / "a.flac", "--dtype", dtype)
@@ -323,6 +367,13 @@ def tokens_file(path: Path, codes=((0, 1), (2, 3)), lengths=(1, 1), dtype=torch.
             "`audio_codes` must be between 0 and 63 in an acoustic",
         ),
         (lambda path: tokens_file(path, num_samples="1280", frame_rate="25.0"), "25.0 frames per second; "),
+        (lambda path: tokens_file(path, codes=((), ()), lengths=(), num_samples="1"), "there are no tokens"),
+        (
+            lambda path: tokens_file(path, codes=((0,), (2,)), lengths=(10**8,), num_samples=str(10**8 * 1280)),
+            "a token covers 100000000 frames",
+        ),
+        (lambda path: tokens_file(path, lengths=(1, 2**31 - 1), num_samples=str(2**31 * 1280)), "covers 2147483647"),
+        (lambda path: tokens_file(path, num_samples="9" * 400), "the file is damaged"),
     ],
 )
 def test_broken_tokens_are_reported_and_the_rest_go_on(run, tmp_path, make, message):

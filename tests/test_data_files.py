@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,21 @@ def test_a_second_run_is_kept_out_until_the_first_ends_or_is_killed(tmp_path):
         os.waitpid(child, 0)
     with only_run(folder):
         assert not (folder / ".incomplete-model").exists()
+
+
+def test_what_a_killed_process_left_goes_away_and_what_a_live_one_writes_stays(tmp_path):
+    script = (
+        "import os, sys; from flexicodec_hf.data.files import atomic_file, atomic_directory\n"
+        "with atomic_file(sys.argv[1] + '/clip.wav') as path, atomic_directory(sys.argv[1] + '/model') as folder:\n"
+        "    path.write_text('half'); (folder / 'config.json').write_text('{'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    dead = list(tmp_path.iterdir())
+    assert len(dead) == 2 and all(path.name.startswith(".incomplete-") for path in dead)
+    alive = dead[0].with_name(re.sub(r"\d+(?=$|\.wav)", str(os.getppid()), dead[0].name))
+    elsewhere = tmp_path / ".incomplete-clip.elsewhere.1.wav"
+    for path in (alive, elsewhere):
+        path.write_text("half")
+    with atomic_file(tmp_path / "other.wav") as path:
+        path.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {alive.name, elsewhere.name, "other.wav"}

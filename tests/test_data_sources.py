@@ -263,6 +263,9 @@ def test_sources_that_cannot_be_loaded(tmp_path):
         ("other.csv", "speaker,words\na,b\n"),
         ("one.csv", "file_name,text\na.wav,b\n"),
         ("nested.jsonl", '{"audio": {"array": [1, 2]}}\n'),
+        ("empty.tar", ""),
+        ("cut.tar", "\0" * 300),
+        ("text.parquet", "PAR1 and more"),
     ):
         (tmp_path / name).write_text(content)
     (tmp_path / "unnamed").mkdir()
@@ -281,6 +284,9 @@ def test_sources_that_cannot_be_loaded(tmp_path):
         ("gone.csv", {}, "there is no such file"),
         ("gone.wav", {}, "there is no such file"),
         ("nothing/here", {}, "cannot be loaded"),
+        ("empty.tar", {"streaming": None}, "cannot be loaded: empty file"),
+        ("cut.tar", {"streaming": None}, "cannot be loaded: truncated header"),
+        ("text.parquet", {"streaming": None}, "cannot be loaded"),
     ):
         with pytest.raises(DataError, match=message):
             load_speech(tmp_path / name, **options)

@@ -70,6 +70,13 @@ def workplace(tts_repository, tts_parts, codec_dir, raw_release, released_hub, g
     return tmp_path
 
 
+def test_promises_name_tests_that_exist():
+    promises = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs/reliability.md").read_text())
+    assert len(promises) > 30
+    for file, test in promises:
+        assert not test or f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_of_a_page_runs(page, workplace):
     snippets = blocks(page, "python")

@@ -45,6 +45,7 @@ from .pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
 from .repository_flexicodec_tts import FlexiCodecRepositoryForTextToSpeech, save_repository
 from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
+from .streaming_flexicodec import decode_blocks, encode_blocks
 from .voice_flexicodec import FlexiCodecVoice
 
 
@@ -112,6 +113,8 @@ __all__ = [
     "FlexiCodecVoiceboxPreTrainedModel",
     "SpeechChatCollator",
     "SpeechTextCollator",
+    "decode_blocks",
+    "encode_blocks",
     "optimize_for_cpu",
     "save_repository",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -31,8 +31,30 @@ class AudioError(ValueError):
     """An audio file cannot be read or written. The message names the file and the reason."""
 
 
+class _Audio:
+    path: Path
+    num_samples: int
+    sampling_rate: int
+    file_sampling_rate: int
+    num_channels: int
+
+    @property
+    def seconds(self) -> float:
+        return self.num_samples / self.sampling_rate
+
+    @property
+    def changes(self) -> list[str]:
+        """What was done to the audio, in words. Empty if it is as in the file."""
+        changes = []
+        if self.num_channels > 1:
+            changes.append(f"{self.num_channels} channels averaged")
+        if self.file_sampling_rate != self.sampling_rate:
+            changes.append(f"resampled from {self.file_sampling_rate} to {self.sampling_rate} Hz")
+        return changes
+
+
 @dataclass(frozen=True)
-class AudioClip:
+class AudioClip(_Audio):
     """
     One channel of audio, and the format of its file.
 
@@ -51,22 +73,49 @@ class AudioClip:
     num_channels: int
 
     @property
-    def num_samples(self) -> int:
+    def num_samples(self) -> int:  # type: ignore[override]
         return len(self.waveform)
 
-    @property
-    def seconds(self) -> float:
-        return self.num_samples / self.sampling_rate
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield self.waveform
 
-    @property
-    def changes(self) -> list[str]:
-        """What was done to the audio, in words. Empty if it is as in the file."""
-        changes = []
-        if self.num_channels > 1:
-            changes.append(f"{self.num_channels} channels averaged")
-        if self.file_sampling_rate != self.sampling_rate:
-            changes.append(f"resampled from {self.file_sampling_rate} to {self.sampling_rate} Hz")
-        return changes
+
+@dataclass(frozen=True)
+class AudioFile(_Audio):
+    """
+    A long audio file, as [`open_audio`] found it. Each iteration reads it again, and gives what [`read_audio`]
+    gives in blocks: float32 waveforms of shape `(num_samples,)`, of any lengths.
+
+    Args:
+        path: The file.
+        num_samples: Samples of all blocks together.
+        sampling_rate: Sampling rate of the blocks, in hertz.
+        file_sampling_rate: Sampling rate of the file, in hertz.
+        num_channels: Number of channels of the file.
+    """
+
+    path: Path
+    num_samples: int
+    sampling_rate: int
+    file_sampling_rate: int
+    num_channels: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with _open(self.path, None) as audio:
+            yield from _blocks(audio, self.path, self.sampling_rate)
+
+
+def open_audio(path: str | Path, sampling_rate: int) -> AudioFile:
+    """
+    Check a long audio file from its beginning to its end and count its samples, without holding them.
+
+    The arguments and errors are those of [`read_audio`].
+    """
+    path = Path(path)
+    with _open(path, None) as audio:
+        num_samples = sum(len(block) for block in _blocks(audio, path, sampling_rate, warn=True))
+        _check_not_empty(path, audio, num_samples, sampling_rate)
+        return AudioFile(path, num_samples, sampling_rate, audio.samplerate, audio.channels)
 
 
 def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = None) -> AudioClip:
@@ -89,14 +138,9 @@ def read_audio(path: str | Path, sampling_rate: int, file: BinaryIO | None = Non
     """
     path = Path(path)
     with _open(path, file) as audio:
-        file_sampling_rate, num_channels, num_frames = audio.samplerate, audio.channels, audio.frames
-        waveform = np.concatenate(list(_blocks(audio, path, sampling_rate)))
-    if len(waveform) == 0:
-        raise AudioError(
-            f"{path}: the audio is empty ({num_frames} samples at {file_sampling_rate} Hz): at least one sample at "
-            f"{sampling_rate} Hz is needed."
-        )
-    return AudioClip(path, waveform, sampling_rate, file_sampling_rate, num_channels)
+        waveform = np.concatenate(list(_blocks(audio, path, sampling_rate, warn=True)))
+        _check_not_empty(path, audio, len(waveform), sampling_rate)
+        return AudioClip(path, waveform, sampling_rate, audio.samplerate, audio.channels)
 
 
 def audio_seconds(path: str | Path, file: BinaryIO | None = None) -> float:
@@ -219,14 +263,22 @@ def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
         raise AudioError(f"{path}: not an audio file, or a damaged one: {error.error_string}") from error
 
 
-def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float) -> Iterator[np.ndarray]:
+def _check_not_empty(path: Path, audio: soundfile.SoundFile, num_samples: int, sampling_rate: float) -> None:
+    if num_samples == 0:
+        raise AudioError(
+            f"{path}: the audio is empty ({audio.frames} samples at {audio.samplerate} Hz): at least one sample at "
+            f"{sampling_rate} Hz is needed."
+        )
+
+
+def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float, warn: bool = False) -> Iterator[np.ndarray]:
     """All samples of an open file, its channels averaged and resampled, checked, in blocks of any lengths."""
     _check_rates(sampling_rate=sampling_rate)
     log = audio.extra_info
     missing = max(
         (int(said) - int(found) for said, found in _MISSING.findall(log) if int(said) < _UNKNOWN_SIZE), default=0
     )
-    if missing > 0 or _NO_LAST_PAGE in log:
+    if warn and (missing > 0 or _NO_LAST_PAGE in log):
         what = f"{missing} bytes that its header announces are missing" if missing > 0 else "its last page is missing"
         logger.warning("%s: the file was cut short (%s); what is there is read.", path, what)
     # In blocks and in one call, the resampler gives the same samples.
@@ -251,10 +303,10 @@ def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float) -> Ite
         )
 
 
-def _check_rates(**rates: float) -> None:
+def _check_rates(**rates: Any) -> None:
     for name, rate in rates.items():
-        if not (math.isfinite(rate) and rate > 0):
-            raise AudioError(f"`{name}` must be a positive number of hertz, got {rate}.")
+        if not isinstance(rate, (int, float, np.number)) or not (math.isfinite(rate) and rate > 0):
+            raise AudioError(f"`{name}` must be a positive number of hertz, got {rate!r}.")
 
 
 class AudioWriter:
@@ -296,10 +348,13 @@ class AudioWriter:
         """
         if not np.isfinite(waveform).all():
             raise AudioError("The audio has NaN or infinite samples, and is not written: compute it in float32.")
-        if self._file is None:
-            self.sampling_rate = sampling_rate
-            self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
-        self._file.write(waveform)
+        try:
+            if self._file is None:
+                self.sampling_rate = sampling_rate
+                self._file = soundfile.SoundFile(self.path, "w", sampling_rate, 1)
+            self._file.write(waveform)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{self.path}: cannot be written: {error.error_string}") from error
         self.num_samples += len(waveform)
 
 
@@ -324,7 +379,7 @@ def read_stretches(
     max_length = int(max_length_s * sampling_rate)
     with _open(Path(path), None) as file:
         held = np.zeros(0, dtype=np.float32)
-        for block in _blocks(file, Path(path), sampling_rate):
+        for block in _blocks(file, Path(path), sampling_rate, warn=True):
             held = np.concatenate([held, block])
             while len(held) > max_length:
                 cut = find_pause(held[:max_length], sampling_rate, cut_s)

@@ -8,6 +8,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.type_validators import interval
 
 
+_size = interval(min=1, max=1 << 20)
+_SEMANTIC_RANGES = {
+    "num_hidden_layers": (1, 1000),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "fsmn_kernel_size"), (1, 1 << 20)),
+    **dict.fromkeys(("num_mel_bins", "num_stacked_frames", "max_position_embeddings"), (1, 1 << 20)),
+    **dict.fromkeys(("layer_norm_eps", "hidden_dropout", "attention_dropout"), (0, 1)),
+}
+
+
 @strict
 class FlexiCodecConfig(PreTrainedConfig):
     r"""
@@ -115,31 +124,31 @@ class FlexiCodecConfig(PreTrainedConfig):
     num_semantic_queries: int = 16
     semantic_query_ids: list[int] | tuple[int, ...] = (0, 1, 2, 15)
     semantic_downsampling_factor: float = 1.33333
-    hidden_size: int = 512
-    encoder_hidden_size: int = 32
+    hidden_size: int = _size(default=512)
+    encoder_hidden_size: int = _size(default=32)
     downsampling_ratios: list[int] | tuple[int, ...] = (4, 4, 5, 8, 2)
-    decoder_hidden_size: int = 1536
+    decoder_hidden_size: int = _size(default=1536)
     upsampling_ratios: list[int] | tuple[int, ...] = (2, 8, 5, 4, 4)
     merging_threshold: float = 0.91
     merging_threshold_range: list[float] | tuple[float, ...] = (0.8, 1.0)
     max_frames_per_token: int = 8
-    aggregator_hidden_size: int = 512
-    aggregator_intermediate_size: int = 2048
+    aggregator_hidden_size: int = _size(default=512)
+    aggregator_intermediate_size: int = _size(default=2048)
     num_aggregator_layers: int = interval(min=1, max=1000)(default=6)
-    num_aggregator_attention_heads: int = 8
-    convnext_hidden_size: int = 768
-    convnext_intermediate_size: int = 2048
+    num_aggregator_attention_heads: int = _size(default=8)
+    convnext_hidden_size: int = _size(default=768)
+    convnext_intermediate_size: int = _size(default=2048)
     num_convnext_layers: int = interval(min=1, max=1000)(default=4)
     semantic_quantization_levels: list[int] | tuple[int, ...] = (8, 8, 8, 8, 8)
     num_quantizers: int = 25
-    codebook_size: int = 4096
-    codebook_dim: int = 8
+    codebook_size: int = _size(default=4096)
+    codebook_dim: int = _size(default=8)
     quantizer_dropout: float = 1.0
     quantizer_bypass_rate: float = 0.125
-    bottleneck_hidden_size: int = 512
-    bottleneck_intermediate_size: int = 2048
+    bottleneck_hidden_size: int = _size(default=512)
+    bottleneck_intermediate_size: int = _size(default=2048)
     num_bottleneck_layers: int = interval(min=1, max=1000)(default=32)
-    num_bottleneck_attention_heads: int = 8
+    num_bottleneck_attention_heads: int = _size(default=8)
     rope_theta: float = 10_000.0
     layer_norm_eps: float = 1e-5
     layer_scale_initial_scale: float = 0.01
@@ -167,14 +176,18 @@ class FlexiCodecConfig(PreTrainedConfig):
             if not isinstance(semantic, dict | None):
                 raise ValueError(f"`semantic_model_config` must be a dictionary, got {semantic!r}.")
             semantic = defaults | (semantic or {})
-            self.semantic_model_config = CONFIG_MAPPING[semantic["model_type"]](**semantic)
+            try:
+                self.semantic_model_config = CONFIG_MAPPING[semantic["model_type"]](**semantic)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"`semantic_model_config` has a wrong entry: {error!r}.") from error
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Check the values together; `@strict` calls this."""
-        num_layers = getattr(self.semantic_model_config, "num_hidden_layers", 1)
-        if not 1 <= num_layers <= 1000:
-            raise ValueError(f"`semantic_model_config.num_hidden_layers` must be from 1 to 1000, got {num_layers}.")
+        for name, (low, high) in _SEMANTIC_RANGES.items():
+            value = getattr(self.semantic_model_config, name, low)
+            if not (isinstance(value, int | float) and low <= value <= high):
+                raise ValueError(f"`semantic_model_config.{name}` must be from {low:g} to {high:g}, got {value!r}.")
         if math.prod(self.downsampling_ratios) != math.prod(self.upsampling_ratios):
             raise ValueError(
                 f"The strides of encoder and decoder must have the same product, got `downsampling_ratios` "

@@ -141,6 +141,8 @@ class FlexiCodecARConfig(PreTrainedConfig):
             self.text_encoder_config = FlexiCodecARTextEncoderConfig()
         elif isinstance(self.text_encoder_config, dict):
             self.text_encoder_config = FlexiCodecARTextEncoderConfig(**self.text_encoder_config)
+        elif not isinstance(self.text_encoder_config, FlexiCodecARTextEncoderConfig):
+            raise ValueError(f"`text_encoder_config` must be a dictionary, got {self.text_encoder_config!r}.")
         self.merging_thresholds = list(self.merging_thresholds)
         super().__post_init__(**kwargs)
 

@@ -76,6 +76,10 @@ class FlexiCodecTTSConfig(PreTrainedConfig):
                 value = {}
             if isinstance(value, dict):
                 setattr(self, name, config_class(**value))
+            elif not isinstance(value, config_class | None):
+                raise ValueError(f"`{name}` must be a dictionary, got {value!r}.")
+        if self.voices is None:
+            raise ValueError("`voices` must be a list of names, got None.")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

@@ -200,16 +200,17 @@ class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtracto
                 f"It is strongly recommended to pass the `sampling_rate` argument to `{type(self).__name__}()`. "
                 "Failing to do so can result in silent errors that might be hard to debug."
             )
-        elif sampling_rate != self.sampling_rate:
+        elif np.ndim(sampling_rate) or isinstance(sampling_rate, bool) or sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"`sampling_rate` is {sampling_rate}, but this feature extractor works at {self.sampling_rate} Hz: "
                 f"resample the audio to {self.sampling_rate} Hz."
             )
 
         strategy = self._get_padding_strategies(padding=padding, max_length=max_length)
+        value: Any
         for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least one sample, got {value}.")
+            if value is not None and (not isinstance(value, numbers.Integral) or value < 1):
+                raise ValueError(f"`{name}` must be at least one sample and a whole number, got {value!r}.")
         if truncation and max_length is None:
             raise ValueError("`truncation=True` needs `max_length`, the number of samples to keep.")
         if pad_to_multiple_of is not None and strategy == PaddingStrategy.DO_NOT_PAD:
@@ -217,6 +218,12 @@ class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtracto
                 "`pad_to_multiple_of` needs `padding`: pass `padding=True` or leave `pad_to_multiple_of` out."
             )
 
+        try:
+            is_usable = not torch.empty(1, device=device).is_meta
+        except (RuntimeError, AssertionError, TypeError):
+            is_usable = False
+        if not is_usable:
+            raise ValueError(f"`device` must be one that torch can use here, such as 'cpu', got {device!r}.")
         clips = _split_clips(audio)
         with torch.no_grad():
             waveforms = []
@@ -393,6 +400,10 @@ def _as_waveform(clip: Any, name: str, downmix: bool) -> torch.Tensor:
             f"{name} must be a waveform, got the path {clip!r}. Read the file first, for example with "
             "`flexicodec_hf.audio_flexicodec.read_audio` or `librosa.load(path, sr=16000)`."
         )
+    if isinstance(clip, np.ma.MaskedArray) and clip.mask.any():
+        raise ValueError(f"{name} has masked samples: fill or cut them.")
+    if isinstance(clip, torch.Tensor) and (clip.is_meta or clip.layout != torch.strided):
+        raise ValueError(f"{name} must be a dense tensor, got {clip.layout} on {clip.device}.")
     if isinstance(clip, torch.Tensor):
         is_float, dtype = clip.is_floating_point(), clip.dtype
     else:

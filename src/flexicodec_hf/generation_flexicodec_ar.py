@@ -522,6 +522,9 @@ class FlexiCodecARGenerationMixin(DurationMixin):
     def _limits(self, config: GenerationConfig, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Fewest and most new tokens of each row, `(batch_size,)`."""
         lowest, highest = config.min_token_text_ratio, config.max_token_text_ratio
+        for name, ratio in (("min_token_text_ratio", lowest), ("max_token_text_ratio", highest)):
+            if not isinstance(ratio, int | float):
+                raise TypeError(f"`{name}` must be a number, got {ratio!r}.")
         if lowest > highest:
             raise ValueError(
                 f"`min_token_text_ratio` is {lowest}, above `max_token_text_ratio`, which is {highest}: lower it."

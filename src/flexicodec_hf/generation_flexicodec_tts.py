@@ -6,9 +6,12 @@ or recordings.
 from __future__ import annotations
 
 import copy
+import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -30,6 +33,18 @@ TTS_DEFAULTS = {
     "num_inference_steps": 15,
     "guidance_scale": 2.0,
     "guidance_rescale": 0.75,
+}
+
+# Settings whose wrong values transformers does not refuse.
+_RANGES: dict[str, tuple[Any, float, float]] = {
+    "max_new_tokens": (numbers.Integral, 1, 2**31),
+    "min_new_tokens": (numbers.Integral, 0, 2**31),
+    "num_return_sequences": (numbers.Integral, 1, 2**31),
+    "temperature": (numbers.Real, 1e-9, 1e9),
+    "top_p": (numbers.Real, 1e-9, 1),
+    "duration_temperature": (numbers.Real, 1e-9, 1e9),
+    "min_token_text_ratio": (numbers.Real, 0, 1e9),
+    "max_token_text_ratio": (numbers.Real, 0, 1e9),
 }
 
 # Context on each side of a chunk of long speech, and the cross-fade from one chunk to the next, in
@@ -291,6 +306,10 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         """
         # 1. Check inputs
         _check_tensors(audio_codes=audio_codes, token_lengths=token_lengths, audio_codes_mask=audio_codes_mask)
+        if audio_codes is None:
+            raise ValueError("`decode_speech` needs `audio_codes`.")
+        if audio_codes.is_floating_point() or (token_lengths is not None and token_lengths.is_floating_point()):
+            raise ValueError("`audio_codes` and `token_lengths` must be integers.")
         if audio_codes.ndim != 3:
             raise ValueError(
                 "`audio_codes` must have the shape (batch_size, num_quantizers, num_tokens), got "
@@ -410,6 +429,9 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """The settings of a call, and its arguments that are no settings. `None` means the default."""
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise TypeError(f"`generation_config` must be a GenerationConfig, got {type(generation_config).__name__}.")
+        _check_settings(kwargs)
         threshold = kwargs.get("merging_threshold")
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float, type(None))):
             raise TypeError(f"`merging_threshold` must be a number, got {threshold!r} ({type(threshold).__name__}).")
@@ -595,7 +617,9 @@ def _row_generators(
         raise ValueError("Pass either `seed` or `generator`, not both.")
     sources: list[torch.Generator | None]
     if seed is not None:
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * batch_size
+        seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed] * batch_size
+        if not all(isinstance(one, (int, np.integer)) and -(2**63) <= one < 2**63 for one in seeds):
+            raise ValueError(f"`seed` must be a whole number of 64 bits, or a list of them, got {seed!r}.")
         sources = [torch.Generator().manual_seed(int(one)) for one in seeds]
     else:
         sources = list(generator) if isinstance(generator, (list, tuple)) else [generator] * batch_size
@@ -611,6 +635,14 @@ def _row_generators(
         [torch.Generator().manual_seed(number) for number in numbers] for numbers in zip(*draws, strict=True)
     )
     return tokens, noises
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for name, (kind, low, high) in _RANGES.items():
+        value = settings.get(name)
+        if value is not None and not (isinstance(value, kind) and low <= value <= high):
+            what = "a whole number" if kind is numbers.Integral else "a number"
+            raise ValueError(f"`{name}` must be {what} from {low:g} to {high:g}, got {value!r}.")
 
 
 def valid_parts(tensor: Tensor, mask: Tensor | None) -> list[Tensor]:

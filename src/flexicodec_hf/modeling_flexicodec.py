@@ -1226,7 +1226,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     ) -> FlexiCodecDecoderOutput:
         """Decode codes or latents, of tokens of any number of frames: a text model may predict 0, or 9."""
         if tokens.is_floating_point():
-            vectors = tokens.transpose(1, 2)
+            vectors = tokens.transpose(1, 2).to(self.acoustic_decoder.conv1.weight.dtype)
         else:
             codes = tokens.long() * token_mask[:, None]
             vectors = self.semantic_quantizer.from_codes(codes[:, 0], token_mask)
@@ -1337,18 +1337,19 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         frames = self._encode_semantic(input_features, num_features, chunk=None)
         return frames * _length_mask(_num_frames(self.config, num_features), frames.shape[1], frames.device)[..., None]
 
-    @torch.no_grad()
     def _encode_semantic(self, input_features: Tensor, num_features: Tensor, chunk: Chunk | None) -> Tensor:
         """Output of the frozen semantic encoder on codec frames, `(batch_size, num_frames, size)` in float32."""
+        frames = self._encode_features(input_features, num_features, chunk and _in_features(self.config, chunk))
+        return _resample(frames, num_features, _num_frames(self.config, num_features))
+
+    @torch.no_grad()
+    def _encode_features(self, input_features: Tensor, num_features: Tensor, chunk: Chunk | None) -> Tensor:
+        """Output of the frozen semantic encoder, `(batch_size, num_features, size)`; chunks count features."""
         query_ids = torch.tensor(self.config.semantic_query_ids, device=input_features.device)
         queries = self.semantic_query_embedding(query_ids)
-        if chunk is not None:  # in codec frames, of which there are 3 for 4 features
-            factor = self.config.semantic_downsampling_factor
-            chunk = Chunk(round(chunk.size * factor), round(chunk.context * factor))
-        frames = _run_semantic_encoder(self.semantic_encoder, queries, input_features, num_features, chunk)
         # In float32 whatever the model's dtype: the similarities of these frames decide the
         # merging.
-        return _resample(frames.float(), num_features, _num_frames(self.config, num_features))
+        return _run_semantic_encoder(self.semantic_encoder, queries, input_features, num_features, chunk).float()
 
     def _quantize(
         self, frames: FlexiCodecFramesOutput, segments: FlexiCodecSegments, num_acoustic_quantizers: int | Tensor
@@ -1419,20 +1420,12 @@ def _quantize_in_chunks(
     """The tokens of `quantize(frames, segments)`, some whole tokens at a time with whole tokens of context."""
     items = []
     for item, num_frames in enumerate(frames.num_frames.tolist()):
-        parts = []
-        starts = F.pad(segments.token_lengths[item].cumsum(dim=0), (1, 0))
-        for core, window in windows(num_frames, chunk):
-            # Tokens that begin in the chunk, and those that lie in its context.
-            bounds = torch.tensor([window.start, core.start, core.stop, window.stop], device=starts.device)
-            first_context, first, last, last_context = torch.searchsorted(starts, bounds).tolist()
-            if first == last:
-                continue
-            last_context = max(last, min(last_context, len(starts) - 1))
-            span = slice(int(starts[first_context]), int(starts[last_context]))
-            tokens = quantize(frames.cut(item, span), segments.cut(item, span, slice(first_context, last_context)))
-            kept = slice(first - first_context, last - first_context)
-            parts.append((tokens.codes[0, :, kept].t(), tokens.latents[0, kept]))
-        items.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        parts = [
+            _quantize_window(quantize, frames, segments, item, core, window)
+            for core, window in windows(num_frames, chunk)
+        ]
+        found = [(tokens.codes[0].t(), tokens.latents[0]) for tokens, _ in filter(None, parts)]
+        items.append([torch.cat(tensors) for tensors in zip(*found, strict=True)])
     codes, latents = (
         nn.utils.rnn.pad_sequence(list(tensors), batch_first=True) for tensors in zip(*items, strict=True)
     )
@@ -1440,6 +1433,28 @@ def _quantize_in_chunks(
     codes, latents = (F.pad(tensor, (0, 0, 0, padding)) for tensor in (codes, latents))
     no_loss = latents.new_zeros((), dtype=torch.float32)
     return _QuantizedTokens(codes.transpose(1, 2), latents, latents, no_loss, no_loss)
+
+
+def _quantize_window(
+    quantize: Callable[[FlexiCodecFramesOutput, FlexiCodecSegments], _QuantizedTokens],
+    frames: FlexiCodecFramesOutput,
+    segments: FlexiCodecSegments,
+    item: int,
+    core: slice,
+    window: slice,
+) -> tuple[_QuantizedTokens, Tensor] | None:
+    """The tokens of an item that begin in `core`, with those in `window` as context, and their lengths; if any do."""
+    starts = F.pad(segments.token_lengths[item].cumsum(dim=0), (1, 0))
+    bounds = torch.tensor([window.start, core.start, core.stop, window.stop], device=starts.device)
+    first_context, first, last, last_context = torch.searchsorted(starts, bounds).tolist()
+    if first == last:
+        return None
+    last_context = max(last, min(last_context, len(starts) - 1))
+    span = slice(int(starts[first_context]), int(starts[last_context]))
+    tokens = quantize(frames.cut(item, span), segments.cut(item, span, slice(first_context, last_context)))
+    kept = slice(first - first_context, last - first_context)
+    codes, latents = tokens.codes[:, :, kept], tokens.latents[:, kept]
+    return tokens._replace(codes=codes, latents=latents), segments.token_lengths[item, first:last]
 
 
 def _encoder_output(tokens: _QuantizedTokens, segments: FlexiCodecSegments) -> FlexiCodecEncoderOutput:
@@ -1496,7 +1511,8 @@ def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context
     if chunk_length_s is None:
         return None
     numbers = (chunk_length_s, chunk_context_s)
-    are_finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    are_finite = all(isinstance(number, (int, float)) and -math.inf < number < math.inf for number in numbers)
+    are_finite = are_finite and max(numbers) < 1e9  # beyond, an integer may have no float
     if not are_finite or chunk_length_s <= 0 or chunk_context_s < 0:
         raise ValueError(
             f"`chunk_length_s` must be positive and `chunk_context_s` not negative, both finite numbers of "
@@ -1507,12 +1523,20 @@ def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context
     return Chunk(size, math.ceil(chunk_context_s * config.frame_rate / 3) * 3)
 
 
+def _in_features(config: FlexiCodecConfig, chunk: Chunk) -> Chunk:
+    """A chunk of codec frames, of which there are 3 for 4 features, in features."""
+    factor = config.semantic_downsampling_factor
+    return Chunk(round(chunk.size * factor), round(chunk.context * factor))
+
+
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"`{name}` must be a torch.Tensor, got {type(value).__name__}. Call the feature extractor with "
             '`return_tensors="pt"`, or use `torch.as_tensor`.'
         )
+    if value.is_meta or value.layout != torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor with values, got {value.layout} on {value.device}.")
 
 
 def _check_inputs(config: FlexiCodecConfig, input_values: Tensor, input_features: Tensor) -> None:
@@ -1549,8 +1573,8 @@ def _check_num_quantizers(config: FlexiCodecConfig, num_quantizers: Any) -> int:
     """The number of codebooks as an `int`, at most all; all for `None`."""
     if num_quantizers is None:
         return config.num_quantizers
-    try:
-        number = index(num_quantizers)  # also NumPy's integers, and tensors of one
+    try:  # also NumPy's integers, and tensors of one without an axis
+        number = None if getattr(num_quantizers, "ndim", 0) else index(num_quantizers)
     except TypeError:
         number = None
     if number is None or isinstance(num_quantizers, bool):
@@ -1610,6 +1634,8 @@ def _check_tokens(
         )
     if 0 in shape:
         raise ValueError("There is nothing to decode: an item has no tokens.")
+    if not is_codes and tokens.shape[1] != config.hidden_size:
+        raise ValueError(f"`latents` must have {config.hidden_size} channels, got the shape {tuple(tokens.shape)}.")
 
     passed_mask = mask
     if mask is not None:
@@ -1687,23 +1713,30 @@ def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[Tensor]:
         if mask is None:
             mask = torch.ones(1, 1, dtype=torch.bool, device=values.device).expand(batch_size, length)
         _check_tensor(mask_name, mask)
+        if mask.is_complex():
+            raise ValueError(f"`{mask_name}` must be real numbers, got {mask.dtype}.")
         if tuple(mask.shape) != (batch_size, length):
             raise ValueError(f"`{mask_name}` must have the shape {(batch_size, length)}, got {tuple(mask.shape)}.")
         lengths = (mask != 0).sum(dim=1)
         is_mask = (mask == _length_mask(lengths, length, mask.device)).all()
-        numbers += [_is_finite(values)[None].long(), is_mask[None].long().to(values.device), lengths.to(values.device)]
+        peak = values.detach().aminmax()
+        # A larger one is no audio in [-1, 1] that overshoots, but integer PCM without scaling.
+        limit = 100.0 if name == "input_values" else math.inf
+        is_valid = torch.stack(peak).isfinite().all() & (peak.max <= limit) & (peak.min >= -limit)
+        numbers += [is_valid[None].long(), is_mask[None].long().to(values.device), lengths.to(values.device)]
     device = numbers[0].device
     parts = iter(torch.cat([number.to(device) for number in numbers]).cpu().split([len(n) for n in numbers]))
     all_lengths = []
-    for (name, _), is_finite, is_mask, lengths in zip(inputs.items(), parts, parts, parts, strict=True):
+    for (name, _), is_valid, is_mask, lengths in zip(inputs.items(), parts, parts, parts, strict=True):
         if not is_mask:
             raise ValueError(
                 f"`{_MASK_NAMES[name]}` must be 1 for the valid part and then 0: padding goes on the right."
             )
         if not bool((lengths > 0).all()):
             raise ValueError(f"The audio of an item is empty: a row of `{_MASK_NAMES[name]}` is 0 everywhere.")
-        if not is_finite:
-            raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+        if not is_valid:
+            scale = " and in [-1, 1], as PCM divided by its full scale" if name == "input_values" else ""
+            raise ValueError(f"`{name}` must be finite{scale}, got NaN, infinity or larger values.")
         all_lengths.append(lengths)
     return all_lengths
 
@@ -1727,7 +1760,7 @@ def _per_item(name: str, value: float | list[float] | Tensor, num_items: int) ->
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         tensor = torch.empty(0, dtype=torch.bool)
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.is_complex() or tensor.dtype == torch.bool or tensor.is_meta:
         raise TypeError(
             f"`{name}` must be one number, or a list or tensor of numbers, got {type(value).__name__} {value!r}."
         )
@@ -1745,13 +1778,18 @@ def _resample(frames: Tensor, lengths: Tensor, new_lengths: Tensor) -> Tensor:
     modeling_flexicodec.py, line 411).
     """
     positions = torch.arange(int(new_lengths.max()), device=frames.device)
-    old, new = lengths.to(frames.device)[:, None], new_lengths.to(frames.device)[:, None]
+    left, right, weight = _neighbors(positions, lengths.to(frames.device), new_lengths.to(frames.device))
+    index = torch.stack([left, right])[..., None].expand(-1, -1, -1, frames.shape[-1])
+    weight = weight[..., None].to(frames.dtype)
+    return frames.gather(1, index[0]) * (1 - weight) + frames.gather(1, index[1]) * weight
+
+
+def _neighbors(positions: Tensor, lengths: Tensor, new_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The frames that `_resample` mixes at positions, and the share of the second, `(batch_size, num_positions)`."""
+    old, new = lengths[:, None], new_lengths[:, None]
     source = ((positions + 0.5) * (old.float() / new.float()) - 0.5).clamp(min=0)
     left = torch.minimum(source.long(), old - 1)
-    right = torch.minimum(left + 1, old - 1)
-    weight = (source - left).clamp(max=1)[..., None].to(frames.dtype)
-    index = torch.stack([left, right])[..., None].expand(-1, -1, -1, frames.shape[-1])
-    return frames.gather(1, index[0]) * (1 - weight) + frames.gather(1, index[1]) * weight
+    return left, torch.minimum(left + 1, old - 1), (source - left).clamp(max=1)
 
 
 __all__ = ["FlexiCodecFrameMerger", "FlexiCodecFramesOutput", "FlexiCodecModel", "FlexiCodecPreTrainedModel"]

@@ -100,6 +100,8 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         language: str = "en",
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        if not isinstance(mel_config, dict | None):
+            raise ValueError(f"`mel_config` must be a dictionary or None, got {mel_config!r}.")
         self.mel_config = mel_config
         self.mel_extractor = None if mel_config is None else FlexiCodecMelFeatureExtractor(**mel_config)
         self.language = language
@@ -270,6 +272,9 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
             content = message.get("content") or ""
             items: list[dict[str, Any]] = [{"text": content}] if isinstance(content, str) else content
             for item in items:
+                kind = item.get("type", "text")
+                if kind not in ("text", "audio") or (kind == "text" and not isinstance(item.get("text"), str)):
+                    raise ValueError(f"Content must be of type 'text' or 'audio', got {kind!r} in {item!r}.")
                 if AUDIO_TOKEN in (item.get("text") or ""):
                     raise ValueError(f"A message holds {AUDIO_TOKEN}, which means a recording: take it out.")
                 if item.get("type") == "audio":

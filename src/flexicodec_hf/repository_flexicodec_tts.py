@@ -183,8 +183,10 @@ def save_voices(voices: Mapping[str, FlexiCodecVoice], directory: Path) -> None:
 
 def check_voice_name(name: str) -> str:
     """Return the name of a voice, or raise a `ValueError` if it cannot be the name of its file."""
-    if not re.fullmatch(r"\w[\w .-]*", name):
-        raise ValueError(f"The name of a voice must be letters, digits, spaces, '.', '-' and '_', got {name!r}.")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .-]{0,199}", name):
+        raise ValueError(
+            f"The name of a voice must be up to 200 letters, digits, spaces, '.', '-' and '_', got {name!r}."
+        )
     return name
 
 

@@ -116,7 +116,7 @@ class FlexiCodecVoice:
         try:
             tokens = {float(one): (tensors[prefix + one], tensors[f"token_lengths/{one}"]) for one in thresholds}
             metadata = json.loads(header.get("voice", "{}"))
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} holds a damaged voice ({error}): encode the recording again.") from error
         voice = cls(tokens, tensors.get("mel"), tensors.get("text_ids"), metadata)
         try:
@@ -142,6 +142,8 @@ class FlexiCodecVoice:
         if not self.tokens:
             raise ValueError("The voice has no tokens: encode the recording again.")
         for threshold, (codes, lengths) in self.tokens.items():
+            if not -1 <= threshold <= 1:
+                raise ValueError(f"A merging threshold of the voice is {threshold}, not between -1 and 1.")
             for name, tensor, low, high in (
                 ("codes", codes, 0, None if codebook_size is None else codebook_size - 1),
                 ("token lengths", lengths, 1, max_frames_per_token),

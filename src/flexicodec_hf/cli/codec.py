@@ -27,7 +27,9 @@ from .common import (
 
 
 if TYPE_CHECKING:
-    from ..audio_flexicodec import AudioClip
+    import numpy as np
+
+    from ..audio_flexicodec import AudioClip, AudioFile
     from ..configuration_flexicodec import FlexiCodecConfig
     from ..data.runner import CodecRunner
     from ..data.tokens import Tokens, TokenSource
@@ -164,7 +166,7 @@ def run_reconstruct(args: argparse.Namespace) -> int:
     config = load_codec_config(args.model)
     settings = _settings(args, config)
 
-    def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip]) -> list[Result]:
+    def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip | AudioFile]) -> list[Result]:
         encoded = _encode(runner, clips, settings)
         return [
             result
@@ -172,7 +174,7 @@ def run_reconstruct(args: argparse.Namespace) -> int:
             for result in ([item] if isinstance(item, Exception) else _decode(runner, [item[0]]))
         ]
 
-    return _run(args, [Job(args.input, args.output)], Totals(), _reader(config), reconstruct)
+    return _run(args, [Job(args.input, args.output)], Totals(), _reader(args, config), reconstruct)
 
 
 def run_encode(args: argparse.Namespace) -> int:
@@ -197,7 +199,7 @@ def run_encode(args: argparse.Namespace) -> int:
             totals.fail(error)
         else:
             totals.skip(job)
-    return _run(args, todo, totals, _reader(config), partial(_encode, settings=settings), audio_seconds)
+    return _run(args, todo, totals, _reader(args, config), partial(_encode, settings=settings), audio_seconds)
 
 
 def run_decode(args: argparse.Namespace) -> int:
@@ -253,13 +255,19 @@ def _settings(args: argparse.Namespace, config: FlexiCodecConfig) -> dict[str, A
     return settings | {"merging_threshold": threshold}
 
 
-def _reader(config: FlexiCodecConfig) -> Callable[[Path], AudioClip]:
-    from ..audio_flexicodec import read_audio
+def _reader(args: argparse.Namespace, config: FlexiCodecConfig) -> Callable[[Path], AudioClip | AudioFile]:
+    """Reads a file; one that is to be processed in chunks block by block, when it is encoded."""
+    from ..audio_flexicodec import audio_seconds, open_audio, read_audio
+    from ..data.runner import chunk_length
 
-    return partial(read_audio, sampling_rate=config.sampling_rate)
+    def read(path: Path) -> AudioClip | AudioFile:
+        in_chunks = chunk_length(audio_seconds(path), args.chunk_length_s) is not None
+        return (open_audio if in_chunks else read_audio)(path, config.sampling_rate)
+
+    return read
 
 
-def _encode(runner: CodecRunner, clips: Sequence[AudioClip], settings: Mapping[str, Any]) -> list[Result]:
+def _encode(runner: CodecRunner, clips: Sequence[AudioClip | AudioFile], settings: Mapping[str, Any]) -> list[Result]:
     from .. import __version__
     from ..data.runner import RateSetting
 
@@ -276,12 +284,17 @@ def _encode(runner: CodecRunner, clips: Sequence[AudioClip], settings: Mapping[s
 
 
 def _decode(runner: CodecRunner, tokens: Sequence[Tokens]) -> list[Result]:
-    from ..audio_flexicodec import write_audio
+    from ..audio_flexicodec import AudioWriter
+
+    def write(path: Path, waveform: Iterable[np.ndarray], sampling_rate: int) -> None:
+        with AudioWriter(path) as writer:
+            for part in waveform:
+                writer.write(part, sampling_rate)
 
     return [
         waveform
         if isinstance(waveform, Exception)
-        else (item, partial(write_audio, waveform=waveform, sampling_rate=item.sampling_rate))
+        else (item, partial(write, waveform=waveform, sampling_rate=item.sampling_rate))
         for item, waveform in zip(tokens, runner.decode(tokens), strict=True)
     ]
 
@@ -324,7 +337,7 @@ def _run(
 
 
 def _finish(
-    runner: CodecRunner, model: str, job: Job, item: AudioClip | Tokens, result: Result, totals: Totals
+    runner: CodecRunner, model: str, job: Job, item: AudioClip | AudioFile | Tokens, result: Result, totals: Totals
 ) -> None:
     """Write the result of a job and report it, or raise what went wrong."""
     from ..data.files import atomic_file

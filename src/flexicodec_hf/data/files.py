@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import filecmp
+import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -27,9 +29,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     A path to write a file to, which is renamed to `path` at the end.
 
     Whoever sees `path` sees a complete file. The temporary file lies hidden beside it and has the same
-    suffix. It is removed if the body raises.
+    suffix. It is removed if the body raises, and after a kill by the next process that writes there.
     """
     path = Path(path)
+    _remove_leftovers(path.parent.resolve())
     temporary = path.with_name(f".incomplete-{path.stem}.{_process()}{path.suffix}")
     try:
         yield temporary
@@ -57,7 +60,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     (path if path.exists() else path.parent).mkdir(parents=True, exist_ok=True)
     # On the same file system as `path`, which may be a mount point.
-    temporary = (path if path.exists() else path.parent) / f".incomplete-{path.name}.{_process()}"
+    parent = path if path.exists() else path.parent
+    _remove_leftovers(parent.resolve())
+    temporary = parent / f".incomplete-{path.name}.{_process()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -180,6 +185,23 @@ def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
 def _process() -> str:
     """A name that no other process has, also on other machines that share the file system."""
     return f"{socket.gethostname()}.{os.getpid()}"
+
+
+@functools.cache
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what processes of this machine that were killed left incomplete; once for each directory."""
+    if os.name != "posix":
+        return  # only there, signal 0 asks whether a process lives
+    for path in directory.glob(".incomplete-*"):
+        process = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)(\.\w+)?$", path.name)
+        if process is None:
+            continue
+        try:
+            os.kill(int(process[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):
+            continue  # another user's, or no process
 
 
 def _merge(source: Path, target: Path) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from ..audio_flexicodec import AudioClip
+from ..audio_flexicodec import AudioClip, AudioFile
 from ..configuration_flexicodec import FlexiCodecConfig
 from ..cpu_flexicodec import optimize_for_cpu
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
-from ..modeling_flexicodec import FlexiCodecModel
+from ..modeling_flexicodec import FlexiCodecEncoderOutput, FlexiCodecModel
+from ..streaming_flexicodec import decode_blocks, encode_blocks
 from .files import DataError
 from .tokens import Tokens
 
 
-Item = TypeVar("Item", AudioClip, Tokens)
+Item = TypeVar("Item", AudioClip | AudioFile, Tokens)
 Result = TypeVar("Result")
 
 
@@ -105,18 +107,18 @@ class CodecRunner:
             codec = optimize_for_cpu(codec)
         return cls(codec, FlexiCodecFeatureExtractor.from_pretrained(model), chunk_length_s)
 
-    def chunk_of(self, item: AudioClip | Tokens) -> float | None:
+    def chunk_of(self, item: AudioClip | AudioFile | Tokens) -> float | None:
         """Seconds of the chunks in which an item is processed; `None` if in one piece."""
         return chunk_length(item.seconds, self.chunk_length_s)
 
     def encode(
-        self, clips: Sequence[AudioClip], rates: Sequence[RateSetting], num_quantizers: int | None = None
+        self, clips: Sequence[AudioClip | AudioFile], rates: Sequence[RateSetting], num_quantizers: int | None = None
     ) -> list[list[Tokens] | Exception]:
         """
-        Encode clips. The encoders run once for all rates.
+        Encode clips. The encoders run once for all rates, except for an [`AudioFile`] that is processed in chunks.
 
         Args:
-            clips: At the sampling rate of the codec.
+            clips: At the sampling rate of the codec. Only an [`AudioFile`] is never in memory as a whole.
             rates: How to merge frames.
             num_quantizers: Codebooks to keep; all by default.
 
@@ -125,7 +127,7 @@ class CodecRunner:
         """
         return self._run(clips, lambda clip: 0, lambda batch: self._encode_batch(batch, rates, num_quantizers))
 
-    def decode(self, tokens: Sequence[Tokens]) -> list[np.ndarray | Exception]:
+    def decode(self, tokens: Sequence[Tokens]) -> list[Iterable[np.ndarray] | Exception]:
         """
         Decode tokens.
 
@@ -133,7 +135,8 @@ class CodecRunner:
             tokens: Of any numbers of codebooks.
 
         Returns:
-            For each item a waveform `(num_samples,)` that is as long as the clip was, or what went wrong.
+            For each item the parts `(num_samples,)` of a waveform that is as long as the clip was, or what went
+            wrong. Those of an item in chunks are made, and raise their errors, as they are asked for.
         """
         return self._run(tokens, lambda item: len(item.audio_codes), self._decode_batch)
 
@@ -163,7 +166,7 @@ class CodecRunner:
         try:
             return list(process(batch))
         except torch.OutOfMemoryError:
-            failure = DataError(f"out of memory on {self.codec.device}: pass a smaller `chunk_length_s`.")
+            failure = self._out_of_memory()
         except ValueError as error:
             failure = error.with_traceback(None)
         # Outside of the handlers, which keep the memory of the failed batch.
@@ -172,12 +175,17 @@ class CodecRunner:
         half = len(batch) // 2
         return self._in_halves(batch[:half], process) + self._in_halves(batch[half:], process)
 
+    def _out_of_memory(self) -> DataError:
+        return DataError(f"out of memory on {self.codec.device}: pass a smaller `chunk_length_s`.")
+
     def _encode_batch(
-        self, clips: Sequence[AudioClip], rates: Sequence[RateSetting], num_quantizers: int | None
+        self, clips: Sequence[AudioClip | AudioFile], rates: Sequence[RateSetting], num_quantizers: int | None
     ) -> list[list[Tokens]]:
         chunk = self.chunk_of(clips[0])
+        if chunk is not None and isinstance(clips[0], AudioFile):
+            return [[self._encode_file(clips[0], rate, num_quantizers, chunk) for rate in rates]]
         inputs = self.feature_extractor(
-            [clip.waveform for clip in clips],
+            [np.concatenate(list(clip)) for clip in clips],
             sampling_rate=self.config.sampling_rate,
             return_tensors="pt",
             device=self.codec.device,
@@ -194,20 +202,45 @@ class CodecRunner:
             found = encoded["merging_threshold"].tolist()
             for i, clip in enumerate(clips):
                 num_tokens = int((all_lengths[i] > 0).sum())
-                tokens[i].append(
-                    Tokens(
-                        all_codes[i, :, :num_tokens],
-                        all_lengths[i, :num_tokens],
-                        clip.num_samples,
-                        self.config.sampling_rate,
-                        self.config.frame_rate,
-                        found[i] if rate.merging_threshold is None else rate.merging_threshold,
-                        rate.target_frame_rate,
-                    )
-                )
+                codes, lengths = all_codes[i, :, :num_tokens], all_lengths[i, :num_tokens]
+                tokens[i].append(self._tokens(clip, codes, lengths, rate, found[i]))
         return tokens
 
-    def _decode_batch(self, tokens: Sequence[Tokens]) -> list[np.ndarray]:
+    def _encode_file(
+        self, clip: AudioFile, rate: RateSetting, num_quantizers: int | None, chunk_length_s: float
+    ) -> Tokens:
+        blocks, found = [], 0.0
+        with _progress(clip.seconds) as progress:
+            for block in encode_blocks(
+                self.codec,
+                self.feature_extractor,
+                clip,
+                clip.num_samples,
+                num_quantizers,
+                rate.merging_threshold,
+                rate.target_frame_rate,
+                chunk_length_s,
+            ):
+                blocks.append([block[name][0].to("cpu", torch.int32) for name in ("audio_codes", "token_lengths")])
+                found = float(block["merging_threshold"])
+                progress.update(round(int(blocks[-1][1].sum()) / self.config.frame_rate, 2))
+        codes, lengths = (torch.cat(parts, dim=-1) for parts in zip(*blocks, strict=True))
+        return self._tokens(clip, codes, lengths, rate, found)
+
+    def _tokens(
+        self, clip: AudioClip | AudioFile, codes: torch.Tensor, lengths: torch.Tensor, rate: RateSetting, found: float
+    ) -> Tokens:
+        return Tokens(
+            codes,
+            lengths,
+            clip.num_samples,
+            self.config.sampling_rate,
+            self.config.frame_rate,
+            found if rate.merging_threshold is None else rate.merging_threshold,
+            rate.target_frame_rate,
+        )
+
+    def _decode_batch(self, tokens: Sequence[Tokens]) -> list[Iterable[np.ndarray]]:
         for item in tokens:
             if (item.sampling_rate, item.frame_rate) != (self.config.sampling_rate, self.config.frame_rate):
                 raise DataError(
@@ -220,15 +253,43 @@ class CodecRunner:
                     f"a token covers {longest} frames, but a token of this model covers 1 to "
                     f"{self.config.max_frames_per_token}: the file is damaged, or of another model."
                 )
+        chunk = self.chunk_of(tokens[0])
+        if chunk is not None:
+            return [self._decode_long(tokens[0], chunk)]
         codes = pad_sequence([item.audio_codes.T for item in tokens], batch_first=True).transpose(1, 2)
         lengths = pad_sequence([item.token_lengths for item in tokens], batch_first=True)
         device = self.codec.device
-        decoded = self.codec.decode(codes.to(device), lengths.to(device), chunk_length_s=self.chunk_of(tokens[0]))
+        decoded = self.codec.decode(codes.to(device), lengths.to(device))
         waveforms = decoded.audio_values[:, 0].float().cpu().numpy()
-        return [_with_length(waveform, item.num_samples) for waveform, item in zip(waveforms, tokens, strict=True)]
+        return [
+            list(_with_length([waveform], item.num_samples)) for waveform, item in zip(waveforms, tokens, strict=True)
+        ]
+
+    def _decode_long(self, tokens: Tokens, chunk_length_s: float) -> Iterator[np.ndarray]:
+        codes, lengths = (part[None].to(self.codec.device) for part in (tokens.audio_codes, tokens.token_lengths))
+        block = FlexiCodecEncoderOutput(audio_codes=codes, token_lengths=lengths)
+        waveform = decode_blocks(self.codec, [block], chunk_length_s)
+        parts = _with_length((part.float().cpu().numpy() for part in waveform), tokens.num_samples)
+        start = time.perf_counter()
+        try:
+            with _progress(tokens.seconds) as progress:
+                for part in parts:
+                    self.processing_seconds += time.perf_counter() - start
+                    yield part
+                    progress.update(round(len(part) / tokens.sampling_rate, 2))
+                    start = time.perf_counter()
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory() from error
 
 
-def _with_length(waveform: np.ndarray, num_samples: int) -> np.ndarray:
-    """Cut, or padded with silence (for up to two frames that the encoder dropped)."""
-    waveform = waveform[:num_samples]
-    return np.pad(waveform, (0, num_samples - len(waveform)))
+def _progress(seconds: float) -> tqdm:
+    return tqdm(total=round(seconds), unit="s", leave=False, disable=None)
+
+
+def _with_length(waveform: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
+    """The parts, cut, or padded with silence (for up to two frames that the encoder dropped)."""
+    for part in waveform:
+        yield part[:num_samples]
+        num_samples -= len(part[:num_samples])
+    if num_samples:
+        yield np.zeros(num_samples, dtype=np.float32)

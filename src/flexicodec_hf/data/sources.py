@@ -7,6 +7,7 @@ import io
 import json
 import os
 import posixpath
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -576,7 +577,7 @@ def _load_dataset(
         if builder is not None:
             return load_dataset(builder, data_files=source, streaming=streaming)
         return load_dataset(source, config_name, revision=revision, streaming=streaming)
-    except (OSError, ValueError, ImportError, DatasetGenerationError) as error:
+    except (OSError, ValueError, ImportError, DatasetGenerationError, tarfile.TarError) as error:
         cause = error.__cause__ or error
         advice = " Stream it, which does not need torchcodec." if "torchcodec" in str(cause) else ""
         raise DataError(f"{source}: cannot be loaded: {str(cause).splitlines()[0]}{advice}") from error

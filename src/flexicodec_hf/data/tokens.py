@@ -66,6 +66,8 @@ class Tokens:
                 f"`audio_codes` {tuple(codes.shape)} {codes.dtype} and `token_lengths` {tuple(lengths.shape)} "
                 f"{lengths.dtype} are not int32 of shapes (num_quantizers, num_tokens) and (num_tokens,)."
             )
+        if codes.numel() == 0:
+            raise DataError(f"there are no tokens: `audio_codes` have the shape {tuple(codes.shape)}.")
         num_frames = int(lengths.sum(dtype=torch.int64))
         # No audio has such numbers, and floats can hold those below them.
         plausible = 0 < self.num_samples < 2**53 and 0 < self.sampling_rate < 2**31 and 0 < self.frame_rate < 1e6

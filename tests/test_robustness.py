@@ -1,0 +1,132 @@
+"""Values that nobody would mean: each is refused in words that name it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoFeatureExtractor, AutoModel
+
+from flexicodec_hf import FlexiCodecARConfig, FlexiCodecConfig, FlexiCodecTTSConfig, FlexiCodecVoice
+from flexicodec_hf.audio_flexicodec import AudioError, AudioWriter, resample
+from flexicodec_hf.generation_flexicodec_tts import _check_settings, _row_generators
+from flexicodec_hf.repository_flexicodec_tts import check_voice_name
+
+
+@pytest.fixture
+def codec(codec_dir):
+    return AutoModel.from_pretrained(codec_dir()).eval()
+
+
+@pytest.mark.parametrize(
+    "config_class, options, message",
+    [
+        (FlexiCodecConfig, {"bottleneck_intermediate_size": -1}, "bottleneck_intermediate_size"),
+        (FlexiCodecConfig, {"aggregator_hidden_size": 10**12}, "aggregator_hidden_size"),
+        (FlexiCodecConfig, {"semantic_model_config": {"fsmn_kernel_size": -(10**9)}}, r"fsmn_kernel_size` must be"),
+        (FlexiCodecConfig, {"semantic_model_config": {"intermediate_size": 10**30}}, r"intermediate_size` must be"),
+        (FlexiCodecConfig, {"semantic_model_config": {"hidden_dropout": math.nan}}, r"hidden_dropout` must be"),
+        (FlexiCodecConfig, {"semantic_model_config": {"layer_norm_eps": -0.5}}, r"layer_norm_eps` must be"),
+        (FlexiCodecConfig, {"semantic_model_config": {"model_type": -1}}, "`semantic_model_config` has a wrong"),
+        (FlexiCodecConfig, {"semantic_model_config": {"id2label": ["a"]}}, "`semantic_model_config` has a wrong"),
+        (FlexiCodecARConfig, {"text_encoder_config": 0}, "`text_encoder_config` must be a dictionary"),
+        (FlexiCodecTTSConfig, {"codec_config": "x"}, "`codec_config` must be a dictionary"),
+        (FlexiCodecTTSConfig, {"voices": None}, "`voices` must be a list"),
+    ],
+)
+def test_configurations_out_of_range(config_class, options, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        config_class(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"audio": torch.zeros(9).to_sparse()}, "dense tensor"),
+        ({"audio": torch.zeros(9, device="meta")}, "dense tensor"),
+        ({"audio": np.ma.array(np.zeros(9), mask=[True] * 9)}, "masked samples"),
+        ({"device": "nowhere"}, "`device` must be one"),
+        ({"device": "meta"}, "`device` must be one"),
+        ({"max_length": math.inf}, "`max_length` must be"),
+        ({"max_length": "9"}, "`max_length` must be"),
+        ({"pad_to_multiple_of": 1.5}, "`pad_to_multiple_of` must be"),
+        ({"sampling_rate": np.array([16_000, 16_000])}, "`sampling_rate` is"),
+    ],
+)
+def test_inputs_of_the_feature_extractor(codec_dir, options, message):
+    extractor = AutoFeatureExtractor.from_pretrained(codec_dir())
+    with pytest.raises(ValueError, match=message):
+        extractor(**{"audio": np.zeros(900, dtype=np.float32), "sampling_rate": 16_000} | options)
+
+
+def test_inputs_of_encode_and_decode(codec, codec_dir):
+    extractor = AutoFeatureExtractor.from_pretrained(codec_dir())
+    inputs = extractor(np.full(16_000, 0.1, dtype=np.float32), sampling_rate=16_000, return_tensors="pt")
+    for options, message in (
+        ({"input_values": inputs.input_values * 32768}, r"in \[-1, 1\], as PCM"),
+        ({"input_values": inputs.input_values.to_sparse()}, "dense tensor"),
+        ({"input_features": inputs.input_features.to("meta")}, "dense tensor"),
+        ({"padding_mask": inputs.padding_mask.to(torch.complex64)}, "`padding_mask` must be real"),
+        ({"num_quantizers": torch.tensor([3])}, "`num_quantizers` must be an integer"),
+        ({"merging_threshold": torch.tensor(0.7, device="meta")}, "`merging_threshold` must be one number"),
+        ({"chunk_length_s": 10**400}, "`chunk_length_s` must be positive"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            codec.encode(**{**inputs, **options})
+    with pytest.raises(ValueError, match="`latents` must have"):
+        codec.decode(latents=torch.zeros(1, 3, 5))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_new_tokens", 2.5),
+        ("min_new_tokens", -1),
+        ("num_return_sequences", 0),
+        ("temperature", math.inf),
+        ("top_p", 2),
+        ("top_p", "x"),
+        ("duration_temperature", math.nan),
+        ("max_token_text_ratio", math.nan),
+    ],
+)
+def test_settings_of_speech(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        _check_settings({name: value})
+
+
+@pytest.mark.parametrize("seed", ["x", math.nan, 10**30, [1, None]])
+def test_seeds(seed):
+    with pytest.raises(ValueError, match="`seed` must be a whole number"):
+        _row_generators(1, seed, None)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", ".x", "", "a\nb", "x" * 300, 5, None])
+def test_names_of_voices_are_no_paths(name):
+    with pytest.raises(ValueError, match="name of a voice"):
+        check_voice_name(name)
+
+
+def test_voices_with_a_damaged_header(tmp_path):
+    codes = torch.tensor([1, 2, 3])
+    FlexiCodecVoice({0.5: (codes, codes)}).save(tmp_path / "voice.safetensors")
+    with safe_open(tmp_path / "voice.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    deep, unknown = tmp_path / "deep.safetensors", tmp_path / "unknown.safetensors"
+    save_file(tensors, deep, metadata=metadata | {"voice": "[" * 100_000})
+    save_file({name.replace("0.5", "nan"): tensor for name, tensor in tensors.items()}, unknown, metadata=metadata)
+    assert json.loads(metadata.get("voice", "{}")) == {}
+    for path, message in ((deep, "damaged voice"), (unknown, "merging threshold of the voice is nan")):
+        with pytest.raises(ValueError, match=message):
+            FlexiCodecVoice.load(path)
+
+
+def test_rates_and_audio_files(tmp_path):
+    with pytest.raises(AudioError, match="`target_rate` must be a positive number of hertz, got '16000'"):
+        resample(np.zeros(9, dtype=np.float32), 8_000, "16000")
+    with pytest.raises(AudioError, match="cannot be written"), AudioWriter(tmp_path / "none" / "a.wav") as writer:
+        writer.write(np.zeros(9, dtype=np.float32), 16_000)
