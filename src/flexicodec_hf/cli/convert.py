@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import validate_repo_id
-
 from .common import DTYPES, RELEASED_REPO, CommandError, text_beside, usage_error
 
 
@@ -164,6 +162,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if all(getattr(args, part) is None for part in parts):
         usage_error(args, "nothing to convert: pass --codec, --repo, --ar, --nar, --vocoder or --tokenizer")
     if args.push_to_hub is not None:
+        from huggingface_hub.utils import validate_repo_id
+
         try:
             validate_repo_id(args.push_to_hub)
         except ValueError as error:
