@@ -31,7 +31,7 @@ def test_a_command_registers_the_classes(tmp_path):
     script = tmp_path / "flexicodec-hf"
     script.write_text(
         "from flexicodec_hf.cli import main\n"
-        "main(['encode', 'missing.wav', '--output-dir', 'tokens'])\n"
+        f"main(['encode', 'missing.wav', '--output-dir', 'tokens', '--model', {str(tmp_path)!r}])\n"
         "from transformers import CONFIG_MAPPING\n"
         "print('flexicodec_tts' in CONFIG_MAPPING)\n"
     )

@@ -154,7 +154,7 @@ def _can_speak(model: str) -> bool:
 def _model_name(args: argparse.Namespace) -> str:
     """The name of a directory does not tell clients where it is."""
     directory = Path(args.model)
-    return args.model_name or (directory.resolve().name if directory.is_dir() else args.model)
+    return args.model_name or (Path(os.path.abspath(directory)).name if directory.is_dir() else args.model)
 
 
 def _api_key(args: argparse.Namespace) -> str | None:

@@ -89,6 +89,7 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(init=False)
     results: asyncio.Queue[Any] = field(init=False)
     canceled: bool = field(default=False, init=False)
+    ended: bool = field(default=False, init=False)
     unread: int = field(default=0, init=False)
 
     async def next(self, timeout_s: float | None = None) -> Any:
@@ -115,7 +116,8 @@ class Job:
             self.engine.wake()
 
     def put(self, result: Any) -> None:
-        """Hand a result over, from the thread of the model."""
+        """Hand a result over, from the thread of the model. A text has several, and `None` after the last."""
+        self.ended = self.kind != "speak" or result is None or isinstance(result, Exception)
         self.unread += 1
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.results.put_nowait, result)
@@ -182,11 +184,11 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ClosedError("The server is shutting down.")
-            jobs = len(self._waiting) + len(self._running)
+            jobs = self._count()
             if jobs >= self.max_jobs:
                 raise QueueFullError(max(1, math.ceil(jobs * self._seconds_per_job)))
             self._waiting.append(job)
-            self._count()
+            self.metrics.jobs.set(jobs + 1)
             self._changed.notify()
         return job
 
@@ -204,8 +206,10 @@ class Engine:
         for job in self._waiting:
             job.cancel()
 
-    def _count(self) -> None:
-        self.metrics.jobs.set(len(self._waiting) + len(self._running))
+    def _count(self) -> int:
+        jobs = sum(not (job.ended or job.canceled) for job in (*self._waiting, *self._running))
+        self.metrics.jobs.set(jobs)
+        return jobs
 
     def _next_batch(self) -> list[Job]:
         """The first job that can go on, and others like it."""
@@ -234,8 +238,7 @@ class Engine:
             seconds = (time.monotonic() - start) / len(batch)
             with self._changed:
                 self._seconds_per_job += 0.1 * (seconds - self._seconds_per_job)
-                unfinished = [job for job in batch if job.kind == "speak" and not job.work.is_done]
-                self._waiting.extend(job for job in unfinished if not job.canceled)
+                self._waiting.extend(job for job in batch if not job.ended)
                 self._running = []
                 self._count()
 
@@ -250,12 +253,7 @@ class Engine:
                 return
             if not isinstance(error, (ValueError, TypeError)):
                 logger.exception("A request failed.")
-            self._fail(batch[0], error)
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        if job.kind == "speak":
-            job.work.position = len(job.work.pieces)
-        job.put(error)
+            batch[0].put(error)
 
     def _speak(self, jobs: list[Job]) -> None:
         """Speak the next piece of each text."""
@@ -308,7 +306,6 @@ class Engine:
                 chunks.close()  # type: ignore[attr-defined]
                 break
             job.put(chunk)
-        text.position = len(text.pieces)
         job.put(None)
 
     def _encode_voices(self, jobs: list[Job]) -> None:
