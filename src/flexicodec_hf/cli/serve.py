@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import (
     add_model_arguments,
@@ -17,6 +17,11 @@ from .common import (
     user_errors,
 )
 from .speak import load_speaker
+
+
+if TYPE_CHECKING:
+    from ..data.runner import CodecRunner
+    from ..pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 
 
 def add_commands(commands: Any) -> None:
@@ -120,23 +125,28 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def build_app(args: argparse.Namespace) -> Any:
     """The application with the model that the arguments name."""
-    from ..data.runner import CodecRunner
     from ..serving.app import Limits, create_app
     from ..serving.engine import Engine
     from ..serving.metrics import Metrics
     from ..serving.voices import Voices
 
-    speaker = load_speaker(args) if _can_speak(args.model) else None
-    with loading(args.model):
-        if speaker is not None and speaker.model.config.model_type == load_model_config(args.model)["model_type"]:
-            runner = CodecRunner(speaker.model.codec, speaker.processor.feature_extractor)
-        else:
-            runner = CodecRunner.from_pretrained(args.model, choose_device(args), args.dtype)
+    runner, speaker = load_codec_and_speaker(args)
     with user_errors(ValueError):
         voices = Voices({} if speaker is None else dict(speaker.model.voices), args.voices_dir)
     engine = Engine(runner, speaker, Metrics(), args.batch_size, args.max_requests, args.max_piece_length)
     limits = Limits(args.max_body * 1_000_000, args.max_text_length, args.max_audio, args.timeout)
     return create_app(engine, voices, _model_name(args), limits, _api_key(args))
+
+
+def load_codec_and_speaker(args: argparse.Namespace) -> tuple[CodecRunner, FlexiCodecTTSPipeline | None]:
+    """The codec that the arguments name, and the text-to-speech pipeline, if the repository has one."""
+    from ..data.runner import CodecRunner
+
+    speaker = load_speaker(args) if _can_speak(args.model) else None
+    if speaker is not None and speaker.model.config.model_type == load_model_config(args.model)["model_type"]:
+        return CodecRunner(speaker.model.codec, speaker.processor.feature_extractor), speaker
+    with loading(args.model):
+        return CodecRunner.from_pretrained(args.model, choose_device(args), args.dtype), speaker
 
 
 def _can_speak(model: str) -> bool:
