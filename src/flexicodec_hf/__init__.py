@@ -1,120 +1,119 @@
 """FlexiCodec for transformers: importing this package registers its classes with the Auto classes."""
 
-# ruff: noqa: E402
-import transformers
+# ruff: noqa: F401
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from packaging.specifiers import SpecifierSet
 
 
 # The range of pyproject.toml, checked before the imports below, which may fail with other versions.
 _TRANSFORMERS = ">=5.17,<5.25"
-if not SpecifierSet(_TRANSFORMERS).contains(transformers.__version__, prereleases=True):
+_installed = importlib.metadata.version("transformers")
+if not SpecifierSet(_TRANSFORMERS).contains(_installed, prereleases=True):
     raise ImportError(
-        f"flexicodec_hf works with transformers{_TRANSFORMERS}, but {transformers.__version__} is installed: "
+        f"flexicodec_hf works with transformers{_TRANSFORMERS}, but {_installed} is installed: "
         f"run `pip install 'transformers{_TRANSFORMERS}'`."
     )
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForAudioTokenization,
-    AutoModelForCausalLM,
-    AutoModelForTextToWaveform,
-    AutoProcessor,
-)
-
-from .configuration_flexicodec import FlexiCodecConfig
-from .configuration_flexicodec_ar import FlexiCodecARConfig
-from .configuration_flexicodec_tts import FlexiCodecTTSConfig
-from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
-from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
-from .cpu_flexicodec import optimize_for_cpu
-from .feature_extraction_flexicodec import FlexiCodecFeatureExtractor
-from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
-from .generation_flexicodec_tts import FlexiCodecFlowKwargs, FlexiCodecTTSOutput
-from .modeling_flexicodec import FlexiCodecModel, FlexiCodecPreTrainedModel
-from .modeling_flexicodec_ar import (
-    FlexiCodecARForConditionalGeneration,
-    FlexiCodecARModel,
-    FlexiCodecARPreTrainedModel,
-)
-from .modeling_flexicodec_tts import FlexiCodecForTextToSpeech, FlexiCodecTTSPreTrainedModel
-from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
-from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
-from .pipeline_flexicodec_tts import FlexiCodecTTSPipeline
-from .processing_flexicodec_tts import FlexiCodecTTSProcessor
-from .repository_flexicodec_tts import FlexiCodecRepositoryForTextToSpeech, save_repository
-from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
-from .streaming_flexicodec import decode_blocks, encode_blocks
-from .voice_flexicodec import FlexiCodecVoice
-
+if TYPE_CHECKING:
+    from .configuration_flexicodec import FlexiCodecConfig
+    from .configuration_flexicodec_ar import FlexiCodecARConfig
+    from .configuration_flexicodec_tts import FlexiCodecTTSConfig
+    from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
+    from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
+    from .cpu_flexicodec import optimize_for_cpu
+    from .feature_extraction_flexicodec import FlexiCodecFeatureExtractor
+    from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
+    from .generation_flexicodec_tts import FlexiCodecFlowKwargs, FlexiCodecTTSOutput
+    from .modeling_flexicodec import FlexiCodecModel, FlexiCodecPreTrainedModel
+    from .modeling_flexicodec_ar import (
+        FlexiCodecARForConditionalGeneration,
+        FlexiCodecARModel,
+        FlexiCodecARPreTrainedModel,
+    )
+    from .modeling_flexicodec_tts import FlexiCodecForTextToSpeech, FlexiCodecTTSPreTrainedModel
+    from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
+    from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel, FlexiCodecVoiceboxPreTrainedModel
+    from .pipeline_flexicodec_tts import FlexiCodecTTSPipeline
+    from .processing_flexicodec_tts import FlexiCodecTTSProcessor
+    from .repository_flexicodec_tts import FlexiCodecRepositoryForTextToSpeech, save_repository
+    from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
+    from .streaming_flexicodec import decode_blocks, encode_blocks
+    from .voice_flexicodec import FlexiCodecVoice
 
 __version__ = "0.1.0"
 
-for _config, _model in (
-    (FlexiCodecConfig, FlexiCodecModel),
-    (FlexiCodecARConfig, FlexiCodecARModel),
-    (FlexiCodecVoiceboxConfig, FlexiCodecVoiceboxModel),
-    (FlexiCodecVocoderConfig, FlexiCodecVocoderModel),
-    (FlexiCodecTTSConfig, FlexiCodecForTextToSpeech),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-AutoModelForAudioTokenization.register(FlexiCodecConfig, FlexiCodecModel)
-AutoModelForCausalLM.register(FlexiCodecARConfig, FlexiCodecARForConditionalGeneration)
-AutoModelForTextToWaveform.register(FlexiCodecTTSConfig, FlexiCodecForTextToSpeech)
-# In a repository with the codec at its root, the text-to-speech system is in `tts/`.
-AutoModelForTextToWaveform.register(FlexiCodecConfig, FlexiCodecRepositoryForTextToSpeech)
-AutoFeatureExtractor.register(FlexiCodecConfig, FlexiCodecFeatureExtractor)
-AutoFeatureExtractor.register(FlexiCodecVoiceboxConfig, FlexiCodecMelFeatureExtractor)
-AutoProcessor.register(FlexiCodecTTSConfig, FlexiCodecTTSProcessor)
+# What is imported when it is first used. Not transformers' `_LazyModule`, which needs all of transformers.
+_MODULES = {
+    "configuration_flexicodec": ("FlexiCodecConfig",),
+    "configuration_flexicodec_ar": ("FlexiCodecARConfig",),
+    "configuration_flexicodec_tts": ("FlexiCodecTTSConfig",),
+    "configuration_flexicodec_vocoder": ("FlexiCodecVocoderConfig",),
+    "configuration_flexicodec_voicebox": ("FlexiCodecVoiceboxConfig",),
+    "cpu_flexicodec": ("optimize_for_cpu",),
+    "feature_extraction_flexicodec": ("FlexiCodecFeatureExtractor",),
+    "feature_extraction_flexicodec_mel": ("FlexiCodecMelFeatureExtractor",),
+    "generation_flexicodec_tts": (
+        "FlexiCodecFlowKwargs",
+        "FlexiCodecTTSOutput",
+    ),
+    "modeling_flexicodec": (
+        "FlexiCodecModel",
+        "FlexiCodecPreTrainedModel",
+    ),
+    "modeling_flexicodec_ar": (
+        "FlexiCodecARForConditionalGeneration",
+        "FlexiCodecARModel",
+        "FlexiCodecARPreTrainedModel",
+    ),
+    "modeling_flexicodec_tts": (
+        "FlexiCodecForTextToSpeech",
+        "FlexiCodecTTSPreTrainedModel",
+    ),
+    "modeling_flexicodec_vocoder": ("FlexiCodecVocoderModel",),
+    "modeling_flexicodec_voicebox": (
+        "FlexiCodecVoiceboxModel",
+        "FlexiCodecVoiceboxPreTrainedModel",
+    ),
+    "pipeline_flexicodec_tts": ("FlexiCodecTTSPipeline",),
+    "processing_flexicodec_tts": ("FlexiCodecTTSProcessor",),
+    "repository_flexicodec_tts": (
+        "FlexiCodecRepositoryForTextToSpeech",
+        "save_repository",
+    ),
+    "speech_lm": (
+        "FlexiCodecSpeechVocabulary",
+        "SpeechChatCollator",
+        "SpeechTextCollator",
+    ),
+    "streaming_flexicodec": (
+        "decode_blocks",
+        "encode_blocks",
+    ),
+    "voice_flexicodec": ("FlexiCodecVoice",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-# Saved repositories carry their code, for `trust_remote_code=True` without this package.
-for _class in (
-    FlexiCodecConfig,
-    FlexiCodecARConfig,
-    FlexiCodecVoiceboxConfig,
-    FlexiCodecVocoderConfig,
-    FlexiCodecTTSConfig,
-    FlexiCodecFeatureExtractor,
-    FlexiCodecMelFeatureExtractor,
-    FlexiCodecTTSProcessor,
-):
-    _class.register_for_auto_class()
-for _class in (FlexiCodecModel, FlexiCodecARModel, FlexiCodecVoiceboxModel, FlexiCodecVocoderModel):
-    _class.register_for_auto_class("AutoModel")
-FlexiCodecARForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
-FlexiCodecForTextToSpeech.register_for_auto_class("AutoModelForTextToWaveform")
+__all__ = sorted(_MODULE_OF)
 
-__all__ = [
-    "FlexiCodecARConfig",
-    "FlexiCodecARForConditionalGeneration",
-    "FlexiCodecARModel",
-    "FlexiCodecARPreTrainedModel",
-    "FlexiCodecConfig",
-    "FlexiCodecFeatureExtractor",
-    "FlexiCodecFlowKwargs",
-    "FlexiCodecForTextToSpeech",
-    "FlexiCodecMelFeatureExtractor",
-    "FlexiCodecModel",
-    "FlexiCodecPreTrainedModel",
-    "FlexiCodecRepositoryForTextToSpeech",
-    "FlexiCodecSpeechVocabulary",
-    "FlexiCodecTTSConfig",
-    "FlexiCodecTTSOutput",
-    "FlexiCodecTTSPipeline",
-    "FlexiCodecTTSPreTrainedModel",
-    "FlexiCodecTTSProcessor",
-    "FlexiCodecVocoderConfig",
-    "FlexiCodecVocoderModel",
-    "FlexiCodecVoice",
-    "FlexiCodecVoiceboxConfig",
-    "FlexiCodecVoiceboxModel",
-    "FlexiCodecVoiceboxPreTrainedModel",
-    "SpeechChatCollator",
-    "SpeechTextCollator",
-    "decode_blocks",
-    "encode_blocks",
-    "optimize_for_cpu",
-    "save_repository",
-]
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# The Auto classes take classes, not names, and ours need PyTorch. That takes seconds, too long for
+# `flexicodec-hf --help`: the command line registers them when a command runs.
+if Path(sys.argv[0] if sys.argv else "").stem != "flexicodec-hf":
+    importlib.import_module(".registration", __name__)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
-from . import codec, convert, evaluate, speak, tokenize
+from . import app, codec, convert, evaluate, serve, speak, tokenize
 from .common import PROGRAM, CommandError, report_error, user_errors
 
 
@@ -29,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (codec, speak, tokenize, evaluate, convert):
+    for module in (codec, speak, serve, app, tokenize, evaluate, convert):
         module.add_commands(commands)
     args = parser.parse_args(argv)
+    importlib.import_module("flexicodec_hf.registration")
     try:
         with user_errors():
             return args.run(args)

@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import validate_repo_id
-
 from .common import DTYPES, RELEASED_REPO, CommandError, text_beside, usage_error
 
 
@@ -178,6 +176,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     elif args.output_dir is None:
         usage_error(args, "argument --output-dir: is needed")
     if args.push_to_hub is not None:
+        from huggingface_hub.utils import validate_repo_id
+
         try:
             validate_repo_id(args.push_to_hub)
         except ValueError as error:

@@ -10,11 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tqdm import tqdm
 
-from ..audio_flexicodec import AudioWriter, audio_seconds, read_stretches
-from ..data.files import atomic_file
 from .common import (
     CommandError,
     add_model_arguments,
@@ -30,6 +27,7 @@ from .common import (
 
 
 if TYPE_CHECKING:
+    from ..audio_flexicodec import AudioWriter
     from ..pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 
 # A longer source is converted stretch by stretch, each cut in a pause near its end.
@@ -162,6 +160,10 @@ def run_speak(args: argparse.Namespace) -> int:
 
 def run_convert_voice(args: argparse.Namespace) -> int:
     """`convert-voice SOURCE REFERENCE -o OUT`; returns the exit status."""
+    import numpy as np
+
+    from ..audio_flexicodec import audio_seconds, read_stretches
+
     check_output(args)
     options = _given(args, "merging_threshold", "seed", "num_inference_steps", "guidance_scale")
     with user_errors(ValueError, ImportError):
@@ -213,6 +215,9 @@ def load_speaker(args: argparse.Namespace) -> FlexiCodecTTSPipeline:
 @contextmanager
 def audio_output(path: Path) -> Iterator[AudioWriter]:
     """A writer of a file that becomes `path` when it is complete."""
+    from ..audio_flexicodec import AudioWriter
+    from ..data.files import atomic_file
+
     with atomic_file(path) as temporary:
         with AudioWriter(temporary) as writer:
             yield writer

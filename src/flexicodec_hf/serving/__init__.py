@@ -1,0 +1,1 @@
+"""A server of speech and tokens over HTTP: `flexicodec-hf serve`."""
