@@ -351,14 +351,14 @@ class RelativeKeys:
     of at each step.
     """
 
-    def __init__(self, project: Callable[[int], Tensor]):
+    def __init__(self, project: Callable[[int, torch.device], Tensor]):
         self.project = project
         self.keys: Tensor | None = None
 
-    def __call__(self, length: int) -> Tensor:
+    def __call__(self, length: int, device: torch.device) -> Tensor:
         """Keys for at least `length` positions."""
         if self.keys is None or self.keys.shape[2] < length:
-            self.keys = self.project(_KEY_BLOCK * math.ceil(length / _KEY_BLOCK))
+            self.keys = self.project(_KEY_BLOCK * math.ceil(length / _KEY_BLOCK), device)
         return self.keys
 
 
@@ -440,7 +440,7 @@ class FlexiCodecARGenerationMixin(DurationMixin):
         return GenerationConfig(
             bos_token_id=config.start_token_id,
             eos_token_id=config.end_token_id,
-            pad_token_id=config.pad_token_id,
+            pad_token_id=config.padding_token_id,
             do_sample=True,
             temperature=1.0,
             top_k=25,
@@ -489,6 +489,10 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             ValueError: The prompt is missing, holds speech tokens without `token_lengths`, the
                 ratios contradict each other, or the generation mode is not supported.
         """
+        # A generation config may hold the ids of the text's tokenizer, which mean codes here: `Trainer`
+        # writes them into it.
+        layout = self.default_generation_config(self.config)
+        kwargs = {name: getattr(layout, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} | kwargs
         config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS | LIMIT_DEFAULTS, kwargs)
         prompt_ids = self._prompt_ids(inputs, kwargs)
         prompt_length = prompt_ids.shape[1]
@@ -550,7 +554,7 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             key_length = model_inputs["input_ids"].shape[1]
             if (cache := model_inputs.get(CACHE)) is not None:
                 key_length, _ = cache.get_mask_sizes(key_length, 0)
-            model_inputs["relative_keys"] = key_source(key_length)
+            model_inputs["relative_keys"] = key_source(key_length, model_inputs["input_ids"].device)
         # *************************************
         return model_inputs
 

@@ -22,10 +22,12 @@ from transformers.models.dac.modeling_dac import (
     Snake1d,
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast
 
 from .chunking_flexicodec import Chunk, run_in_windows, windows
+from .compatibility_flexicodec import OffloadedDeviceMixin, check_options
 from .configuration_flexicodec import FlexiCodecConfig
 
 
@@ -568,6 +570,14 @@ class FlexiCodecConvNeXtLayer(GradientCheckpointingLayer):
         return residual + self.pwconv2(F.gelu(self.pwconv1(self.norm(hidden_states))))
 
 
+class FlexiCodecFloat32Linear(nn.Linear):
+    """Computes in float32 whatever the model's dtype: the last bits of bfloat16 must not decide a code."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
 class FlexiCodecFiniteScalarQuantizer(nn.Module):
     """Finite scalar quantization (arXiv 2309.15505): a code is a point of a small fixed grid."""
 
@@ -577,7 +587,7 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         super().__init__()
         levels = torch.tensor(config.semantic_quantization_levels)
         self.codebook_size = config.semantic_codebook_size
-        self.project_in = nn.Linear(config.convnext_hidden_size, len(levels))
+        self.project_in = FlexiCodecFloat32Linear(config.convnext_hidden_size, len(levels))
         self.project_out = nn.Linear(len(levels), config.convnext_hidden_size)
         self.levels = nn.Buffer(levels, persistent=False)
 
@@ -589,10 +599,7 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         Returns:
             The quantized vectors, of the same shape, and the codes, `(batch_size, num_tokens)`.
         """
-        # In float32 whatever the model's dtype: the last bits of bfloat16 must not decide what is
-        # rounded up.
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            projected = F.linear(hidden_states.float(), self.project_in.weight.float(), self.project_in.bias.float())
+        projected = self.project_in(hidden_states)
         half_width = self.levels // 2
         half_range = (self.levels - 1) * (1 - 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
@@ -613,14 +620,31 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         return self.levels.cumprod(dim=0) // self.levels
 
 
+class FlexiCodecCodebook(nn.Embedding):
+    """A codebook, asked in both directions."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Entries `(..., size)` of integer codes `(...)`, or the codes nearest by cosine to vectors `(..., size)`."""
+        if not input.is_floating_point():
+            return super().forward(input)
+        with maybe_autocast(input.device.type, enabled=False):
+            codebook = F.normalize(self.weight.float())
+            # The squared distance of unit vectors, less a constant. The norms of the entries are
+            # not exactly 1 in float32, which decides near ties as in flexicodec 0.1.2,
+            # dac_quantize.py, line 90. (`DacVectorQuantize` of transformers adds them with the
+            # other sign.)
+            distances = codebook.square().sum(dim=1) - 2 * F.normalize(input.float(), dim=-1) @ codebook.t()
+        return distances.argmin(dim=-1)
+
+
 class FlexiCodecVectorQuantizer(nn.Module):
     """One codebook of the residual quantizer: nearest entry by cosine in a small space (DAC, arXiv 2306.06546)."""
 
     def __init__(self, config: FlexiCodecConfig):
         super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, config.codebook_dim)
+        self.in_proj = FlexiCodecFloat32Linear(config.hidden_size, config.codebook_dim)
         self.out_proj = nn.Linear(config.codebook_dim, config.hidden_size)
-        self.codebook = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.codebook = FlexiCodecCodebook(config.codebook_size, config.codebook_dim)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -631,15 +655,8 @@ class FlexiCodecVectorQuantizer(nn.Module):
             Their projection and the chosen entries, both `(batch_size, num_tokens, codebook_dim)`
             in float32, and the codes `(batch_size, num_tokens)`.
         """
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            projected = F.linear(hidden_states.float(), self.in_proj.weight.float(), self.in_proj.bias.float())
-            codebook = F.normalize(self.codebook.weight.float())
-            # The squared distance of unit vectors, less a constant. The norms of the entries are
-            # not exactly 1 in float32, which decides near ties as in flexicodec 0.1.2,
-            # dac_quantize.py, line 90. (`DacVectorQuantize` of transformers adds them with the
-            # other sign.)
-            distances = codebook.square().sum(dim=1) - 2 * F.normalize(projected, dim=-1) @ codebook.t()
-        codes = distances.argmin(dim=-1)
+        projected = self.in_proj(hidden_states)
+        codes = self.codebook(projected)
         return projected, self.codebook(codes).float(), codes
 
 
@@ -889,12 +906,14 @@ class FlexiCodecSemanticQuantizer(nn.Module):
         return self.out_proj(hidden_states)
 
 
-class FlexiCodecPreTrainedModel(PreTrainedAudioTokenizerBase):
+class FlexiCodecPreTrainedModel(OffloadedDeviceMixin, PreTrainedAudioTokenizerBase):
     config: FlexiCodecConfig
     config_class = FlexiCodecConfig
     base_model_prefix = "flexicodec"
     main_input_name = "input_values"
     input_modalities = "audio"
+    # The losses are means over the batch, so `Trainer` itself averages over accumulation steps.
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = [
         "FlexiCodecTransformerLayer",
@@ -1011,6 +1030,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         super().train(mode)
         self.semantic_encoder.eval()
         return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first layer that is trained, which reads waveforms."""
+        return self.acoustic_encoder.conv1
 
     @can_return_tuple
     def encode(
@@ -1247,6 +1270,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_quantizers: int | Tensor | None = None,
         merging_threshold: float | list[float] | Tensor | None = None,
         target_frame_rate: float | list[float] | Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FlexiCodecOutput:
         r"""
         Reconstruct speech: `encode`, then `decode`, with gradients through the quantizers
@@ -1263,10 +1287,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 Number of codebooks, as in `encode`. A tensor says for each item how many its
                 reconstruction and losses use; all codes are returned then. The other arguments are
                 those of `encode`.
+            kwargs: What `Trainer` and other programs pass to any model. It has no effect.
 
         Returns:
             [`FlexiCodecOutput`] whose `audio_values` are as long as `input_values`.
         """
+        check_options(self, kwargs)
         if self.training:
             if merging_threshold is None and target_frame_rate is None:
                 merging_threshold = torch.empty(()).uniform_(*self.config.merging_threshold_range)

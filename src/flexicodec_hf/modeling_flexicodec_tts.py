@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .compatibility_flexicodec import OffloadedDeviceMixin
 from .configuration_flexicodec_tts import FlexiCodecTTSConfig
 from .generation_flexicodec_tts import TTS_DEFAULTS, FlexiCodecTTSGenerationMixin, valid_parts
 from .modeling_flexicodec import FlexiCodecModel
@@ -32,7 +33,7 @@ _PARTS: dict[str, type[PreTrainedModel]] = {
 }
 
 
-class FlexiCodecTTSPreTrainedModel(PreTrainedModel):
+class FlexiCodecTTSPreTrainedModel(OffloadedDeviceMixin, PreTrainedModel):
     config: FlexiCodecTTSConfig
     config_class = FlexiCodecTTSConfig
     main_input_name = "input_ids"
@@ -97,6 +98,10 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         defaults = TTS_DEFAULTS | {"merging_threshold": config.default_merging_threshold}
         self.generation_config.update(**defaults, allow_custom_entries=True)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the autoregressive model, for its speech tokens."""
+        return self.ar.get_input_embeddings()
 
     # ******** FlexiCodec specific ********
 
