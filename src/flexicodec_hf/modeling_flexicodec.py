@@ -815,7 +815,7 @@ class FlexiCodecAcousticEncoder(nn.Module):
         hop_length = self.hop_length
         num_frames = -(-num_samples // hop_length)
         length = int(num_frames.max()) * hop_length
-        waveforms = F.pad(waveforms, (0, max(length - waveforms.shape[1], 0)))[:, :length]
+        waveforms = _fit_length(waveforms, length)
         waveforms = waveforms.to(self.conv1.weight.dtype) * _length_mask(num_samples, length, waveforms.device)
 
         def run(rows: Tensor, window: slice) -> Tensor:
@@ -1184,6 +1184,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_frames: int | None = None,
         frame_similarities: Tensor | None = None,
         merging_threshold: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ) -> FlexiCodecDecoderOutput:
         r"""
         Turn tokens back into speech. It takes the whole output of `encode`:
@@ -1215,9 +1216,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 under `torch.compile`.
             frame_similarities, merging_threshold (*optional*):
                 Ignored. They are here so that the whole output of `encode` can be passed on.
+            padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*):
+                The mask of the waveforms that were encoded, 1 for samples, 0 for the padding after
+                them. The output is then as long as these: cut, or filled with zeros.
 
         Returns:
-            [`FlexiCodecDecoderOutput`] with 1280 samples per frame, less 16.
+            [`FlexiCodecDecoderOutput`] with 1280 samples per frame, less 16, unless `padding_mask`
+            asks for others.
 
         Raises:
             ValueError: A tensor has a wrong shape or dtype, a code, length or mask is wrong, or an
@@ -1235,7 +1240,16 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         if num_frames is None and token_lengths is None and audio_codes_mask is None:
             num_frames = tokens.shape[-1]
         token_lengths, token_mask = _check_tokens(self.config, tokens, token_lengths, audio_codes_mask, num_frames)
-        return self._decode_tokens(tokens, token_lengths, token_mask, num_frames, chunk_length_s, chunk_context_s)
+        if padding_mask is not None and (padding_mask.ndim != 2 or len(padding_mask) != len(tokens)):
+            raise ValueError(
+                f"`padding_mask` must have the shape (batch_size, num_samples) = ({len(tokens)}, num_samples), got "
+                f"{tuple(padding_mask.shape)}."
+            )
+        output = self._decode_tokens(tokens, token_lengths, token_mask, num_frames, chunk_length_s, chunk_context_s)
+        if padding_mask is None:
+            return output
+        audio_values = _fit_length(output.audio_values, padding_mask.shape[1]) * padding_mask[:, None]
+        return FlexiCodecDecoderOutput(audio_values=audio_values, padding_mask=padding_mask.bool())
 
     def _decode_tokens(
         self,
@@ -1311,8 +1325,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         latents = repeat_by_token(tokens.latents, segments.token_lengths, frames.semantic_frames.shape[1])
         audio_values = self._decode_frames(latents, frames.num_frames, chunk=None)
 
-        num_samples = input_values.shape[-1]
-        audio_values = F.pad(audio_values, (0, max(num_samples - audio_values.shape[1], 0)))[:, :num_samples]
+        audio_values = _fit_length(audio_values, input_values.shape[-1])
         if padding_mask is not None:
             audio_values = audio_values * padding_mask.to(audio_values.dtype)
 
@@ -1736,6 +1749,11 @@ def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[Tensor]:
 def _length_mask(lengths: Tensor, num_positions: int, device: torch.device) -> Tensor:
     """Mask `(batch_size, num_positions)` on `device`, `True` before the `lengths` `(batch_size,)` of the items."""
     return torch.arange(num_positions, device=device) < lengths.to(device)[:, None]
+
+
+def _fit_length(waveforms: Tensor, num_samples: int) -> Tensor:
+    """Waveforms `(..., length)` cut, or filled with zeros, to `(..., num_samples)`."""
+    return F.pad(waveforms, (0, max(num_samples - waveforms.shape[-1], 0)))[..., :num_samples]
 
 
 def _is_padded(lengths: Tensor, num_positions: int) -> bool:
