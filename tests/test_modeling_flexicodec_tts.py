@@ -534,6 +534,12 @@ def test_parts_can_lie_on_the_disk(tts_repository, processor, device, tmp_path):
     assert_same_speech(speak(model, processor(TEXTS)), speak(reference, processor(TEXTS)))
 
 
+def test_a_part_stays_whole(tts_repository):
+    places = {"codec": "cpu", "ar.model": "cpu", "ar.lm_head": "disk", "voicebox": "cpu", "vocoder": "cpu"}
+    with pytest.raises(ValueError, match=r"puts parts of `ar` on \['cpu', 'disk'\]"):
+        FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts", device_map=places)
+
+
 def test_int8_weights_speak(tts_repository, processor, device):
     quantization = pytest.importorskip("torchao.quantization")
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["codec"])

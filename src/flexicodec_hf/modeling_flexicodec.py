@@ -1,7 +1,9 @@
 """FlexiCodec: a speech codec whose frame rate follows the speech (arXiv 2510.00981)."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import index
@@ -724,12 +726,11 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
             output = quantizer.out_proj(straight_through.to(hidden_states.dtype))
             residual = residual - output
             codes.append(indices)
-            if not isinstance(num_quantizers, Tensor):
-                quantized = quantized + output
-                used = 1
-            else:
+            used: Tensor | float = 1.0
+            if isinstance(num_quantizers, Tensor):
                 used = (i < num_quantizers).to(output.dtype)
-                quantized = quantized + output * used[:, None, None]
+                output = output * used[:, None, None]
+            quantized = quantized + output
             if not with_losses:
                 continue
             commitment_loss = commitment_loss + (_item_mse(projected, entries.detach(), token_mask) * used).mean()
@@ -1031,6 +1032,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     Args:
         config ([`FlexiCodecConfig`]): Sizes of the model.
 
+    Attributes:
+        exact_convolutions (`bool`):
+            Whether `encode` computes float32 convolutions on NVIDIA GPUs as exactly as on a CPU
+            (the default), so that the codes are the same. `False` leaves the choice to PyTorch,
+            whose default is TF32: faster, and some acoustic codes differ.
+
     Example:
 
     ```python
@@ -1044,6 +1051,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     >>> audio_values = codec.decode(**encoded).audio_values
     ```
     """
+
+    exact_convolutions = True
 
     def __init__(self, config: FlexiCodecConfig):
         super().__init__(config)
@@ -1171,12 +1180,14 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         )
         num_frames = _num_frames(self.config, num_features)
         _check_same_clips(num_frames.host, -(-num_samples.host // self.config.hop_length))
-        semantic_frames = self._encode_semantic(input_features, num_features, chunk)
         acoustic_frames = None
-        if num_quantizers != 1:
+        with _exact_convolutions(self.exact_convolutions and input_features.device.type == "cuda"):
+            semantic_frames = self._encode_semantic(input_features, num_features, chunk)
+            if num_quantizers != 1:
+                acoustic_frames = self.acoustic_encoder.encode(input_values[:, 0], num_samples, chunk)
+        if acoustic_frames is not None:
             # The acoustic frames are 0 to 2 more. The last ones go (flexicodec 0.1.2,
             # modeling_flexicodec.py, line 623).
-            acoustic_frames = self.acoustic_encoder.encode(input_values[:, 0], num_samples, chunk)
             acoustic_frames = acoustic_frames[:, : semantic_frames.shape[1]]
         return FlexiCodecFramesOutput(semantic_frames, acoustic_frames, num_frames.device)
 
@@ -1217,7 +1228,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             frames.semantic_frames, frames.num_frames, merging_threshold, target_frame_rate, token_lengths
         )
         quantize = partial(self._quantize, num_acoustic_quantizers=num_quantizers - 1, with_losses=False)
-        tokens = _quantize_in_chunks(quantize, frames, segments, chunk) if chunk else quantize(frames, segments)
+        with _exact_convolutions(self.exact_convolutions and frames.semantic_frames.device.type == "cuda"):
+            tokens = _quantize_in_chunks(quantize, frames, segments, chunk) if chunk else quantize(frames, segments)
         return _encoder_output(tokens, segments)
 
     @can_return_tuple
@@ -1303,8 +1315,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         )
         if padding_mask is None:
             return output
-        assert output.audio_values is not None
-        audio_values = _fit_length(output.audio_values, padding_mask.shape[1]) * padding_mask[:, None]
+        audio_values, num_samples = output.audio_values, padding_mask.shape[1]
+        audio_values = _fit_length(audio_values, num_samples) * padding_mask[:, None]  # type: ignore[arg-type]
         return FlexiCodecDecoderOutput(audio_values=audio_values, padding_mask=padding_mask.bool())
 
     def _decode_tokens(
@@ -1492,6 +1504,35 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         padded = lengths.to(frames.device) if is_padded else None
         mask = None if padded is None else _length_mask(padded, frames.shape[1], frames.device)
         return self.acoustic_decoder(self.bottleneck(frames, mask).transpose(1, 2), padded)[:, 0]
+
+
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before = ""
+
+
+@contextmanager
+def _exact_convolutions(enabled: bool) -> Iterator[None]:
+    """
+    Float32 convolutions without TF32, whose 10 bits move codes. PyTorch has one setting for all
+    threads: the last user puts it back.
+    """
+    global _precision_users, _precision_before
+    if not enabled:
+        yield
+        return
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    with _precision_lock:
+        if _precision_users == 0:
+            _precision_before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+        _precision_users += 1
+    try:
+        yield
+    finally:
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                convolutions.fp32_precision = _precision_before
 
 
 def _run_semantic_encoder(

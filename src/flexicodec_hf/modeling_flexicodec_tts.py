@@ -163,12 +163,21 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
                 tokens, and with them the voice, depend on small differences. A dictionary has a
                 type for each of `"codec"`, `"ar"`, `"voicebox"` and `"vocoder"`, and under `""` the
                 type of the others (float32 by default).
-            kwargs: See [`~PreTrainedModel.from_pretrained`].
+            kwargs: See [`~PreTrainedModel.from_pretrained`]. A `device_map` may put each part on a
+                device of its own, or on the disk.
 
         Raises:
             OSError: The repository holds the codec alone.
-            ValueError: `dtype` names an unknown part.
+            ValueError: `dtype` names an unknown part, or `device_map` tears a part.
         """
+        if isinstance(places := kwargs.get("device_map"), dict):
+            for name in _PARTS:
+                inside = {str(place) for key, place in places.items() if key.split(".")[0] == name}
+                if len(inside) > 1:
+                    raise ValueError(
+                        f"`device_map` puts parts of `{name}` on {sorted(inside)}: each of {list(_PARTS)} must be on "
+                        "one device. Name it as a whole."
+                    )
         dtypes = kwargs.get("dtype")
         if isinstance(dtypes, dict):
             if unknown := dtypes.keys() - {"", *_PARTS}:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .chunking_flexicodec import Chunk, run_in_windows
 from .compatibility_flexicodec import OffloadedDeviceMixin, check_options
@@ -80,8 +80,10 @@ class FlexiCodecVocoderISTFTHead(nn.Module):
         self.linear = nn.Linear(config.hidden_size, config.n_fft + 2)
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        # In float32, since complex numbers and their transform do not exist in half precision.
-        log_magnitude, phase = self.linear(hidden_states.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)
+        # In float32, since complex numbers and their transform do not exist in half precision, and
+        # a phase of 8 bits is off by up to a hundredth of a turn: under autocast too.
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            log_magnitude, phase = self.linear(hidden_states.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)
         spectrum = torch.polar(log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase)
         window = torch.hann_window(self.n_fft, device=spectrum.device)
         frames = torch.fft.irfft(spectrum, self.n_fft, dim=-1) * window

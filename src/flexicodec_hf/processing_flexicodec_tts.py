@@ -307,7 +307,7 @@ class FlexiCodecTTSProcessor(ProcessorMixin):
             chats if is_batch else chats[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
 
-    def batch_decode(self, audio: Any, **kwargs: Any) -> list[np.ndarray] | list[str]:
+    def batch_decode(self, audio: Any, **kwargs: Any) -> list[Any]:
         """
         The waveforms of a batch, or the text of ids.
 
