@@ -36,12 +36,14 @@ class ModelTester:
     Attributes:
         config_class, model_class: Of the model.
         output_name: The main output of `forward`.
+        lora_modules: What the documentation says to adapt.
         supports_eager: Whether the model has more than one attention implementation.
     """
 
     config_class: type
     model_class: type
     output_name: str
+    lora_modules: list[str]
     supports_eager = True
 
     def get_config(self) -> Any:
@@ -63,6 +65,7 @@ class ModelTester:
 class FlexiCodecModelTester(ModelTester):
     config_class, model_class = FlexiCodecConfig, FlexiCodecModel
     output_name = "audio_values"
+    lora_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
     def get_config(self) -> FlexiCodecConfig:
         return FlexiCodecConfig(
@@ -100,6 +103,7 @@ class FlexiCodecModelTester(ModelTester):
 class FlexiCodecARModelTester(ModelTester):
     config_class, model_class = FlexiCodecARConfig, FlexiCodecARForConditionalGeneration
     output_name = "logits"
+    lora_modules = ["qkv_proj", "o_proj", "fc1", "fc2"]
 
     def get_config(self) -> FlexiCodecARConfig:
         heads = {"num_attention_heads": 4}
@@ -137,6 +141,7 @@ class FlexiCodecARModelTester(ModelTester):
 class FlexiCodecVoiceboxModelTester(ModelTester):
     config_class, model_class = FlexiCodecVoiceboxConfig, FlexiCodecVoiceboxModel
     output_name = "velocity"
+    lora_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
     def get_config(self) -> FlexiCodecVoiceboxConfig:
         return FlexiCodecVoiceboxConfig(
@@ -174,6 +179,7 @@ class FlexiCodecVoiceboxModelTester(ModelTester):
 class FlexiCodecVocoderModelTester(ModelTester):
     config_class, model_class = FlexiCodecVocoderConfig, FlexiCodecVocoderModel
     output_name = "audio_values"
+    lora_modules = ["up_proj", "down_proj"]
     supports_eager = False
 
     def get_config(self) -> FlexiCodecVocoderConfig:

@@ -247,6 +247,17 @@ def test_half_precision_audio(extractor, device, dtype):
     assert torch.equal(extractor(audio, **options).input_features, extractor(audio.float(), **options).input_features)
 
 
+def test_clips_may_be_called_raw_audio(extractor):
+    clip = np.sin(np.arange(5_000) / 9)
+    expected = extractor([clip, clip[:3_000]], sampling_rate=16_000, return_tensors="np")
+    for name, values in extractor(
+        raw_audio=[clip, clip[:3_000]], sampling_rate=16_000, return_tensors="np", padding=True
+    ).items():
+        assert np.array_equal(values, expected[name])
+    with pytest.raises(ValueError, match="`raw_audio` is another name of `audio`"):
+        extractor(clip, raw_audio=clip, sampling_rate=16_000)
+
+
 def test_input_is_not_shared(extractor):
     audio = noise(3000)
     for options in ({"return_tensors": "pt"}, {"return_tensors": "np"}, {}):

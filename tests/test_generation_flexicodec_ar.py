@@ -138,7 +138,7 @@ def test_rows_equal_single_runs(device, cache_implementation):
         size = alone.sequences.shape[1] - int(own.sum())
         for name in ("sequences", "token_lengths"):
             assert torch.equal(getattr(together, name)[row, start : start + size], getattr(alone, name)[0, -size:])
-        assert (together.sequences[row, start + size :] == model.config.pad_token_id).all()
+        assert (together.sequences[row, start + size :] == model.config.padding_token_id).all()
 
 
 def test_tokens_and_durations_are_those_of_one_forward(device):

@@ -6,12 +6,15 @@ import inspect
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel
+from torch import nn
+from transformers import AutoConfig, AutoModel, TorchAoConfig
 
 from flexicodec_hf import (
     FlexiCodecARConfig,
     FlexiCodecConfig,
+    FlexiCodecModel,
     FlexiCodecVocoderConfig,
+    FlexiCodecVocoderModel,
     FlexiCodecVoiceboxConfig,
 )
 from model_testers import TESTERS
@@ -146,6 +149,66 @@ def test_hooks_see_every_module_that_is_used_in_training(tester, inputs, device)
             model(**inputs)
         seen[gradients] = set(called)
     assert seen[True] == seen[False] and len(seen[True]) > 10
+
+
+def test_weights_on_the_disk_give_the_same(tester, inputs, device, tmp_path):
+    """Offloaded weights come when a module is called: none may be read without calling its module."""
+    model = tester.create_model().to(device)
+    model.save_pretrained(tmp_path / "model")
+    first, *others = [name for name, _ in model.named_children() if name != "frame_merger"]
+    places = {first: device} | dict.fromkeys(others, "disk")
+    loaded = tester.model_class.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert {parameter.device.type for parameter in loaded.parameters()} == {device, "meta"}
+    assert torch.equal(main_output(tester, loaded, inputs), main_output(tester, model, inputs))
+
+
+def test_weights_in_int8_stay_near(tester, inputs, device, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tester.create_model().to(device)
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    loaded = tester.model_class.from_pretrained(tmp_path, quantization_config=config, device_map=device)
+    quantized = [parameter for parameter in loaded.parameters() if "Int8" in type(parameter).__name__]
+    assert len(quantized) > 4
+    output, expected = main_output(tester, loaded, inputs), main_output(tester, model, inputs)
+    assert (output - expected).norm() < 0.05 * expected.norm()
+
+
+def test_adapters_alone_are_trained_and_saved(tester, inputs, device, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tester.create_model().to(device)
+    expected = main_output(tester, model, inputs)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=tester.lora_modules, r=2))
+    assert torch.equal(main_output(tester, model, inputs), expected)  # adapters start at zero
+    model.train()
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    tester.train_loss(model, inputs).backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert trained and all(".lora_" in name for name in trained)
+    optimizer.step()
+    changed = main_output(tester, model.eval(), inputs)
+    assert not torch.equal(changed, expected)
+    adapted.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    other = tester.create_model().to(device)
+    peft.PeftModel.from_pretrained(other, tmp_path)
+    assert torch.equal(main_output(tester, other, inputs), changed)
+
+
+def test_what_programs_pass_to_any_model_is_taken_and_nothing_else(tester, inputs, device):
+    model = tester.create_model().to(device)
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=False, output_attentions=False)
+    assert torch.equal(output[tester.output_name], main_output(tester, model, inputs))
+    assert isinstance(model.get_input_embeddings(), (nn.Embedding, nn.Conv1d))
+    # `Trainer` averages over accumulation steps, as the losses are means.
+    assert model.accepts_loss_kwargs is False
+    if tester.model_class in (FlexiCodecModel, FlexiCodecVocoderModel):
+        with pytest.raises(TypeError, match="unexpected arguments: merging_treshold"):
+            model(**inputs, merging_treshold=0.9)
 
 
 def test_a_copy_is_independent(tester, inputs, device):

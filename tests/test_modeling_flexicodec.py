@@ -715,6 +715,23 @@ def test_decode_of_fewer_rows(codec, golden, device):
 
 
 @torch.no_grad()
+def test_decode_is_as_long_as_the_mask_that_it_gets(codec, device):
+    model, encoded = codec.to(device), torch.randint(0, 60, (2, 5, 4), device=device)
+    whole = model.decode(encoded).audio_values
+    num_samples = whole.shape[-1]
+    lengths = torch.tensor([[num_samples + 10], [num_samples - 500]], device=device)
+    mask = torch.arange(num_samples + 10, device=device) < lengths
+    output = model.decode(encoded, padding_mask=mask)
+    assert output.audio_values.shape == (2, 1, num_samples + 10) and torch.equal(output.padding_mask, mask)
+    assert torch.equal(output.audio_values[0, :, :num_samples], whole[0])
+    assert torch.equal(output.audio_values[1, :, : num_samples - 500], whole[1, :, : num_samples - 500])
+    assert not output.audio_values[0, :, num_samples:].any() and not output.audio_values[1, :, -510:].any()
+    cut = model.decode(encoded, padding_mask=mask[:, :1000].int())
+    assert torch.equal(cut.audio_values, whole[..., :1000]) and cut.padding_mask.dtype == torch.bool
+    with pytest.raises(ValueError, match=r"`padding_mask` must have the shape .* = \(2, num_samples\), got \(1, 9\)"):
+        model.decode(encoded, padding_mask=mask[:1, :9])
+
+
 def test_decode_without_lengths_is_a_frame_each(codec, device):
     codes = torch.randint(0, 64, (2, 5, 7), generator=torch.Generator().manual_seed(0)).to(device)
     output = codec.decode(codes).audio_values

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from conftest import assert_close
+from conftest import assert_close, byte_tokenizer
 from flexicodec_hf.configuration_flexicodec_ar import FlexiCodecARConfig
 from flexicodec_hf.conversion import convert_ar
 from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
@@ -125,7 +125,7 @@ def test_right_padding_is_as_good_as_left_in_training(device):
     model = tiny_model(device)
     inputs = model.build_inputs(torch.randint(0, 40, (1, 5), device=device), merging_threshold=0.91)
     padded = {name: nn.functional.pad(tensor, (0, 3)) for name, tensor in inputs.items()}
-    padded["input_ids"][:, -3:] = model.config.pad_token_id
+    padded["input_ids"][:, -3:] = model.config.padding_token_id
     with torch.no_grad():
         assert_close(model(**padded).logits[:, :-3], model(**inputs).logits.cpu(), atol=1e-5)
 
@@ -142,7 +142,7 @@ def test_layout_of_the_stream():
         merging_threshold=0.91,
         return_labels=True,
     )
-    text, pad = config.text_token_offset, config.pad_token_id
+    text, pad = config.text_token_offset, config.padding_token_id
     head = [config.start_token_id, config.threshold_token_id(0.91)]
     task, end = config.task_token_id, config.end_token_id
     assert inputs["input_ids"].tolist() == [
@@ -309,6 +309,50 @@ def test_trainer_learns_a_handful_of_clips(tmp_path):
     spoken = model.eval().generate(**prompts, do_sample=False, max_new_tokens=6, return_dict_in_generate=True)
     assert torch.equal(spoken.sequences, inputs["input_ids"])
     assert torch.equal(spoken.token_lengths, inputs["token_lengths"])
+
+
+def test_a_tokenizer_beside_the_model_does_not_change_its_stream(tmp_path):
+    """`Trainer` writes the special ids of a tokenizer into both configs: here they are ids of speech or text."""
+    model = tiny_model(hidden_dropout=0.0)
+    inputs = random_utterances(model)
+    prompts = {name: inputs[name][:, :9] for name in ("input_ids", "token_lengths", "attention_mask")}
+    settings = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True}
+    expected = model.generate(**prompts, **settings)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id = 2, 3, 4
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=1, learning_rate=0.0, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    clips = [{name: tensor[row] for name, tensor in inputs.items()} for row in range(4)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=clips, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (2, 2)
+
+    model = FlexiCodecARForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.config.pad_token_id == 2 and model.config.padding_token_id == 53
+    spoken = model.generate(**prompts, **settings)
+    assert torch.equal(spoken.sequences, expected.sequences)
+    assert torch.equal(spoken.token_lengths, expected.token_lengths)
+    assert torch.equal(random_utterances(model)["input_ids"], inputs["input_ids"])
+
+
+def test_the_special_ids_are_those_of_the_stream():
+    config = tiny_config()
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (51, 50, 53)
+    layout = (config.start_token_id, config.end_token_id, config.padding_token_id)
+    assert layout == (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+
+
+def test_labels_may_come_shifted(device):
+    model = tiny_model(device)
+    inputs = {name: tensor.to(device) for name, tensor in random_utterances(model).items()}
+    expected = model(**inputs)
+    labels = inputs.pop("labels")
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    assert torch.equal(model(**inputs, shift_labels=shifted).loss, expected.loss)
+    # As where `Trainer` splits sequences: the unshifted ones of a part say nothing of what follows it.
+    assert torch.equal(model(**inputs, labels=labels, shift_labels=shifted).loss, expected.loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    TorchAoConfig,
     pipeline,
 )
 
@@ -522,6 +523,33 @@ def test_device_map(tts_repository, processor, device):
     model = FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts", device_map="auto")
     reference = FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts")
     assert_same_speech(speak(model, processor(TEXTS[0])), speak(reference, processor(TEXTS[0])))
+
+
+def test_parts_can_lie_on_the_disk(tts_repository, processor, device, tmp_path):
+    load = FlexiCodecForTextToSpeech.from_pretrained
+    places = {"codec": device, "ar": "disk", "voicebox": "disk", "vocoder": "disk"}
+    model = load(tts_repository, subfolder="tts", device_map=places, offload_folder=tmp_path)
+    assert {parameter.device.type for parameter in model.ar.parameters()} == {"meta"}
+    reference = load(tts_repository, subfolder="tts").to(device)
+    assert_same_speech(speak(model, processor(TEXTS)), speak(reference, processor(TEXTS)))
+
+
+def test_a_part_stays_whole(tts_repository):
+    places = {"codec": "cpu", "ar.model": "cpu", "ar.lm_head": "disk", "voicebox": "cpu", "vocoder": "cpu"}
+    with pytest.raises(ValueError, match=r"puts parts of `ar` on \['cpu', 'disk'\]"):
+        FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts", device_map=places)
+
+
+def test_int8_weights_speak(tts_repository, processor, device):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["codec"])
+    model = FlexiCodecForTextToSpeech.from_pretrained(
+        tts_repository, subfolder="tts", quantization_config=config, device_map=device
+    )
+    kinds = {name: {type(p).__name__ for p in getattr(model, name).parameters()} for name in ("codec", "ar")}
+    assert kinds["codec"] == {"Parameter"} and "Int8Tensor" in kinds["ar"]
+    assert speak(model, processor(TEXTS[0])).audio.isfinite().all()
+    assert model.get_input_embeddings() is model.ar.model.speech_embedding
 
 
 def test_one_repository_for_codec_and_speech(tts_repository, tmp_path):

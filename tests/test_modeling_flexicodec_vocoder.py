@@ -10,6 +10,7 @@ from conftest import assert_close
 from flexicodec_hf.configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
 from flexicodec_hf.conversion import convert_vocoder
 from flexicodec_hf.modeling_flexicodec_vocoder import FlexiCodecVocoderModel
+from model_testers import FlexiCodecVocoderModelTester
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +222,15 @@ def test_configuration_derives_rates():
     config = FlexiCodecVocoderConfig()
     assert config.frame_rate == 50
     assert config.context_frames == 95 and math.isclose(config.context_frames / config.frame_rate, 1.9)
+
+
+def test_phases_are_exact_under_autocast(device):
+    tester = FlexiCodecVocoderModelTester()
+    model = tester.create_model().to(device)
+    inputs = {name: tensor.to(device) for name, tensor in tester.prepare_config_and_inputs()[1].items()}
+    types = []
+    model.head.linear.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    model.layers[0].up_proj.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        assert model(**inputs).audio_values.dtype == torch.float32
+    assert types == [torch.bfloat16, torch.float32]

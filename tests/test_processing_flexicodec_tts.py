@@ -202,6 +202,31 @@ def test_speech_to_waveforms_and_files(processor, tmp_path):
         processor.save_audio(output, [tmp_path / "a.xyz", paths[1]])
 
 
+def test_arguments_may_come_as_other_processors_take_them(processor, clip):
+    expected = processor(["Hello.", "Bonjour, toi."], audio=clip, sampling_rate=16_000, language="fr")
+    nested = processor(
+        text=["Hello.", "Bonjour, toi."],
+        audio=clip,
+        padding=True,
+        text_kwargs={"language": "fr", "padding": "longest"},
+        audio_kwargs={"sampling_rate": 16_000},
+        common_kwargs={"return_tensors": "pt"},
+    )
+    arrays = processor(["Hello.", "Bonjour, toi."], clip, sampling_rate=16_000, language="fr", return_tensors="np")
+    assert set(nested) == set(arrays) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(nested[name], tensor)
+        assert isinstance(arrays[name], np.ndarray) and np.array_equal(arrays[name], tensor.numpy())
+
+
+def test_ids_become_text_again(processor):
+    inputs = processor(["Hello", "Go on"], phonemes=False)
+    assert processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)[1] == "Go on"
+    assert processor.batch_decode([row.tolist() for row in inputs["input_ids"]])[1] == "<|en|>Go on"
+    assert processor.batch_decode(inputs["input_ids"].numpy())[1] == "<|en|>Go on"
+    assert processor.decode(inputs["input_ids"][1]) == "<|en|>Go on"
+
+
 def test_save_and_load(processor, tmp_path, tts_repository):
     processor.save_pretrained(tmp_path)
     assert "recording" in (tmp_path / "chat_template.jinja").read_text()
@@ -254,9 +279,12 @@ def test_wrong_use_says_what_to_do(processor, clip):
         ({"audio": clip[:0]}, r"of shape \(0,\)"),
         ({"audio": clip * np.nan}, "NaN or infinite"),
         ({"audio": "nowhere.wav"}, "no such file"),
-        ({"text": "Hello", "return_tensors": "np"}, "`return_tensors` must be 'pt'"),
+        ({"text": "Hello", "return_tensors": "tf"}, "`return_tensors` must be 'pt'"),
+        ({"text": "Hello", "padding": "max_length"}, "must be True or 'longest', got 'max_length'"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments)
     with pytest.raises(TypeError, match="unexpected arguments: refernce_text"):
         processor("Hello", refernce_text="Hi")
+    with pytest.raises(TypeError, match="unexpected arguments: max_length"):
+        processor("Hello", text_kwargs={"max_length": 5})

@@ -1,7 +1,7 @@
 """Long audio in bounded memory: windows with context over the time axis, and cross-fades where they meet."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def windows(length: int, chunk: Chunk) -> Iterator[tuple[slice, slice]]:
 
 
 def run_in_windows(
-    run: Callable[[Tensor, slice], Tensor],
+    run: Callable[[Any, slice], Tensor],
     lengths: Tensor,
     chunk: Chunk | None,
     hop_length: int = 1,
@@ -33,8 +33,9 @@ def run_in_windows(
 
     Args:
         run: Called as `run(rows, window)` with the indices of the items that have not ended, of shape
-            `(num_rows,)`, and a slice of frames. Returns `(num_rows, num_outputs, ...)`, `hop_length`
-            outputs for each frame of the window (the last frame of an item may give fewer).
+            `(num_rows,)` (without chunks, a slice of all), and a slice of frames. Returns
+            `(num_rows, num_outputs, ...)`, `hop_length` outputs for each frame of the window (the last frame of
+            an item may give fewer).
         lengths (`torch.LongTensor` of shape `(batch_size,)`): Frames of each item, on the CPU or the device.
         chunk: Size and context of the chunks in frames; `None` computes everything in one window.
         hop_length: Outputs for each frame.
@@ -45,7 +46,7 @@ def run_in_windows(
     """
     num_frames = int(lengths.max())
     if chunk is None:
-        return run(torch.arange(len(lengths), device=lengths.device), slice(0, num_frames))
+        return run(slice(None), slice(0, num_frames))
     output, num_outputs = torch.empty(0), 0
     for core, window in windows(num_frames, chunk):
         rows = (lengths > core.start).nonzero()[:, 0]

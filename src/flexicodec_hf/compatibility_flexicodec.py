@@ -1,12 +1,14 @@
-"""The one place for what differs between the supported versions of transformers."""
+"""What differs between the supported versions of transformers, and what it passes to any model."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
+from transformers.utils import TransformersKwargs
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in the arguments of models and in the
@@ -30,4 +32,26 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-__all__ = ["CACHE", "takes_cache"]
+class OffloadedDeviceMixin:
+    """Makes `device` the device that a model computes on, also while accelerate keeps its weights elsewhere."""
+
+    # ******** FlexiCodec specific: weights that are offloaded say "meta" ********
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = super().device  # type: ignore[misc]
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())  # type: ignore[attr-defined]
+            places = (getattr(hook, "execution_device", None) for hook in hooks)
+            return torch.device(next((place for place in places if place is not None), device))
+        return device
+
+    # *************************************
+
+
+def check_options(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse arguments that no model of transformers has: they would be left out in silence."""
+    if unknown := sorted(options.keys() - TransformersKwargs.__annotations__.keys()):
+        raise TypeError(f"{type(model).__name__}.forward() got unexpected arguments: {', '.join(unknown)}.")
+
+
+__all__ = ["CACHE", "OffloadedDeviceMixin", "check_options", "takes_cache"]

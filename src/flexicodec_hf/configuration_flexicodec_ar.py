@@ -67,7 +67,7 @@ class FlexiCodecARConfig(PreTrainedConfig):
     | --- | --- |
     | `0 ... speech_vocab_size - 1` | semantic codes of the codec |
     | `end_token_id` = `speech_vocab_size` | end of speech |
-    | `start_token_id`, `task_token_id`, `pad_token_id` | the next three |
+    | `start_token_id`, `task_token_id`, `padding_token_id` | the next three |
     | `no_threshold_token_id` | fills the threshold's slot if no threshold is given |
     | `threshold_token_id(merging_threshold)` | one id for each of `merging_thresholds` |
     | `text_token_offset ... input_vocab_size - 1` | text ids, shifted by `text_token_offset` |
@@ -104,6 +104,10 @@ class FlexiCodecARConfig(PreTrainedConfig):
             Weight of the focal duration loss.
         focal_gamma (`float`, *optional*, defaults to 2.0):
             Exponent of the focal duration loss (arXiv 1708.02002).
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*):
+            For programs that expect them, such as `Trainer`, which sets them to a tokenizer's. They
+            default to `start_token_id`, `end_token_id` and `padding_token_id`, which the model
+            itself uses, whatever these are set to.
 
     Example:
 
@@ -135,6 +139,9 @@ class FlexiCodecARConfig(PreTrainedConfig):
     focal_alpha: float | int = 1.0
     focal_gamma: float | int = 2.0
     use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.text_encoder_config is None:
@@ -144,10 +151,19 @@ class FlexiCodecARConfig(PreTrainedConfig):
         elif not isinstance(self.text_encoder_config, FlexiCodecARTextEncoderConfig):
             raise ValueError(f"`text_encoder_config` must be a dictionary, got {self.text_encoder_config!r}.")
         self.merging_thresholds = list(self.merging_thresholds)
+        self.bos_token_id = self.start_token_id if self.bos_token_id is None else self.bos_token_id
+        self.eos_token_id = self.end_token_id if self.eos_token_id is None else self.eos_token_id
+        self.pad_token_id = self.padding_token_id if self.pad_token_id is None else self.pad_token_id
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         _check_heads(self)
+
+    # ******** FlexiCodec specific ********
+    def validate_token_ids(self) -> None:
+        """Does nothing: the stock check warns of ids that are never generated, as start and padding are here."""
+
+    # *************************************
 
     @property
     def vocab_size(self) -> int:
@@ -167,7 +183,7 @@ class FlexiCodecARConfig(PreTrainedConfig):
         return self.speech_vocab_size + 2
 
     @property
-    def pad_token_id(self) -> int:
+    def padding_token_id(self) -> int:
         return self.speech_vocab_size + 3
 
     @property

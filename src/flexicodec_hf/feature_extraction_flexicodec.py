@@ -135,7 +135,13 @@ class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtracto
 
     def __call__(
         self,
-        audio: np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]],
+        audio: np.ndarray
+        | torch.Tensor
+        | list[float]
+        | list[np.ndarray]
+        | list[torch.Tensor]
+        | list[list[float]]
+        | None = None,
         sampling_rate: int | None = None,
         padding: bool | str | PaddingStrategy = True,
         max_length: int | None = None,
@@ -145,6 +151,7 @@ class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtracto
         return_tensors: str | TensorType | None = None,
         device: str | torch.device = "cpu",
         generator: torch.Generator | None = None,
+        raw_audio: Any = None,
     ) -> BatchFeature:
         """
         Prepare one or several clips for the model. The result for a clip does not depend on the other clips.
@@ -178,6 +185,8 @@ class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtracto
                 Where the features are computed.
             generator (`torch.Generator`, *optional*):
                 The source of the dither's noise, drawn on the generator's device.
+            raw_audio (*optional*):
+                Another name of `audio`, which the feature extractors of other codecs use.
 
         Returns:
             [`BatchFeature`] with
@@ -195,6 +204,10 @@ class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtracto
                 sampling rate, or is longer than `max_length` without `truncation`; or the padding arguments do not
                 fit together.
         """
+        if raw_audio is not None:
+            if audio is not None:
+                raise ValueError("`raw_audio` is another name of `audio`: pass the clips under one of the two.")
+            audio = raw_audio
         if sampling_rate is None:
             logger.warning_once(
                 f"It is strongly recommended to pass the `sampling_rate` argument to `{type(self).__name__}()`. "

@@ -62,6 +62,8 @@ LIMIT_DEFAULTS = {"min_token_text_ratio": 0.0, "max_token_text_ratio": 20.0}
 
 # Marks the duration of a token that was generated but not yet read by the model.
 _UNKNOWN = -1
+# Random numbers that a generator draws at once: the host waits for each transfer to the device.
+_DRAWS = 8
 # Relative keys are projected for a multiple of this length, so a growing sequence needs few
 # projections.
 _KEY_BLOCK = 256
@@ -101,21 +103,27 @@ class RowSampler:
     """
 
     generators: torch.Generator | list[torch.Generator]
+    numbers: list[Tensor] = field(default_factory=list)
 
     def draw(self, scores: Tensor) -> Tensor:
         """An index for each row `(num_rows,)` from scores `(num_rows, num_choices)`."""
+        if not self.numbers:
+            self.numbers = list(self._draw_numbers(len(scores)).to(scores.device))
+        cumulative = F.softmax(scores.float(), dim=-1).cumsum(dim=-1)
+        reached = self.numbers.pop(0)[:, None] * cumulative[:, -1:]
+        return (cumulative < reached).sum(dim=-1)
+
+    def _draw_numbers(self, num_rows: int) -> Tensor:
+        """Numbers for the next draws `(num_draws, num_rows)`, in (0, 1]: a choice of probability 0 is never drawn."""
         generators = self.generators
         if not isinstance(generators, list):
-            generators = [generators] * len(scores)
-        if len(generators) != len(scores):
+            numbers = torch.rand(_DRAWS, num_rows, generator=generators, device=generators.device)
+            return 1 - numbers
+        if len(generators) != num_rows:
             raise ValueError(
-                f"`generator` holds {len(generators)} generators for {len(scores)} rows: pass one, or one for each."
+                f"`generator` holds {len(generators)} generators for {num_rows} rows: pass one, or one for each."
             )
-        # In (0, 1], so that a choice of probability 0 is never drawn.
-        draws = [1 - torch.rand(1, generator=generator, device=generator.device).cpu() for generator in generators]
-        cumulative = F.softmax(scores.float(), dim=-1).cumsum(dim=-1)
-        reached = torch.cat(draws).to(scores.device)[:, None] * cumulative[:, -1:]
-        return (cumulative < reached).sum(dim=-1)
+        return 1 - torch.stack([torch.rand(_DRAWS, generator=one, device=one.device) for one in generators], dim=1)
 
 
 @dataclass
@@ -128,6 +136,7 @@ class DurationSampler:
         do_sample: Whether durations are drawn. Otherwise the most likely one is taken.
         processors: Temperature and top-k of the durations.
         row_sampler: Draws with generators; without one, PyTorch's global generator is used.
+        keeps_scores: Whether `logits` and `scores` are filled.
         logits, scores: What was picked from, before and after processing, one entry for each pick.
         model_kwargs: The keyword arguments of the loop after its last step, which the loop does not
             return.
@@ -137,6 +146,7 @@ class DurationSampler:
     do_sample: bool
     processors: LogitsProcessorList
     row_sampler: RowSampler | None
+    keeps_scores: bool = False
     logits: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -152,14 +162,17 @@ class DurationSampler:
             processors.append(TemperatureLogitsWarper(float(config.duration_temperature)))
             if config.duration_top_k:
                 processors.append(TopKLogitsWarper(config.duration_top_k))
-        return cls(prompt_length, do_sample, processors, row_sampler)
+        keeps_scores = bool(config.output_scores or config.output_logits)
+        return cls(prompt_length, do_sample, processors, row_sampler, keeps_scores)
 
     def pick(self, logits: Tensor) -> Tensor:
         """Classes of duration `(batch_size,)` from logits `(batch_size, num_durations)`."""
-        logits = logits.float()
+        # A copy: a compiled step with CUDA graphs writes the next logits to the same place.
+        logits = logits.to(torch.float32, copy=self.keeps_scores)
         scores = self.processors(None, logits)
-        self.logits.append(logits)
-        self.scores.append(scores)
+        if self.keeps_scores:
+            self.logits.append(logits)
+            self.scores.append(scores)
         if not self.do_sample:
             return scores.argmax(dim=-1)
         if self.row_sampler is not None:
@@ -351,14 +364,14 @@ class RelativeKeys:
     of at each step.
     """
 
-    def __init__(self, project: Callable[[int], Tensor]):
+    def __init__(self, project: Callable[[int, torch.device], Tensor]):
         self.project = project
         self.keys: Tensor | None = None
 
-    def __call__(self, length: int) -> Tensor:
+    def __call__(self, length: int, device: torch.device) -> Tensor:
         """Keys for at least `length` positions."""
         if self.keys is None or self.keys.shape[2] < length:
-            self.keys = self.project(_KEY_BLOCK * math.ceil(length / _KEY_BLOCK))
+            self.keys = self.project(_KEY_BLOCK * math.ceil(length / _KEY_BLOCK), device)
         return self.keys
 
 
@@ -440,7 +453,7 @@ class FlexiCodecARGenerationMixin(DurationMixin):
         return GenerationConfig(
             bos_token_id=config.start_token_id,
             eos_token_id=config.end_token_id,
-            pad_token_id=config.pad_token_id,
+            pad_token_id=config.padding_token_id,
             do_sample=True,
             temperature=1.0,
             top_k=25,
@@ -489,6 +502,10 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             ValueError: The prompt is missing, holds speech tokens without `token_lengths`, the
                 ratios contradict each other, or the generation mode is not supported.
         """
+        # A generation config may hold the ids of the text's tokenizer, which mean codes here: `Trainer`
+        # writes them into it.
+        layout = self.default_generation_config(self.config)
+        kwargs = {name: getattr(layout, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} | kwargs
         config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS | LIMIT_DEFAULTS, kwargs)
         prompt_ids = self._prompt_ids(inputs, kwargs)
         prompt_length = prompt_ids.shape[1]
@@ -553,7 +570,7 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             key_length = model_inputs["input_ids"].shape[1]
             if (cache := model_inputs.get(CACHE)) is not None:
                 key_length, _ = cache.get_mask_sizes(key_length, 0)
-            model_inputs["relative_keys"] = key_source(key_length)
+            model_inputs["relative_keys"] = key_source(key_length, model_inputs["input_ids"].device)
         # *************************************
         return model_inputs
 

@@ -1,7 +1,9 @@
 """FlexiCodec: a speech codec whose frame rate follows the speech (arXiv 2510.00981)."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import index
@@ -21,11 +23,13 @@ from transformers.models.dac.modeling_dac import (
     DacEncoderBlock,
     Snake1d,
 )
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast
 
 from .chunking_flexicodec import Chunk, run_in_windows, windows
+from .compatibility_flexicodec import OffloadedDeviceMixin, check_options
 from .configuration_flexicodec import FlexiCodecConfig
 from .release_flexicodec import FlexiCodecReleaseMixin
 
@@ -44,7 +48,7 @@ class FlexiCodecFramesOutput(NamedTuple):
             Output of the acoustic encoder on the same frames. `None` if only the semantic code was
             asked for.
         num_frames (`torch.LongTensor` of shape `(batch_size,)`):
-            Number of frames of each item, on the CPU.
+            Number of frames of each item.
     """
 
     semantic_frames: Tensor
@@ -167,16 +171,21 @@ class FlexiCodecAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None
     ) -> Tensor:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        # Both are rotated at once: half of the kernels.
+        states = torch.stack([self.q_proj(hidden_states), self.k_proj(hidden_states)])
+        query, key = _rotate(states.view(2, *shape).transpose(2, 3), *position_embeddings)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, _ = attention_interface(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.o_proj(output.reshape(hidden_states.shape))
+
+
+def _rotate(states: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
+    """Rotary positions for `(..., length, head_dim)`, the first half of whose channels pairs with the second."""
+    return states * cosines + states.roll(states.shape[-1] // 2, dims=-1) * signed_sines
 
 
 class FlexiCodecTransformerLayer(GradientCheckpointingLayer):
@@ -238,7 +247,10 @@ class FlexiCodecTransformer(nn.Module):
         if self.input_proj is not None:
             hidden_states = self.input_proj(hidden_states)
         attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=mask
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=mask,
+            allow_is_bidirectional_skip=mask is None,  # looking for padding in a mask waits for the device
         )
         position_embeddings = self._rotary_embeddings(hidden_states)
         for layer in self.layers:
@@ -248,6 +260,7 @@ class FlexiCodecTransformer(nn.Module):
         return hidden_states
 
     def _rotary_embeddings(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines `(length, head_dim)`, see `_rotate`."""
         # Not `LlamaRotaryEmbedding`: its inverse frequencies round differently in float32 (by 8e-6
         # in the cosines of 500 positions), and near ties of the released codec's codes hang on such
         # differences.
@@ -255,8 +268,8 @@ class FlexiCodecTransformer(nn.Module):
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
         positions = torch.arange(hidden_states.shape[1], device=device, dtype=torch.float32)
         angles = torch.outer(positions, self.config.rope_theta**-exponent)
-        angles = torch.cat([angles, angles], dim=-1)[None]
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        cosines, sines = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        return torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
 
 
 class FlexiCodecSegments(NamedTuple):
@@ -269,6 +282,7 @@ class FlexiCodecSegments(NamedTuple):
         frame_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`): `True` for frames.
         similarities (`torch.FloatTensor` of shape `(batch_size, num_frames - 1)`): Of each frame with the next.
         threshold (`torch.FloatTensor` of shape `(batch_size,)`): `None` if the lengths were given.
+        is_padded (`bool`): Whether an item has fewer frames or tokens than another.
     """
 
     token_lengths: Tensor
@@ -276,6 +290,7 @@ class FlexiCodecSegments(NamedTuple):
     frame_mask: Tensor
     similarities: Tensor
     threshold: Tensor | None
+    is_padded: bool
 
     def cut(self, item: int, frames: slice, tokens: slice) -> "FlexiCodecSegments":
         """Some tokens of one item, which cover these frames."""
@@ -283,6 +298,7 @@ class FlexiCodecSegments(NamedTuple):
             token_lengths=self.token_lengths[item, None, tokens],
             token_mask=self.token_mask[item, None, tokens],
             frame_mask=self.frame_mask[item, None, frames],
+            is_padded=False,
         )
 
 
@@ -321,10 +337,13 @@ class FlexiCodecFrameMerger:
             if merging_threshold is not None or target_frame_rate is not None:
                 raise ValueError("Pass either `token_lengths`, or `merging_threshold` or `target_frame_rate`.")
             token_lengths = self.check_segmentation(token_lengths, num_frames).to(frames.device)
-            return FlexiCodecSegments(token_lengths, token_lengths > 0, frame_mask, similarities, None)
+            token_mask = token_lengths > 0
+            is_padded = not bool(token_mask.all() & frame_mask.all())
+            return FlexiCodecSegments(token_lengths, token_mask, frame_mask, similarities, None, is_padded)
         threshold = self.choose_threshold(similarities, frame_mask, merging_threshold, target_frame_rate)
-        token_lengths = self.segment(similarities, threshold, frame_mask)
-        return FlexiCodecSegments(token_lengths, token_lengths > 0, frame_mask, similarities, threshold)
+        token_lengths, is_padded = self._segment(similarities, threshold, frame_mask)
+        token_mask = token_lengths > 0
+        return FlexiCodecSegments(token_lengths, token_mask, frame_mask, similarities, threshold, is_padded)
 
     def similarities(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """Cosine similarity of each frame with the next.
@@ -352,10 +371,17 @@ class FlexiCodecFrameMerger:
         Returns:
             Lengths of the tokens, `(batch_size, num_tokens)`; 0 at padding.
         """
+        return self._segment(similarities, threshold, frame_mask)[0]
+
+    def _segment(self, similarities: Tensor, threshold: Tensor, frame_mask: Tensor) -> tuple[Tensor, bool]:
+        """Lengths of the tokens, and whether there is padding. The host waits for the device once."""
         starts = self._token_starts(similarities, threshold, frame_mask)
-        num_tokens = int(starts.sum(dim=1).max())
+        index = starts.cumsum(dim=1) - 1
+        *fewest, fewest_frames = torch.stack([*index[:, -1].aminmax(), frame_mask.sum(dim=1).min()]).tolist()
+        num_tokens = fewest[1] + 1
         token_lengths = torch.zeros(len(starts), num_tokens, dtype=torch.long, device=starts.device)
-        return token_lengths.scatter_add_(1, starts.cumsum(dim=1) - 1, frame_mask.long())
+        is_padded = fewest[0] != fewest[1] or fewest_frames < frame_mask.shape[1]
+        return token_lengths.scatter_add_(1, index, frame_mask.long()), is_padded
 
     def threshold_for_rate(self, similarities: Tensor, frame_rate: Tensor, frame_mask: Tensor) -> Tensor:
         """Find the threshold with which each item comes closest to an average token rate.
@@ -410,7 +436,7 @@ class FlexiCodecFrameMerger:
             threshold = _per_item("merging_threshold", merging_threshold, len(similarities))
             if not bool(((threshold >= -1) & (threshold <= 1)).all()):
                 raise ValueError(f"`merging_threshold` is a cosine, between -1 and 1, got {merging_threshold}.")
-            return threshold.to(similarities.device)
+            return _spread(threshold, similarities)
         rate = _per_item("target_frame_rate", target_frame_rate, len(similarities))
         lowest = self.config.frame_rate / self.config.max_frames_per_token
         if not bool(((rate >= lowest) & (rate <= self.config.frame_rate)).all()):
@@ -418,7 +444,7 @@ class FlexiCodecFrameMerger:
                 f"`target_frame_rate` must be between {lowest} and {self.config.frame_rate} tokens per second, got "
                 f"{target_frame_rate}."
             )
-        return self.threshold_for_rate(similarities, rate.to(similarities.device), frame_mask)
+        return self.threshold_for_rate(similarities, _spread(rate, similarities), frame_mask)
 
     def check_segmentation(self, token_lengths: Tensor, num_frames: Tensor) -> Tensor:
         """Check lengths of tokens that a caller passes, and return them as int64.
@@ -439,13 +465,17 @@ class FlexiCodecFrameMerger:
                 f"num_tokens), got {token_lengths.dtype} of {tuple(token_lengths.shape)}."
             )
         token_lengths = token_lengths.long()
-        expected, covered = num_frames.tolist(), token_lengths.sum(dim=1).tolist()
-        if covered != expected:
-            raise ValueError(f"`token_lengths` must cover {expected} frames, one number an item, and cover {covered}.")
         longest = self.config.max_frames_per_token
+        expected, covered = num_frames.to(token_lengths.device), token_lengths.sum(dim=1)
         in_range = (token_lengths >= 0) & (token_lengths <= longest)
         padding_last = token_lengths[:, 1:].bool() <= token_lengths[:, :-1].bool()
-        if not bool(in_range.all() and padding_last.all()):
+        is_whole, is_valid = torch.stack([(covered == expected).all(), in_range.all() & padding_last.all()]).tolist()
+        if not is_whole:
+            raise ValueError(
+                f"`token_lengths` must cover {expected.tolist()} frames, one number an item, and cover "
+                f"{covered.tolist()}."
+            )
+        if not is_valid:
             raise ValueError(
                 f"`token_lengths` must be 1 to {longest}, with 0 only after the last token of an item, "
                 f"got {token_lengths.tolist()}."
@@ -569,6 +599,14 @@ class FlexiCodecConvNeXtLayer(GradientCheckpointingLayer):
         return residual + self.pwconv2(F.gelu(self.pwconv1(self.norm(hidden_states))))
 
 
+class FlexiCodecFloat32Linear(nn.Linear):
+    """Computes in float32 whatever the model's dtype: the last bits of bfloat16 must not decide a code."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
 class FlexiCodecFiniteScalarQuantizer(nn.Module):
     """Finite scalar quantization (arXiv 2309.15505): a code is a point of a small fixed grid."""
 
@@ -578,7 +616,7 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         super().__init__()
         levels = torch.tensor(config.semantic_quantization_levels)
         self.codebook_size = config.semantic_codebook_size
-        self.project_in = nn.Linear(config.convnext_hidden_size, len(levels))
+        self.project_in = FlexiCodecFloat32Linear(config.convnext_hidden_size, len(levels))
         self.project_out = nn.Linear(len(levels), config.convnext_hidden_size)
         self.levels = nn.Buffer(levels, persistent=False)
 
@@ -590,10 +628,7 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         Returns:
             The quantized vectors, of the same shape, and the codes, `(batch_size, num_tokens)`.
         """
-        # In float32 whatever the model's dtype: the last bits of bfloat16 must not decide what is
-        # rounded up.
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            projected = F.linear(hidden_states.float(), self.project_in.weight.float(), self.project_in.bias.float())
+        projected = self.project_in(hidden_states)
         half_width = self.levels // 2
         half_range = (self.levels - 1) * (1 - 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
@@ -614,32 +649,43 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         return self.levels.cumprod(dim=0) // self.levels
 
 
+class FlexiCodecCodebook(nn.Embedding):
+    """An embedding that also shows its table, so that hooks (offloading, say) see that use too."""
+
+    def forward(self, input: Tensor | None = None) -> Tensor:
+        """Entries `(..., size)` of codes `(...)`, or all entries `(num_entries, size)`."""
+        return self.weight if input is None else super().forward(input)
+
+
 class FlexiCodecVectorQuantizer(nn.Module):
     """One codebook of the residual quantizer: nearest entry by cosine in a small space (DAC, arXiv 2306.06546)."""
 
     def __init__(self, config: FlexiCodecConfig):
         super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, config.codebook_dim)
+        self.in_proj = FlexiCodecFloat32Linear(config.hidden_size, config.codebook_dim)
         self.out_proj = nn.Linear(config.codebook_dim, config.hidden_size)
-        self.codebook = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.codebook = FlexiCodecCodebook(config.codebook_size, config.codebook_dim)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, directions: Tensor, squared_norms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             hidden_states: `(batch_size, num_tokens, hidden_size)`.
+            directions, squared_norms: The entries as unit vectors, `(codebook_size, codebook_dim)`,
+                and `(codebook_size,)`, see `FlexiCodecResidualVectorQuantizer`; both in float32.
 
         Returns:
             Their projection and the chosen entries, both `(batch_size, num_tokens, codebook_dim)`
             in float32, and the codes `(batch_size, num_tokens)`.
         """
+        projected = self.in_proj(hidden_states)
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            projected = F.linear(hidden_states.float(), self.in_proj.weight.float(), self.in_proj.bias.float())
-            codebook = F.normalize(self.codebook.weight.float())
             # The squared distance of unit vectors, less a constant. The norms of the entries are
             # not exactly 1 in float32, which decides near ties as in flexicodec 0.1.2,
             # dac_quantize.py, line 90. (`DacVectorQuantize` of transformers adds them with the
             # other sign.)
-            distances = codebook.square().sum(dim=1) - 2 * F.normalize(projected, dim=-1) @ codebook.t()
+            distances = torch.sub(squared_norms, F.normalize(projected, dim=-1) @ directions.t(), alpha=2)
         codes = distances.argmin(dim=-1)
         return projected, self.codebook(codes).float(), codes
 
@@ -652,7 +698,11 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
         self.quantizers = nn.ModuleList(FlexiCodecVectorQuantizer(config) for _ in range(config.num_quantizers - 1))
 
     def forward(
-        self, hidden_states: Tensor, num_quantizers: int | Tensor, token_mask: Tensor | None
+        self,
+        hidden_states: Tensor,
+        num_quantizers: int | Tensor,
+        token_mask: Tensor | None,
+        with_losses: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         Args:
@@ -660,6 +710,7 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
             num_quantizers: How many codebooks to use. A tensor of shape `(batch_size,)` says how many
                 the sum and the losses of each item use; all codes are returned then.
             token_mask: `(batch_size, num_tokens)`, or `None`.
+            with_losses: Otherwise the losses are 0.
 
         Returns:
             The quantized vectors `(batch_size, num_tokens, hidden_size)`, the codes `(batch_size,
@@ -668,19 +719,21 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
         quantized = torch.zeros_like(hidden_states)
         commitment_loss = codebook_loss = hidden_states.new_zeros((), dtype=torch.float32)
         residual, codes = hidden_states, []
-        for i, quantizer in enumerate(self.quantizers):
-            if isinstance(num_quantizers, int) and i >= num_quantizers:
-                break
-            projected, entries, indices = quantizer(residual)
+        quantizers = self.quantizers[:num_quantizers] if isinstance(num_quantizers, int) else self.quantizers
+        directions, squared_norms = self._directions(quantizers)
+        for i, quantizer in enumerate(quantizers):
+            projected, entries, indices = quantizer(residual, directions[i], squared_norms[i])
             straight_through = projected + (entries - projected).detach()
             output = quantizer.out_proj(straight_through.to(hidden_states.dtype))
             residual = residual - output
             codes.append(indices)
-
-            used = torch.ones_like(output[:, 0, 0])
+            used: Tensor | float = 1.0
             if isinstance(num_quantizers, Tensor):
                 used = (i < num_quantizers).to(output.dtype)
-            quantized = quantized + output * used[:, None, None]
+                output = output * used[:, None, None]
+            quantized = quantized + output
+            if not with_losses:
+                continue
             commitment_loss = commitment_loss + (_item_mse(projected, entries.detach(), token_mask) * used).mean()
             codebook_loss = codebook_loss + (_item_mse(entries, projected.detach(), token_mask) * used).mean()
         if not codes:
@@ -691,6 +744,15 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
                 codebook_loss,
             )
         return quantized, torch.stack(codes, dim=1), commitment_loss, codebook_loss
+
+    def _directions(self, quantizers: nn.ModuleList) -> tuple[Tensor, Tensor]:
+        """The entries of all codebooks as unit vectors, and their squared norms, at once: a fifth of the kernels."""
+        if not len(quantizers):
+            return torch.empty(0), torch.empty(0)
+        # The choice of a code has no gradient.
+        entries = torch.stack([quantizer.codebook() for quantizer in quantizers]).detach()
+        directions = F.normalize(entries.float(), dim=-1)
+        return directions, directions.square().sum(dim=-1)
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """Codes `(batch_size, n, num_tokens)` to the sum of their vectors `(batch_size, num_tokens, hidden_size)`."""
@@ -785,30 +847,31 @@ class FlexiCodecAcousticEncoder(nn.Module):
             lengths = block.output_length(lengths)
         return self.conv2(self.snake1(hidden_states))
 
-    def encode(self, waveforms: Tensor, num_samples: Tensor, chunk: Chunk | None) -> Tensor:
+    def encode(self, waveforms: Tensor, num_samples: "_Lengths", chunk: Chunk | None) -> Tensor:
         """Encode waveforms of any length, whole or in chunks.
 
         Args:
             waveforms: `(batch_size, length)`.
-            num_samples: `(batch_size,)` on the CPU, samples of each item.
+            num_samples: Samples of each item.
             chunk: Size and context of the chunks in frames.
 
         Returns:
             `(batch_size, num_frames, hidden_size)`.
         """
         hop_length = self.hop_length
-        num_frames = -(-num_samples // hop_length)
-        length = int(num_frames.max()) * hop_length
-        waveforms = F.pad(waveforms, (0, max(length - waveforms.shape[1], 0)))[:, :length]
-        waveforms = waveforms.to(self.conv1.weight.dtype) * _length_mask(num_samples, length, waveforms.device)
+        num_frames = _Lengths(*(-(-lengths // hop_length) for lengths in num_samples))
+        length = int(num_frames.host.max()) * hop_length
+        waveforms = _fit_length(waveforms, length)
+        waveforms = waveforms.to(self.conv1.weight.dtype) * _length_mask(num_samples.device, length, waveforms.device)
 
-        def run(rows: Tensor, window: slice) -> Tensor:
+        def run(rows: Tensor | slice, window: slice) -> Tensor:
             samples = waveforms[rows, window.start * hop_length : window.stop * hop_length]
-            lengths = (num_frames[rows].clamp(max=window.stop) - window.start) * hop_length
-            padded = lengths.to(samples.device) if _is_padded(lengths, samples.shape[1]) else None
-            return self(samples[:, None], padded).transpose(1, 2)
+            lengths = None
+            if int(num_frames.host[rows].min()) < window.stop:
+                lengths = (num_frames.device[rows].clamp(max=window.stop) - window.start) * hop_length
+            return self(samples[:, None], lengths).transpose(1, 2)
 
-        return run_in_windows(run, num_frames, chunk)
+        return run_in_windows(run, num_frames.host, chunk)
 
 
 class FlexiCodecAcousticDecoder(nn.Module):
@@ -890,12 +953,14 @@ class FlexiCodecSemanticQuantizer(nn.Module):
         return self.out_proj(hidden_states)
 
 
-class FlexiCodecPreTrainedModel(FlexiCodecReleaseMixin, PreTrainedAudioTokenizerBase):
+class FlexiCodecPreTrainedModel(FlexiCodecReleaseMixin, OffloadedDeviceMixin, PreTrainedAudioTokenizerBase):
     config: FlexiCodecConfig
     config_class = FlexiCodecConfig
     base_model_prefix = "flexicodec"
     main_input_name = "input_values"
     input_modalities = "audio"
+    # The losses are means over the batch, so `Trainer` itself averages over accumulation steps.
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = [
         "FlexiCodecTransformerLayer",
@@ -935,6 +1000,8 @@ class FlexiCodecPreTrainedModel(FlexiCodecReleaseMixin, PreTrainedAudioTokenizer
             init.constant_(module.mlp_layer_scale, self.config.layer_scale_initial_scale)
         elif isinstance(module, FlexiCodecTokenAggregator):
             init.normal_(module.query_embedding, std=std)
+        elif isinstance(module, FlexiCodecModel):
+            init.copy_(module.semantic_query_ids, torch.tensor(self.config.semantic_query_ids))
         elif isinstance(module, FlexiCodecFiniteScalarQuantizer):
             init.copy_(module.levels, torch.tensor(self.config.semantic_quantization_levels))
 
@@ -966,6 +1033,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     Args:
         config ([`FlexiCodecConfig`]): Sizes of the model.
 
+    Attributes:
+        exact_convolutions (`bool`):
+            Whether `encode` computes float32 convolutions on NVIDIA GPUs as exactly as on a CPU
+            (the default), so that the codes are the same. `False` leaves the choice to PyTorch,
+            whose default is TF32: faster, and some acoustic codes differ.
+
     Example:
 
     ```python
@@ -980,11 +1053,14 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     ```
     """
 
+    exact_convolutions = True
+
     def __init__(self, config: FlexiCodecConfig):
         super().__init__(config)
         semantic_config = config.semantic_model_config
         self.semantic_encoder = AutoModel.from_config(semantic_config)
         self.semantic_query_embedding = nn.Embedding(config.num_semantic_queries, semantic_config.input_size)
+        self.semantic_query_ids = nn.Buffer(torch.tensor(config.semantic_query_ids), persistent=False)
         self.acoustic_encoder = FlexiCodecAcousticEncoder(config)
         self.frame_merger = FlexiCodecFrameMerger(config)
         self.semantic_aggregator = FlexiCodecTokenAggregator(
@@ -1012,6 +1088,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         super().train(mode)
         self.semantic_encoder.eval()
         return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first layer that is trained, which reads waveforms."""
+        return self.acoustic_encoder.conv1
 
     @can_return_tuple
     def encode(
@@ -1100,15 +1180,17 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             input_values=(input_values, padding_mask), input_features=(input_features, input_features_mask)
         )
         num_frames = _num_frames(self.config, num_features)
-        _check_same_clips(num_frames, -(-num_samples // self.config.hop_length))
-        semantic_frames = self._encode_semantic(input_features, num_features, chunk)
+        _check_same_clips(num_frames.host, -(-num_samples.host // self.config.hop_length))
         acoustic_frames = None
-        if num_quantizers != 1:
+        with _exact_convolutions(self.exact_convolutions and input_features.device.type == "cuda"):
+            semantic_frames = self._encode_semantic(input_features, num_features, chunk)
+            if num_quantizers != 1:
+                acoustic_frames = self.acoustic_encoder.encode(input_values[:, 0], num_samples, chunk)
+        if acoustic_frames is not None:
             # The acoustic frames are 0 to 2 more. The last ones go (flexicodec 0.1.2,
             # modeling_flexicodec.py, line 623).
-            acoustic_frames = self.acoustic_encoder.encode(input_values[:, 0], num_samples, chunk)
             acoustic_frames = acoustic_frames[:, : semantic_frames.shape[1]]
-        return FlexiCodecFramesOutput(semantic_frames, acoustic_frames, num_frames)
+        return FlexiCodecFramesOutput(semantic_frames, acoustic_frames, num_frames.device)
 
     def quantize_frames(
         self,
@@ -1146,8 +1228,9 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         segments = self.frame_merger(
             frames.semantic_frames, frames.num_frames, merging_threshold, target_frame_rate, token_lengths
         )
-        quantize = partial(self._quantize, num_acoustic_quantizers=num_quantizers - 1)
-        tokens = _quantize_in_chunks(quantize, frames, segments, chunk) if chunk else quantize(frames, segments)
+        quantize = partial(self._quantize, num_acoustic_quantizers=num_quantizers - 1, with_losses=False)
+        with _exact_convolutions(self.exact_convolutions and frames.semantic_frames.device.type == "cuda"):
+            tokens = _quantize_in_chunks(quantize, frames, segments, chunk) if chunk else quantize(frames, segments)
         return _encoder_output(tokens, segments)
 
     @can_return_tuple
@@ -1162,6 +1245,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_frames: int | None = None,
         frame_similarities: Tensor | None = None,
         merging_threshold: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ) -> FlexiCodecDecoderOutput:
         r"""
         Turn tokens back into speech. It takes the whole output of `encode`:
@@ -1193,9 +1277,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 under `torch.compile`.
             frame_similarities, merging_threshold (*optional*):
                 Ignored. They are here so that the whole output of `encode` can be passed on.
+            padding_mask (`torch.Tensor` of shape `(batch_size, num_samples)`, *optional*):
+                The mask of the waveforms that were encoded, 1 for samples, 0 for the padding after
+                them. The output is then as long as these: cut, or filled with zeros.
 
         Returns:
-            [`FlexiCodecDecoderOutput`] with 1280 samples per frame, less 16.
+            [`FlexiCodecDecoderOutput`] with 1280 samples per frame, less 16, unless `padding_mask`
+            asks for others.
 
         Raises:
             ValueError: A tensor has a wrong shape or dtype, a code, length or mask is wrong, or an
@@ -1212,8 +1300,25 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             raise ValueError(f"`latents` must be floats, got {tokens.dtype}.")
         if num_frames is None and token_lengths is None and audio_codes_mask is None:
             num_frames = tokens.shape[-1]
-        token_lengths, token_mask = _check_tokens(self.config, tokens, token_lengths, audio_codes_mask, num_frames)
-        return self._decode_tokens(tokens, token_lengths, token_mask, num_frames, chunk_length_s, chunk_context_s)
+        token_lengths, token_mask, covered = _check_tokens(
+            self.config, tokens, token_lengths, audio_codes_mask, num_frames
+        )
+        is_padded = None
+        if covered is not None:
+            is_padded, num_frames = covered[0] < covered[1], covered[1]
+        if padding_mask is not None and (padding_mask.ndim != 2 or len(padding_mask) != len(tokens)):
+            raise ValueError(
+                f"`padding_mask` must have the shape (batch_size, num_samples) = ({len(tokens)}, num_samples), got "
+                f"{tuple(padding_mask.shape)}."
+            )
+        output = self._decode_tokens(
+            tokens, token_lengths, token_mask, num_frames, chunk_length_s, chunk_context_s, is_padded
+        )
+        if padding_mask is None:
+            return output
+        audio_values, num_samples = output.audio_values, padding_mask.shape[1]
+        audio_values = _fit_length(audio_values, num_samples) * padding_mask[:, None]  # type: ignore[arg-type]
+        return FlexiCodecDecoderOutput(audio_values=audio_values, padding_mask=padding_mask.bool())
 
     def _decode_tokens(
         self,
@@ -1223,8 +1328,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_frames: int | None = None,
         chunk_length_s: float | None = None,
         chunk_context_s: float = 5.0,
+        is_padded: bool | None = None,
     ) -> FlexiCodecDecoderOutput:
-        """Decode codes or latents, of tokens of any number of frames: a text model may predict 0, or 9."""
+        """
+        Decode codes or latents, of tokens of any number of frames: a text model may predict 0, or 9.
+        `is_padded` says whether the items differ in frames, if that is known.
+        """
         if tokens.is_floating_point():
             vectors = tokens.transpose(1, 2).to(self.acoustic_decoder.conv1.weight.dtype)
         else:
@@ -1234,7 +1343,8 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 vectors = vectors + self.acoustic_quantizer.from_codes(codes[:, 1:])
         lengths = token_lengths.sum(dim=1)
         frames = repeat_by_token(vectors, token_lengths, int(lengths.max()) if num_frames is None else num_frames)
-        audio_values = self._decode_frames(frames, lengths, _chunk(self.config, chunk_length_s, chunk_context_s))
+        chunk = _chunk(self.config, chunk_length_s, chunk_context_s)
+        audio_values = self._decode_frames(frames, lengths, chunk, is_padded)
         mask = _length_mask(self.acoustic_decoder.output_length(lengths), audio_values.shape[1], audio_values.device)
         return FlexiCodecDecoderOutput(audio_values=audio_values[:, None], padding_mask=mask)
 
@@ -1248,6 +1358,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_quantizers: int | Tensor | None = None,
         merging_threshold: float | list[float] | Tensor | None = None,
         target_frame_rate: float | list[float] | Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FlexiCodecOutput:
         r"""
         Reconstruct speech: `encode`, then `decode`, with gradients through the quantizers
@@ -1264,10 +1375,12 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 Number of codebooks, as in `encode`. A tensor says for each item how many its
                 reconstruction and losses use; all codes are returned then. The other arguments are
                 those of `encode`.
+            kwargs: What `Trainer` and other programs pass to any model. It has no effect.
 
         Returns:
             [`FlexiCodecOutput`] whose `audio_values` are as long as `input_values`.
         """
+        check_options(self, kwargs)
         if self.training:
             if merging_threshold is None and target_frame_rate is None:
                 merging_threshold = torch.empty(()).uniform_(*self.config.merging_threshold_range)
@@ -1286,8 +1399,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         latents = repeat_by_token(tokens.latents, segments.token_lengths, frames.semantic_frames.shape[1])
         audio_values = self._decode_frames(latents, frames.num_frames, chunk=None)
 
-        num_samples = input_values.shape[-1]
-        audio_values = F.pad(audio_values, (0, max(num_samples - audio_values.shape[1], 0)))[:, :num_samples]
+        audio_values = _fit_length(audio_values, input_values.shape[-1])
         if padding_mask is not None:
             audio_values = audio_values * padding_mask.to(audio_values.dtype)
 
@@ -1313,7 +1425,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         _check_tensor("audio_codes", audio_codes)
         if audio_codes.dtype not in _INTEGERS:
             raise ValueError(f"`audio_codes` must be integers, got {audio_codes.dtype}.")
-        _, token_mask = _check_tokens(self.config, audio_codes, None, audio_codes_mask)
+        _, token_mask, _ = _check_tokens(self.config, audio_codes, None, audio_codes_mask)
         features = self.semantic_quantizer.from_codes(audio_codes[:, 0].long() * token_mask, token_mask)
         return (features * token_mask[..., None]).transpose(1, 2)
 
@@ -1335,28 +1447,33 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         _check_features(self.config, input_features)
         (num_features,) = _valid_lengths(input_features=(input_features, input_features_mask))
         frames = self._encode_semantic(input_features, num_features, chunk=None)
-        return frames * _length_mask(_num_frames(self.config, num_features), frames.shape[1], frames.device)[..., None]
+        num_frames = _num_frames(self.config, num_features).device
+        return frames * _length_mask(num_frames, frames.shape[1], frames.device)[..., None]
 
-    def _encode_semantic(self, input_features: Tensor, num_features: Tensor, chunk: Chunk | None) -> Tensor:
+    def _encode_semantic(self, input_features: Tensor, num_features: "_Lengths", chunk: Chunk | None) -> Tensor:
         """Output of the frozen semantic encoder on codec frames, `(batch_size, num_frames, size)` in float32."""
         frames = self._encode_features(input_features, num_features, chunk and _in_features(self.config, chunk))
-        return _resample(frames, num_features, _num_frames(self.config, num_features))
+        num_frames = _num_frames(self.config, num_features)
+        return _resample(frames, num_features.device, num_frames.device, int(num_frames.host.max()))
 
     @torch.no_grad()
-    def _encode_features(self, input_features: Tensor, num_features: Tensor, chunk: Chunk | None) -> Tensor:
+    def _encode_features(self, input_features: Tensor, num_features: "_Lengths", chunk: Chunk | None) -> Tensor:
         """Output of the frozen semantic encoder, `(batch_size, num_features, size)`; chunks count features."""
-        query_ids = torch.tensor(self.config.semantic_query_ids, device=input_features.device)
-        queries = self.semantic_query_embedding(query_ids)
+        queries = self.semantic_query_embedding(self.semantic_query_ids)
         # In float32 whatever the model's dtype: the similarities of these frames decide the
         # merging.
         return _run_semantic_encoder(self.semantic_encoder, queries, input_features, num_features, chunk).float()
 
     def _quantize(
-        self, frames: FlexiCodecFramesOutput, segments: FlexiCodecSegments, num_acoustic_quantizers: int | Tensor
+        self,
+        frames: FlexiCodecFramesOutput,
+        segments: FlexiCodecSegments,
+        num_acoustic_quantizers: int | Tensor,
+        with_losses: bool = True,
     ) -> _QuantizedTokens:
         """Frames to tokens; without acoustic frames, to semantic codes alone."""
         token_lengths, frame_mask, token_mask = segments.token_lengths, None, None
-        if len(token_lengths) > 1:  # a lone item has no padding
+        if segments.is_padded:
             frame_mask, token_mask = segments.frame_mask, segments.token_mask
         dtype = self.semantic_quantizer.in_proj.weight.dtype
         semantic = self.semantic_aggregator(frames.semantic_frames.to(dtype), token_lengths, frame_mask, token_mask)
@@ -1366,32 +1483,65 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             return _QuantizedTokens(semantic_codes[:, None], semantic_latents, semantic_latents, no_loss, no_loss)
         acoustic = self.acoustic_aggregator(frames.acoustic_frames, token_lengths, frame_mask, token_mask)
         acoustic_latents, acoustic_codes, commitment_loss, codebook_loss = self.acoustic_quantizer(
-            acoustic - semantic_latents, num_acoustic_quantizers, token_mask
+            acoustic - semantic_latents, num_acoustic_quantizers, token_mask, with_losses
         )
         codes = torch.cat([semantic_codes[:, None], acoustic_codes], dim=1)
         latents = semantic_latents + acoustic_latents
         return _QuantizedTokens(codes, latents, semantic_latents, commitment_loss, codebook_loss)
 
-    def _decode_frames(self, frames: Tensor, lengths: Tensor, chunk: Chunk | None) -> Tensor:
+    def _decode_frames(
+        self, frames: Tensor, lengths: Tensor, chunk: Chunk | None, is_padded: bool | None = None
+    ) -> Tensor:
         """Latents `(batch_size, num_frames, hidden_size)` to waveforms `(batch_size, num_samples)`."""
         if chunk is not None:
             lengths = lengths.cpu()
 
-            def run(rows: Tensor, window: slice) -> Tensor:
+            def run(rows: Tensor | slice, window: slice) -> Tensor:
                 window_lengths = lengths[rows].clamp(max=window.stop) - window.start
                 return self._decode_frames(frames[rows, window], window_lengths, chunk=None)
 
             return run_in_windows(run, lengths, chunk, self.config.hop_length, fade_length=1)
-        padded = lengths.to(frames.device) if _is_padded(lengths, frames.shape[1]) else None
+        if is_padded is None:
+            is_padded = _is_padded(lengths, frames.shape[1])
+        padded = lengths.to(frames.device) if is_padded else None
         mask = None if padded is None else _length_mask(padded, frames.shape[1], frames.device)
         return self.acoustic_decoder(self.bottleneck(frames, mask).transpose(1, 2), padded)[:, 0]
 
 
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before = ""
+
+
+@contextmanager
+def _exact_convolutions(enabled: bool) -> Iterator[None]:
+    """
+    Float32 convolutions without TF32, whose 10 bits move codes. PyTorch has one setting for all
+    threads: the last user puts it back.
+    """
+    global _precision_users, _precision_before
+    if not enabled:
+        yield
+        return
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    with _precision_lock:
+        if _precision_users == 0:
+            _precision_before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+        _precision_users += 1
+    try:
+        yield
+    finally:
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                convolutions.fp32_precision = _precision_before
+
+
 def _run_semantic_encoder(
-    encoder: nn.Module, queries: Tensor, input_features: Tensor, num_features: Tensor, chunk: Chunk | None
+    encoder: nn.Module, queries: Tensor, input_features: Tensor, num_features: "_Lengths", chunk: Chunk | None
 ) -> Tensor:
     """Output `(batch_size, num_features, size)` of SenseVoice's encoder, without that of its `queries` `(n, 560)`."""
-    longest = int(num_features.max())
+    longest = int(num_features.host.max())
     if chunk is not None:
         longest = min(longest, chunk.size + 2 * chunk.context)
     limit = encoder.config.max_position_embeddings - 1 - len(queries)
@@ -1401,14 +1551,14 @@ def _run_semantic_encoder(
             "Pass `chunk_length_s=30` to process long audio in chunks."
         )
 
-    def run(rows: Tensor, window: slice) -> Tensor:
+    def run(rows: Tensor | slice, window: slice) -> Tensor:
         features = input_features[rows, window]
         features = torch.cat([queries.to(features.dtype).expand(len(features), -1, -1), features], dim=1)
-        lengths = num_features[rows].clamp(max=window.stop) - window.start + len(queries)
+        lengths = num_features.device[rows].clamp(max=window.stop) - window.start + len(queries)
         mask = _length_mask(lengths, features.shape[1], features.device)
         return encoder(features, mask).last_hidden_state[:, len(queries) :]
 
-    return run_in_windows(run, num_features, chunk)
+    return run_in_windows(run, num_features.host, chunk)
 
 
 def _quantize_in_chunks(
@@ -1499,11 +1649,22 @@ def _draw_num_quantizers(config: FlexiCodecConfig, batch_size: int) -> int | Ten
     return num_quantizers
 
 
-def _num_frames(config: FlexiCodecConfig, num_features: Tensor) -> Tensor:
-    """Number of codec frames `(batch_size,)` (80 ms) of numbers of features (60 ms)."""
+class _Lengths(NamedTuple):
+    """Lengths `(batch_size,)` on the device, for kernels, and on the CPU, for decisions that must not wait."""
+
+    device: Tensor
+    host: Tensor
+
+
+def _num_frames(config: FlexiCodecConfig, num_features: _Lengths) -> _Lengths:
+    """Numbers of codec frames (80 ms) of numbers of features (60 ms)."""
     # The released factor is this rounded one, and lengths depend on it (flexicodec 0.1.2,
     # modeling_flexicodec.py, line 410).
-    return (num_features.double() / config.semantic_downsampling_factor).long().clamp(min=1)
+    host = (num_features.host.double() / config.semantic_downsampling_factor).long().clamp(min=1)
+    if num_features.device.device.type in ("cpu", "mps"):  # MPS has no float64
+        return _Lengths(host.to(num_features.device.device), host)
+    device = (num_features.device.double() / config.semantic_downsampling_factor).long().clamp(min=1)
+    return _Lengths(device, host)
 
 
 def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context_s: float) -> Chunk | None:
@@ -1604,8 +1765,10 @@ def _check_tokens(
     token_lengths: Tensor | None,
     mask: Tensor | None,
     num_frames: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Lengths, with 0 at padding, and the mask of `tokens` (codes or latents), both `(batch_size, num_tokens)`.
+) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+    """
+    Lengths, with 0 at padding, and the mask of `tokens` (codes or latents), both `(batch_size, num_tokens)`;
+    and the frames of the shortest and the longest item, unless compiling.
 
     Under `torch.compile` only shapes and dtypes are checked. Otherwise one transfer from the device
     brings all values that decide.
@@ -1646,7 +1809,7 @@ def _check_tokens(
         mask = token_lengths.flip(1).cummax(dim=1).values.flip(1) != 0
     token_lengths = mask.long() if token_lengths is None else token_lengths.long() * mask
     if torch.compiler.is_compiling():
-        return token_lengths, mask
+        return token_lengths, mask, None
 
     inside = token_lengths.masked_fill(~mask, 1)
     expected_mask = _length_mask(mask.sum(dim=1), shape[1], mask.device)
@@ -1655,7 +1818,7 @@ def _check_tokens(
         mask.any(dim=1).all(),
         (given_mask == expected_mask).all(),
         *inside.aminmax(),
-        token_lengths.sum(dim=1).max(),
+        *token_lengths.sum(dim=1).aminmax(),
     ]
     if is_codes:
         codes = tokens * mask[:, None]
@@ -1663,7 +1826,8 @@ def _check_tokens(
             numbers += part.aminmax() if part.numel() else ()
     else:
         numbers.append(_is_finite(tokens))
-    has_tokens, is_mask, shortest, longest, covered, *rest = torch.stack([n.long() for n in numbers]).tolist()
+    values = torch.stack([n.long() for n in numbers]).tolist()
+    has_tokens, is_mask, shortest, longest, fewest_frames, most_frames, *rest = values
     if not is_mask:
         raise ValueError("`audio_codes_mask` must be 1 for tokens and then 0: padding goes on the right.")
     if not has_tokens:
@@ -1673,9 +1837,9 @@ def _check_tokens(
             f"`token_lengths` must be 1 to {config.max_frames_per_token}, with 0 only after the last token of an "
             f"item, got values from {shortest} to {longest}."
         )
-    if num_frames is not None and num_frames != covered:
+    if num_frames is not None and num_frames != most_frames:
         raise ValueError(
-            f"`num_frames` must be {covered}, the largest row sum of `token_lengths`, got {num_frames}. "
+            f"`num_frames` must be {most_frames}, the largest row sum of `token_lengths`, got {num_frames}. "
             "Or leave it out."
         )
     if not is_codes and not rest[0]:
@@ -1689,7 +1853,7 @@ def _check_tokens(
             raise ValueError(
                 f"`audio_codes` must be between 0 and {size - 1} in {name}, got values from {lowest} to {highest}."
             )
-    return token_lengths, mask
+    return token_lengths, mask, (fewest_frames, most_frames)
 
 
 def _is_finite(values: Tensor) -> Tensor:
@@ -1697,12 +1861,12 @@ def _is_finite(values: Tensor) -> Tensor:
     return torch.stack(values.detach().aminmax()).isfinite().all()
 
 
-def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[Tensor]:
-    """Lengths `(batch_size,)`, on the CPU, of inputs with masks padded on the right.
+def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[_Lengths]:
+    """Lengths of inputs with masks padded on the right.
 
     One transfer from the device brings the lengths and what the values are checked for.
     """
-    numbers = []
+    numbers, on_device = [], []
     for name, (values, mask) in inputs.items():
         mask_name = _MASK_NAMES[name]
         if not values.is_floating_point():
@@ -1719,15 +1883,16 @@ def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[Tensor]:
             raise ValueError(f"`{mask_name}` must have the shape {(batch_size, length)}, got {tuple(mask.shape)}.")
         lengths = (mask != 0).sum(dim=1)
         is_mask = (mask == _length_mask(lengths, length, mask.device)).all()
+        on_device.append(lengths.to(values.device))
         peak = values.detach().aminmax()
         # A larger one is no audio in [-1, 1] that overshoots, but integer PCM without scaling.
         limit = 100.0 if name == "input_values" else math.inf
         is_valid = torch.stack(peak).isfinite().all() & (peak.max <= limit) & (peak.min >= -limit)
-        numbers += [is_valid[None].long(), is_mask[None].long().to(values.device), lengths.to(values.device)]
+        numbers += [is_valid[None].long(), is_mask[None].long().to(values.device), on_device[-1]]
     device = numbers[0].device
     parts = iter(torch.cat([number.to(device) for number in numbers]).cpu().split([len(n) for n in numbers]))
     all_lengths = []
-    for (name, _), is_valid, is_mask, lengths in zip(inputs.items(), parts, parts, parts, strict=True):
+    for name, lengths_there, is_valid, is_mask, lengths in zip(inputs, on_device, parts, parts, parts, strict=True):
         if not is_mask:
             raise ValueError(
                 f"`{_MASK_NAMES[name]}` must be 1 for the valid part and then 0: padding goes on the right."
@@ -1737,13 +1902,18 @@ def _valid_lengths(**inputs: tuple[Tensor, Tensor | None]) -> list[Tensor]:
         if not is_valid:
             scale = " and in [-1, 1], as PCM divided by its full scale" if name == "input_values" else ""
             raise ValueError(f"`{name}` must be finite{scale}, got NaN, infinity or larger values.")
-        all_lengths.append(lengths)
+        all_lengths.append(_Lengths(lengths_there, lengths))
     return all_lengths
 
 
 def _length_mask(lengths: Tensor, num_positions: int, device: torch.device) -> Tensor:
     """Mask `(batch_size, num_positions)` on `device`, `True` before the `lengths` `(batch_size,)` of the items."""
     return torch.arange(num_positions, device=device) < lengths.to(device)[:, None]
+
+
+def _fit_length(waveforms: Tensor, num_samples: int) -> Tensor:
+    """Waveforms `(..., length)` cut, or filled with zeros, to `(..., num_samples)`."""
+    return F.pad(waveforms, (0, max(num_samples - waveforms.shape[-1], 0)))[..., :num_samples]
 
 
 def _is_padded(lengths: Tensor, num_positions: int) -> bool:
@@ -1755,7 +1925,7 @@ def _is_padded(lengths: Tensor, num_positions: int) -> bool:
 
 
 def _per_item(name: str, value: float | list[float] | Tensor, num_items: int) -> Tensor:
-    """A number for each item `(num_items,)`, from one for all or one for each."""
+    """A checked number for all items `()`, or one for each `(num_items,)`."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -1768,17 +1938,22 @@ def _per_item(name: str, value: float | list[float] | Tensor, num_items: int) ->
         raise ValueError(
             f"`{name}` must be one number or one for each of the {num_items} items, got shape {tuple(tensor.shape)}."
         )
-    return tensor.float().expand(num_items)
+    return tensor.float()
 
 
-def _resample(frames: Tensor, lengths: Tensor, new_lengths: Tensor) -> Tensor:
-    """Linear interpolation of each item of `(batch_size, length, size)` to its new length.
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """One number, or one for each item, as `(num_items,)` beside `like`; one number needs no transfer."""
+    return like.new_full((len(like),), values.item()) if values.ndim == 0 else values.to(like.device)
+
+
+def _resample(frames: Tensor, lengths: Tensor, new_lengths: Tensor, longest: int) -> Tensor:
+    """Linear interpolation of each item of `(batch_size, length, size)` to its new length, at most `longest`.
 
     Equal to `F.interpolate(..., size=new_length)` for each item (flexicodec 0.1.2,
     modeling_flexicodec.py, line 411).
     """
-    positions = torch.arange(int(new_lengths.max()), device=frames.device)
-    left, right, weight = _neighbors(positions, lengths.to(frames.device), new_lengths.to(frames.device))
+    positions = torch.arange(longest, device=frames.device)
+    left, right, weight = _neighbors(positions, lengths, new_lengths)
     index = torch.stack([left, right])[..., None].expand(-1, -1, -1, frames.shape[-1])
     weight = weight[..., None].to(frames.dtype)
     return frames.gather(1, index[0]) * (1 - weight) + frames.gather(1, index[1]) * weight

@@ -29,7 +29,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .compatibility_flexicodec import CACHE, takes_cache
+from .compatibility_flexicodec import CACHE, OffloadedDeviceMixin, takes_cache
 from .configuration_flexicodec_ar import FlexiCodecARConfig, FlexiCodecARTextEncoderConfig
 from .generation_flexicodec_ar import FlexiCodecARGenerationMixin
 
@@ -217,7 +217,7 @@ class FlexiCodecARTransformer(nn.Module):
             **{CACHE: cache},
         )
         if relative_keys is None:
-            relative_keys = self.relative_keys(key_length)
+            relative_keys = self.relative_keys(key_length, inputs_embeds.device)
         positions = torch.arange(key_length, device=inputs_embeds.device)
         # Keys after the query have no distance; the mask hides them.
         distances = ((positions[:length] + offset)[:, None] - positions).clamp(min=0)
@@ -236,31 +236,35 @@ class FlexiCodecARTransformer(nn.Module):
             )
         return self.norm(hidden_states)
 
-    def relative_keys(self, length: int) -> Tensor:
+    def relative_keys(self, length: int, device: torch.device | None = None) -> Tensor:
         """
         Project the relative positions for all layers. They depend only on the weights, so a loop
         over single steps computes them once and passes them to `forward`, as `generate` does.
 
         Args:
             length (`int`): Positions from the first key to the last query.
+            device (`torch.device`, *optional*):
+                Where the input of `forward` is. Defaults to the device of the weights, which are
+                nowhere while they are offloaded.
 
         Returns:
             `torch.FloatTensor` of shape `(num_layers, num_heads, length, head_dim)`; index `d` of
             the third dimension belongs to a key `d` positions before the query.
         """
-        weight, width = self.norm.weight, self.config.hidden_size
+        device, width = device or self.norm.weight.device, self.config.hidden_size
         # Always in float32: positions above 256 are not whole numbers in bfloat16. Sine and cosine
         # alternate, as in the reference: flexicodec 0.1.2, ar_tts/utils/transformer/embedding.py,
         # lines 238 to 245.
         frequencies = torch.exp(
-            torch.arange(0, width, 2, device=weight.device, dtype=torch.float32) * (-math.log(10000.0) / width)
+            torch.arange(0, width, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / width)
         )
-        angles = torch.arange(length, device=weight.device, dtype=torch.float32)[:, None] * frequencies
-        sinusoids = self.dropout(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(weight.dtype))
+        angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+        sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        sinusoids = self.dropout(sinusoids.to(self.norm.weight.dtype))
         return torch.stack([layer.self_attn.relative_keys(sinusoids) for layer in self.layers])  # type: ignore[operator, union-attr]
 
 
-class FlexiCodecARPreTrainedModel(PreTrainedModel):
+class FlexiCodecARPreTrainedModel(OffloadedDeviceMixin, PreTrainedModel):
     config: FlexiCodecARConfig
     config_class = FlexiCodecARConfig
     base_model_prefix = "model"
@@ -449,10 +453,15 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             duration_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Codec frames of the speech tokens, -100 elsewhere. They are not shifted: a token's
                 own output predicts its duration.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                What each output predicts, -100 where nothing counts: `labels` that are shifted
+                already, used instead of them. Sequence parallelism passes these.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Number of last positions to compute logits for (0 for all), or the positions
                 themselves.
         """
+        # Not an argument: `Trainer` evaluates only batches that hold all arguments named `labels`.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             token_lengths=token_lengths,
@@ -468,7 +477,10 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         logits = self.lm_head(hidden_states)
         duration_logits = self.duration_head(hidden_states)
 
-        token_loss = self._token_loss(logits, labels) if labels is not None else None
+        targets = shift_labels
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        token_loss = self._token_loss(logits, targets) if targets is not None else None
         duration_loss = self._duration_loss(duration_logits, duration_labels) if duration_labels is not None else None
         losses = [loss for loss in (token_loss, duration_loss) if loss is not None]
         loss = torch.stack(losses).sum() if losses else None
@@ -483,10 +495,10 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
+            logits.flatten(0, 1).float(),
+            targets.flatten(),
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.config.label_smoothing,
         )
@@ -581,7 +593,7 @@ class FlexiCodecARForConditionalGeneration(FlexiCodecARPreTrainedModel, FlexiCod
         # A stable sort moves all padding to the left and keeps the order of the rest.
         order = mask.argsort(dim=1, stable=True)
         mask = mask.gather(1, order)
-        ids = ids.gather(1, order).masked_fill(mask == 0, config.pad_token_id)
+        ids = ids.gather(1, order).masked_fill(mask == 0, config.padding_token_id)
         lengths = lengths.gather(1, order).masked_fill(mask == 0, 0)
         inputs = {"input_ids": ids, "token_lengths": lengths, "attention_mask": mask}
         if return_labels:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .compatibility_flexicodec import OffloadedDeviceMixin
 from .configuration_flexicodec_tts import FlexiCodecTTSConfig
 from .generation_flexicodec_tts import TTS_DEFAULTS, FlexiCodecTTSGenerationMixin, valid_parts
 from .modeling_flexicodec import FlexiCodecModel
@@ -33,7 +34,7 @@ _PARTS: dict[str, type[PreTrainedModel]] = {
 }
 
 
-class FlexiCodecTTSPreTrainedModel(PreTrainedModel):
+class FlexiCodecTTSPreTrainedModel(OffloadedDeviceMixin, PreTrainedModel):
     config: FlexiCodecTTSConfig
     config_class = FlexiCodecTTSConfig
     main_input_name = "input_ids"
@@ -99,6 +100,10 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         self.generation_config.update(**defaults, allow_custom_entries=True)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the autoregressive model, for its speech tokens."""
+        return self.ar.get_input_embeddings()
+
     # ******** FlexiCodec specific ********
 
     def init_weights(self) -> None:
@@ -159,12 +164,21 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
                 tokens, and with them the voice, depend on small differences. A dictionary has a
                 type for each of `"codec"`, `"ar"`, `"voicebox"` and `"vocoder"`, and under `""` the
                 type of the others (float32 by default).
-            kwargs: See [`~PreTrainedModel.from_pretrained`].
+            kwargs: See [`~PreTrainedModel.from_pretrained`]. A `device_map` may put each part on a
+                device of its own, or on the disk.
 
         Raises:
             OSError: The repository holds the codec alone.
-            ValueError: `dtype` names an unknown part.
+            ValueError: `dtype` names an unknown part, or `device_map` tears a part.
         """
+        if isinstance(places := kwargs.get("device_map"), dict):
+            for name in _PARTS:
+                inside = {str(place) for key, place in places.items() if key.split(".")[0] == name}
+                if len(inside) > 1:
+                    raise ValueError(
+                        f"`device_map` puts parts of `{name}` on {sorted(inside)}: each of {list(_PARTS)} must be on "
+                        "one device. Name it as a whole."
+                    )
         dtypes = kwargs.get("dtype")
         if isinstance(dtypes, dict):
             if unknown := dtypes.keys() - {"", *_PARTS}:

@@ -13,10 +13,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .chunking_flexicodec import Chunk, run_in_windows
+from .compatibility_flexicodec import OffloadedDeviceMixin, check_options
 from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
 
 
@@ -78,8 +80,10 @@ class FlexiCodecVocoderISTFTHead(nn.Module):
         self.linear = nn.Linear(config.hidden_size, config.n_fft + 2)
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        # In float32, since complex numbers and their transform do not exist in half precision.
-        log_magnitude, phase = self.linear(hidden_states.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)
+        # In float32, since complex numbers and their transform do not exist in half precision, and
+        # a phase of 8 bits is off by up to a hundredth of a turn: under autocast too.
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            log_magnitude, phase = self.linear(hidden_states.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)
         spectrum = torch.polar(log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase)
         window = torch.hann_window(self.n_fft, device=spectrum.device)
         frames = torch.fft.irfft(spectrum, self.n_fft, dim=-1) * window
@@ -98,11 +102,15 @@ class FlexiCodecVocoderISTFTHead(nn.Module):
         return signal[:, 0, 0, overhang : length - overhang]
 
 
-class FlexiCodecVocoderPreTrainedModel(PreTrainedModel):
+class FlexiCodecVocoderPreTrainedModel(OffloadedDeviceMixin, PreTrainedModel):
     config: FlexiCodecVocoderConfig
     config_class = FlexiCodecVocoderConfig
     base_model_prefix = "vocoder"
     main_input_name = "mel"
+    _input_embed_layer = "embed"
+    # A loss that a trainer computes of the waveform is a mean over the batch: `Trainer` itself
+    # averages over accumulation steps.
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlexiCodecVocoderConvNeXtBlock"]
     # The phase is an angle: in bfloat16, with 8 bits, it would be off by up to a hundredth of a
@@ -133,7 +141,11 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, mel: Tensor, mel_mask: Tensor | None = None, chunk_length_s: float | None = None
+        self,
+        mel: Tensor,
+        mel_mask: Tensor | None = None,
+        chunk_length_s: float | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FlexiCodecVocoderOutput:
         """
         Turn mel spectrograms into waveforms.
@@ -148,10 +160,12 @@ class FlexiCodecVocoderModel(FlexiCodecVocoderPreTrainedModel):
                 the waveform. Each chunk sees its whole receptive field on either side
                 (`config.context_frames`, 1.9 s in the released model), so the waveform is the same
                 up to rounding.
+            kwargs: What `Trainer` and other programs pass to any model. It has no effect.
 
         Raises:
             ValueError: Shapes that do not match, or a chunk below one frame.
         """
+        check_options(self, kwargs)
         if mel.ndim != 3 or mel.shape[-1] != self.config.num_mel_bins or mel.shape[1] == 0:
             raise ValueError(
                 f"`mel` has shape {tuple(mel.shape)}, expected (batch_size, num_frames, {self.config.num_mel_bins}) "

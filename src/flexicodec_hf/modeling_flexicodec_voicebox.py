@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from .compatibility_flexicodec import OffloadedDeviceMixin
 from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
 from .generation_flexicodec_voicebox import (
     MAX_MISALIGNMENT,
@@ -146,11 +147,12 @@ class FlexiCodecVoiceboxLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states, time_embedding))
 
 
-class FlexiCodecVoiceboxPreTrainedModel(PreTrainedModel):
+class FlexiCodecVoiceboxPreTrainedModel(OffloadedDeviceMixin, PreTrainedModel):
     config: FlexiCodecVoiceboxConfig
     config_class = FlexiCodecVoiceboxConfig
     base_model_prefix = "voicebox"
     main_input_name = "audio_codes"
+    _input_embed_layer = "code_embedding"
     # The loss is a mean over frames, so `Trainer` must not divide it by a count of items.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
@@ -169,7 +171,7 @@ class FlexiCodecVoiceboxPreTrainedModel(PreTrainedModel):
             init.ones_(module.bias)
 
 
-class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoiceboxGenerationMixin):
+class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoiceboxGenerationMixin):  # type: ignore[override]
     """
     Semantic tokens with their lengths, and the mel spectrogram of a voice to imitate, to a mel
     spectrogram.
@@ -308,7 +310,7 @@ class FlexiCodecVoiceboxModel(FlexiCodecVoiceboxPreTrainedModel, FlexiCodecVoice
     ) -> tuple[Tensor, Tensor | None]:
         """The velocity, and the hidden states that the alignment loss compares."""
         if condition is None:
-            condition = self.code_embedding.weight.new_zeros(1, 1, self.config.hidden_size)
+            condition = torch.zeros(1, 1, self.config.hidden_size, dtype=self.dtype, device=noisy_mel.device)
         hidden_states = self.mel_mlp(noisy_mel.to(self.dtype)) + self.condition_mlp(condition)
         time_embedding = self.time_embedding(timesteps)
         attention_mask = create_bidirectional_mask(

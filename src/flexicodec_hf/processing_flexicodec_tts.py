@@ -136,7 +136,11 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         sampling_rate: int | None = None,
         language: str | list[str] | None = None,
         phonemes: bool = True,
+        padding: bool | str = True,
         return_tensors: str = "pt",
+        text_kwargs: dict[str, Any] | None = None,
+        audio_kwargs: dict[str, Any] | None = None,
+        common_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -157,7 +161,12 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
                 each.
             phonemes (`bool`, *optional*, defaults to `True`):
                 Whether English is spoken from phonemes.
-            return_tensors (`str`, *optional*, defaults to `"pt"`): Must be `"pt"`.
+            padding (`bool` or `str`, *optional*, defaults to `True`):
+                `True` or `"longest"`: batches are padded on the right to their longest item.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                `"pt"` for PyTorch tensors, `"np"` for NumPy arrays.
+            text_kwargs, audio_kwargs, common_kwargs (`dict`, *optional*):
+                Any of the arguments above from `sampling_rate` on, as other processors take them.
 
         Returns:
             [`BatchFeature`], the arguments of [`FlexiCodecForTextToSpeech.generate`]:
@@ -178,11 +187,27 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
                 or silent or has no sampling rate, or the lengths of lists do not fit each other.
             AudioError: A file cannot be read.
         """
+        if nested := (common_kwargs or {}) | (text_kwargs or {}) | (audio_kwargs or {}):
+            options = {
+                "sampling_rate": sampling_rate,
+                "language": language,
+                "phonemes": phonemes,
+                "padding": padding,
+                "return_tensors": return_tensors,
+            }
+            return self(text, audio, reference_text, **(options | nested | kwargs))
         # Chat templates pass arguments of other processors, always empty here.
         if unknown := sorted(name for name, value in kwargs.items() if value is not None):
             raise TypeError(f"{type(self).__name__} got unexpected arguments: {', '.join(unknown)}.")
-        if return_tensors != "pt":
-            raise ValueError(f"{type(self).__name__} returns PyTorch tensors: `return_tensors` must be 'pt'.")
+        if return_tensors not in ("pt", "np"):
+            raise ValueError(
+                f"`return_tensors` must be 'pt' (PyTorch tensors) or 'np' (NumPy arrays), got {return_tensors!r}."
+            )
+        if padding not in (True, "longest"):
+            raise ValueError(
+                f"{type(self).__name__} pads batches to their longest item: `padding` must be True or 'longest', got "
+                f"{padding!r}."
+            )
         if text is None and audio is None:
             raise ValueError("There is nothing to process: pass `text`, `audio`, or both.")
         for name, value in (("text", text), ("reference_text", reference_text), ("language", language)):
@@ -229,7 +254,7 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
             # line 1112).
             ids = [self._encode(f"{_prepare_reference(one, code, phonemes)},") for one, code in pairs]
             data["reference_text_ids"], data["reference_text_mask"] = _pad(ids)
-        return BatchFeature(data)
+        return BatchFeature(data if return_tensors == "pt" else {name: value.numpy() for name, value in data.items()})
 
     def apply_chat_template(
         self,
@@ -290,19 +315,22 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
             chats if is_batch else chats[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
 
-    def batch_decode(self, audio: Any) -> list[np.ndarray]:
+    def batch_decode(self, audio: Any, **kwargs: Any) -> list[Any]:
         """
-        The waveforms of a batch.
+        The waveforms of a batch, or the text of ids.
 
         Args:
             audio ([`FlexiCodecTTSOutput`], or `torch.Tensor` of shape `(batch_size, 1, num_samples)`):
                 What the model returned. Arrays, lists of waveforms, and a single waveform
-                `(num_samples,)` work too.
+                `(num_samples,)` work too. Integers are ids of the tokenizer, such as `input_ids`.
+            kwargs: For ids, the arguments of the tokenizer's `batch_decode`.
 
         Returns:
             `list[np.ndarray]`, each of shape `(num_samples,)`, in float32. Padding is removed if
-            `audio` has a `padding_mask`.
+            `audio` has a `padding_mask`. For ids, `list[str]`.
         """
+        if not isinstance(audio, Mapping) and _are_ids(audio):
+            return self.tokenizer.batch_decode(audio, **kwargs)
         mask = None
         if isinstance(audio, Mapping):
             audio, mask = audio["audio"], audio.get("padding_mask")
@@ -411,6 +439,15 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _are_ids(values: Any) -> bool:
+    """Whether an array, or the numbers in nested lists, are integers."""
+    if torch.is_tensor(values):
+        return not values.is_floating_point()
+    if isinstance(values, (list, tuple)):
+        return len(values) > 0 and _are_ids(values[0])
+    return np.asarray(values).dtype.kind in "iu"
 
 
 def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

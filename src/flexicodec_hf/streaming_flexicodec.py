@@ -21,7 +21,9 @@ from .modeling_flexicodec import (
     _check_num_quantizers,
     _check_tokens,
     _chunk,
+    _exact_convolutions,
     _in_features,
+    _Lengths,
     _neighbors,
     _num_frames,
     _quantize_window,
@@ -179,7 +181,9 @@ class _Recording:
         self.codec, self.config, self.feature_extractor = codec, codec.config, feature_extractor
         self.blocks, self.num_samples, self.chunk = blocks, num_samples, chunk
         self.num_features = feature_extractor._num_stacks(num_samples)
-        self.num_frames = int(_num_frames(self.config, torch.tensor([self.num_features])))
+        self.num_frames = int(_num_frames(self.config, self._lengths(self.num_features)).host)
+        # As `encode_frames` does.
+        self.is_exact = codec.exact_convolutions and codec.device.type == "cuda"
 
     @torch.no_grad()
     def encode(
@@ -198,7 +202,7 @@ class _Recording:
             frames = FlexiCodecFramesOutput(
                 semantic.part(held)[None],
                 None if acoustic is None else acoustic.part(held)[None],
-                torch.tensor([stop - start]),
+                self._lengths(stop - start).device,
             )
             segments = self.codec.frame_merger(frames.semantic_frames, frames.num_frames, threshold)
             here, around = (slice(part.start - start, part.stop - start) for part in (core, window))
@@ -227,6 +231,10 @@ class _Recording:
         joined = torch.cat(similarities, dim=1)
         mask = joined.new_ones(1, self.num_frames, dtype=torch.bool)
         return merger.choose_threshold(joined, mask, None, target_frame_rate)
+
+    def _lengths(self, length: int) -> _Lengths:
+        """Of a batch of one."""
+        return _Lengths(torch.tensor([length], device=self.codec.device), torch.tensor([length]))
 
     def _waveform(self) -> Iterator[Tensor]:
         count = 0
@@ -264,7 +272,8 @@ class _Recording:
                 part, sampling_rate=extractor.sampling_rate, return_tensors="pt", device=self.codec.device
             )
             features = inputs["input_features"][:, window.start - first : window.stop - first]
-            encoded = self.codec._encode_features(features, torch.tensor([features.shape[1]]), None)[0]
+            with _exact_convolutions(self.is_exact):
+                encoded = self.codec._encode_features(features, self._lengths(features.shape[1]), None)[0]
             yield encoded[core.start - window.start : core.stop - window.start]
 
     def _acoustic_frames(self, waveform: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -272,7 +281,8 @@ class _Recording:
         samples, hop_length = _Sequence(waveform), self.config.hop_length
         for core, window in windows(-(-self.num_samples // hop_length), self.chunk):
             part = samples.part(slice(window.start * hop_length, min(window.stop * hop_length, self.num_samples)))
-            frames = self.codec.acoustic_encoder.encode(part[None], torch.tensor([len(part)]), None)[0]
+            with _exact_convolutions(self.is_exact):
+                frames = self.codec.acoustic_encoder.encode(part[None], self._lengths(len(part)), None)[0]
             yield frames[core.start - window.start : core.stop - window.start]
 
 
