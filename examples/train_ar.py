@@ -23,7 +23,7 @@ from flexicodec_hf.training.batches import load_splits
 from flexicodec_hf.training.trainer import (
     SpeechSamples,
     SpeechTrainingArguments,
-    fresh_config,
+    override_config,
     parse_arguments,
     run_training,
 )
@@ -93,8 +93,8 @@ def load_model(model_args: ModelArguments, codec: FlexiCodecModel, tokenizer: An
     if model_args.model_name_or_path is not None:
         model = FlexiCodecARForConditionalGeneration.from_pretrained(model_args.model_name_or_path)
     else:
-        config = fresh_config(
-            FlexiCodecARConfig,
+        config = override_config(
+            FlexiCodecARConfig(),
             model_args.config_overrides,
             speech_vocab_size=codebook_size,
             text_encoder_config={"vocab_size": len(tokenizer)},

@@ -27,7 +27,7 @@ from flexicodec_hf.data.sources import decode_audio
 from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop, vary_voice
 from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
-from flexicodec_hf.training.trainer import fresh_config, parse_arguments, run_training
+from flexicodec_hf.training.trainer import override_config, parse_arguments, run_training
 
 
 logger = logging.get_logger("transformers.train_codec")
@@ -62,12 +62,17 @@ class ModelArguments:
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Where a new codec differs from the released one: a JSON object or a file with one."},
+        metadata={
+            "help": "Where the new codec differs from the released one, or from `model_name_or_path`: a JSON object "
+            "or a file with one."
+        },
     )
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None and self.semantic_encoder is None:
             raise ValueError("pass --model_name_or_path, or --semantic_encoder, or both")
+        if self.config_overrides is not None and self.semantic_encoder is None:
+            raise ValueError("--config_overrides needs --semantic_encoder: a trained codec stays what it is")
         if self.keep_tokens and (self.model_name_or_path is None or self.semantic_encoder is not None):
             raise ValueError("--keep_tokens needs --model_name_or_path alone: a new encoder has other tokens")
 
@@ -106,10 +111,11 @@ def new_codec(config: FlexiCodecConfig, semantic_encoder: str) -> FlexiCodecMode
 
 def load_codec(model_args: ModelArguments) -> FlexiCodecModel:
     if model_args.model_name_or_path is None:
-        return new_codec(fresh_config(FlexiCodecConfig, model_args.config_overrides), model_args.semantic_encoder)
+        return new_codec(override_config(FlexiCodecConfig(), model_args.config_overrides), model_args.semantic_encoder)
     codec = FlexiCodecModel.from_pretrained(model_args.model_name_or_path)
     if model_args.semantic_encoder is not None:
-        old, codec = codec.state_dict(), new_codec(codec.config, model_args.semantic_encoder)
+        config = override_config(codec.config, model_args.config_overrides)
+        old, codec = codec.state_dict(), new_codec(config, model_args.semantic_encoder)
         shapes = {name: weight.shape for name, weight in codec.state_dict().items()}
         kept = {name: weight for name, weight in old.items() if not name.startswith(ENCODER)}
         kept = {name: weight for name, weight in kept.items() if weight.shape == shapes[name]}

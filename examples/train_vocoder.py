@@ -20,7 +20,7 @@ from flexicodec_hf import FlexiCodecMelFeatureExtractor, FlexiCodecVocoderConfig
 from flexicodec_hf.data.sources import decode_audio
 from flexicodec_hf.training.batches import SpeechDataArguments, load_splits, random_crop
 from flexicodec_hf.training.gan import GANTrainer, GANTrainingArguments, Generated
-from flexicodec_hf.training.trainer import fresh_config, parse_arguments, run_training
+from flexicodec_hf.training.trainer import override_config, parse_arguments, run_training
 
 
 @dataclass
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model_args.model_name_or_path:
         vocoder = FlexiCodecVocoderModel.from_pretrained(model_args.model_name_or_path)
     else:
-        vocoder = FlexiCodecVocoderModel(fresh_config(FlexiCodecVocoderConfig, model_args.config_overrides))
+        vocoder = FlexiCodecVocoderModel(override_config(FlexiCodecVocoderConfig(), model_args.config_overrides))
     config = vocoder.config
     feature_extractor = FlexiCodecMelFeatureExtractor(
         feature_size=config.num_mel_bins,

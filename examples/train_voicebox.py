@@ -25,7 +25,7 @@ from flexicodec_hf.training.batches import load_splits, with_seeds
 from flexicodec_hf.training.trainer import (
     SpeechSamples,
     SpeechTrainingArguments,
-    fresh_config,
+    override_config,
     parse_arguments,
     run_training,
 )
@@ -89,7 +89,7 @@ def load_model(model_args: ModelArguments, codec: FlexiCodecModel, statistics: A
         }
         if model_args.predict_latents:
             values |= {"num_mel_bins": codec.config.hidden_size, "upsample_factor": 1, **statistics()}
-        config = fresh_config(FlexiCodecVoiceboxConfig, model_args.config_overrides, **values)
+        config = override_config(FlexiCodecVoiceboxConfig(), model_args.config_overrides, **values)
         model = FlexiCodecVoiceboxModel(config)
     for name, value, expected in (
         ("codes", model.config.codebook_size, codec.config.semantic_codebook_size),

@@ -399,6 +399,8 @@ def test_codec_starts_from_a_codec_of_a_fixed_rate(run, golden, tmp_path):
 def test_codec_says_what_it_can_start_from(run, tmp_path):
     with pytest.raises(ValueError, match="pass --model_name_or_path, or --semantic_encoder, or both"):
         run("train_codec", tmp_path)
+    with pytest.raises(ValueError, match="--config_overrides needs --semantic_encoder"):
+        run("train_codec", tmp_path, "--model_name_or_path", "a", "--config_overrides", "{}")
     for options in (("--semantic_encoder", "a"), ("--semantic_encoder", "a", "--model_name_or_path", "b")):
         with pytest.raises(ValueError, match="--keep_tokens needs --model_name_or_path alone"):
             run("train_codec", tmp_path, *options, "--keep_tokens")
@@ -411,7 +413,10 @@ def test_a_codec_gets_another_semantic_encoder(run, codec, semantic_encoder, tmp
     save_file({name: weight + 1 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
     options = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--crop_s", 0.48, "--num_eval_examples", 0)
     options += ("--model_name_or_path", codec[0], "--semantic_encoder", encoder, "--discriminator_start", 9)
+    options += ("--config_overrides", '{"merging_threshold": 0.7}')
     run("train_codec", tmp_path / "codec", *options, "--learning_rate", 0)
+    config = FlexiCodecModel.from_pretrained(tmp_path / "codec").config
+    assert (config.hidden_size, config.merging_threshold) == (CODEC["hidden_size"], 0.7)
     before, after = (load_file(folder / "model.safetensors") for folder in (codec[0], tmp_path / "codec"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"semantic_encoder", "semantic_query_embedding"}

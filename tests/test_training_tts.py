@@ -29,7 +29,7 @@ from flexicodec_hf.audio_flexicodec import read_audio, write_audio
 from flexicodec_hf.data.sources import load_speech
 from flexicodec_hf.text_flexicodec import encode_text
 from flexicodec_hf.training.batches import load_splits, with_seeds
-from flexicodec_hf.training.trainer import SpeechTrainingArguments, fresh_config
+from flexicodec_hf.training.trainer import SpeechTrainingArguments, override_config
 from flexicodec_hf.training.tts import (
     CODEC_INPUTS,
     ARBatches,
@@ -322,8 +322,8 @@ def test_splits_hold_out_filter_and_complain(speech, tmp_path):
 
 
 def test_config_overrides_reach_any_depth_and_know_every_key(tmp_path):
-    config = fresh_config(
-        FlexiCodecARConfig,
+    config = override_config(
+        FlexiCodecARConfig(),
         '{"hidden_size": 64, "text_encoder_config": {"hidden_size": 32}}',
         text_encoder_config={"vocab_size": 99},
     )
@@ -331,11 +331,11 @@ def test_config_overrides_reach_any_depth_and_know_every_key(tmp_path):
     assert (config.text_encoder_config.hidden_size, config.text_encoder_config.vocab_size) == (32, 99)
     assert config.text_encoder_config.num_hidden_layers == 4
     (tmp_path / "sizes.json").write_text('{"hidden_size": 128}')
-    assert fresh_config(FlexiCodecARConfig, str(tmp_path / "sizes.json")).hidden_size == 128
+    assert override_config(FlexiCodecARConfig(), str(tmp_path / "sizes.json")).hidden_size == 128
     with pytest.raises(ValueError, match=r"names text_encoder_config.width, which the configuration does not have"):
-        fresh_config(FlexiCodecARConfig, '{"text_encoder_config": {"width": 1}}')
+        override_config(FlexiCodecARConfig(), '{"text_encoder_config": {"width": 1}}')
     with pytest.raises(ValueError, match="must be a JSON object, or a file with one"):
-        fresh_config(FlexiCodecARConfig, "{hidden_size: 1}")
+        override_config(FlexiCodecARConfig(), "{hidden_size: 1}")
     with pytest.raises(ValueError, match="`vocab_size` must be at least 258"):
         train_text_tokenizer(iter(["a"]), 100, ["en"])
 

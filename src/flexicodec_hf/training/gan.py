@@ -33,6 +33,7 @@ class GANTrainingArguments(SpeechTrainingArguments):
     adam_beta2: float = field(default=0.99, metadata={"help": "The second beta of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "The weight decay of AdamW."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate; there is one at the end."})
+    eval_steps: float | None = field(default=1000, metadata={"help": "Steps between evaluations."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Must be true: batches have one size."})
     ddp_find_unused_parameters: bool | None = field(

@@ -52,13 +52,12 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None) -> tuple[
     return arguments
 
 
-def fresh_config(config_class: type[PreTrainedConfig], overrides: str | None, **values: Any) -> PreTrainedConfig:
+def override_config(config: PreTrainedConfig, overrides: str | None, **values: Any) -> PreTrainedConfig:
     """
-    The configuration of a model to train from nothing: the defaults, with other values in their
-    place, at any depth.
+    A configuration with other values in place of its own, at any depth.
 
     Args:
-        config_class: The class of the configuration.
+        config: The configuration, for a model to train from nothing the defaults.
         overrides: A JSON object, or the path of a file with one.
         values: Values that follow from the codec or the tokenizer; `overrides` goes before them.
 
@@ -66,14 +65,14 @@ def fresh_config(config_class: type[PreTrainedConfig], overrides: str | None, **
         ValueError: `overrides` is no JSON object, or has a key that the configuration does not
             have.
     """
-    config = _merge(config_class().to_dict(), values)
+    merged = _merge(config.to_dict(), values)
     if overrides is not None:
         text = overrides if overrides.lstrip().startswith("{") else Path(overrides).read_text(encoding="utf-8")
         try:
-            config = _merge(config, json.loads(text))
+            merged = _merge(merged, json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"`--config_overrides` must be a JSON object, or a file with one: {error}.") from error
-    return config_class.from_dict(config)
+    return type(config).from_dict(merged)
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any], where: str = "") -> dict[str, Any]:
@@ -304,8 +303,8 @@ __all__ = [
     "SpeechSamples",
     "SpeechTrainer",
     "SpeechTrainingArguments",
-    "fresh_config",
     "last_checkpoint",
+    "override_config",
     "parse_arguments",
     "run_training",
 ]

@@ -394,9 +394,9 @@ class TTSTrainer(SpeechTrainer):
         # what distributed training makes of losses and gradients, is then the mean over all values.
         local = torch.stack(list(counts.values())).float()
         shares = local * self.accelerator.num_processes / self.accelerator.reduce(local, "sum")
-        loss = self.sum_losses(
-            model, {name: outputs[name] * share for name, share in zip(counts, shares, strict=True)}
-        )
+        losses = {name: outputs[name] * share for name, share in zip(counts, shares, strict=True)}
+        self.keep_means(losses, model.training)
+        loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
