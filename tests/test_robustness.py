@@ -13,7 +13,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from flexicodec_hf import FlexiCodecARConfig, FlexiCodecConfig, FlexiCodecTTSConfig, FlexiCodecVoice
 from flexicodec_hf.audio_flexicodec import AudioError, AudioWriter, resample
-from flexicodec_hf.generation_flexicodec_tts import _check_settings, _row_generators
+from flexicodec_hf.generation_flexicodec_tts import _check_settings, _join_texts, _row_generators
 from flexicodec_hf.repository_flexicodec_tts import check_voice_name
 
 
@@ -97,6 +97,20 @@ def test_inputs_of_encode_and_decode(codec, codec_dir):
 def test_settings_of_speech(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         _check_settings({name: value})
+
+
+def test_texts():
+    ids, mask = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    for input_ids, attention_mask, message in (
+        (ids.float(), mask, "`input_ids` must be integers"),
+        (ids.bool(), mask, "`input_ids` must be integers"),
+        (ids[:0], mask[:0], "`input_ids` must be integers"),
+        (ids, mask[:, :4], "mask of `input_ids`"),
+        (ids, mask[0], "mask of `input_ids`"),
+        (ids, mask[:1], "mask of `input_ids`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _join_texts(input_ids, attention_mask, None, None, None)
 
 
 @pytest.mark.parametrize("seed", ["x", math.nan, 10**30, [1, None]])

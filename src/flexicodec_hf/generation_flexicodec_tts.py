@@ -325,6 +325,22 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
                     f"`{name}` must have the shape (batch_size, num_tokens) = {tuple(audio_codes[:, 0].shape)}, got "
                     f"{tuple(tensor.shape)}."
                 )
+        codec = self.config.codec_config
+        sizes = [codec.semantic_codebook_size] + [codec.codebook_size] * (codec.num_quantizers - 1)
+        spoken = audio_codes.masked_fill(~audio_codes_mask.bool()[:, None], 0)
+        if spoken.shape[1] > len(sizes) or not all(
+            bool(((row >= 0) & (row < size)).all()) for row, size in zip(spoken.unbind(1), sizes, strict=False)
+        ):
+            raise ValueError(
+                f"`audio_codes` must be up to {len(sizes)} rows of codes from 0 to {sizes[0] - 1} in the first and "
+                f"{codec.codebook_size - 1} in the others, got {tuple(audio_codes.shape)} with {int(spoken.min())} to "
+                f"{int(spoken.max())}."
+            )
+        if not bool(((token_lengths >= 0) & (token_lengths <= self.config.ar_config.num_durations)).all()):
+            raise ValueError(
+                f"`token_lengths` must be from 0 to {self.config.ar_config.num_durations} frames, got "
+                f"{int(token_lengths.min())} to {int(token_lengths.max())}."
+            )
         if unknown := flow_kwargs.keys() - FlexiCodecFlowKwargs.__annotations__.keys():
             settings = list(FlexiCodecFlowKwargs.__annotations__)
             raise TypeError(f"Unexpected arguments {sorted(unknown)}: the settings are {settings}.")
@@ -662,6 +678,16 @@ def _join_texts(
     Ids that the model reads, `[language] [text of the voice] [text to speak]`, and their mask, on
     the CPU.
     """
+    for name, ids, mask in (
+        ("input_ids", input_ids, attention_mask),
+        ("continuation_ids", continuation_ids, continuation_mask),
+    ):
+        if ids is None:
+            continue
+        if ids.ndim != 2 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"`{name}` must be integers (batch_size, length), got {ids.dtype} {tuple(ids.shape)}.")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"The mask of `{name}` must have its shape {tuple(ids.shape)}, got {tuple(mask.shape)}.")
     alone = continued = valid_parts(input_ids, attention_mask)
     if continuation_ids is not None:
         if len(continuation_ids) != len(input_ids):
