@@ -45,6 +45,7 @@ from .pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
 from .repository_flexicodec_tts import FlexiCodecRepositoryForTextToSpeech, save_repository
 from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
+from .streaming_flexicodec_tts import FlexiCodecAudioStreamer
 from .voice_flexicodec import FlexiCodecVoice
 
 
@@ -90,6 +91,7 @@ __all__ = [
     "FlexiCodecARForConditionalGeneration",
     "FlexiCodecARModel",
     "FlexiCodecARPreTrainedModel",
+    "FlexiCodecAudioStreamer",
     "FlexiCodecConfig",
     "FlexiCodecFeatureExtractor",
     "FlexiCodecFlowKwargs",

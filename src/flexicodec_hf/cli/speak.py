@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import struct
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +48,7 @@ def add_commands(commands: Any) -> None:
     source = speak.add_mutually_exclusive_group(required=True)
     source.add_argument("text", nargs="?", metavar="TEXT", help="what to say")
     source.add_argument("--text-file", type=Path, metavar="FILE", help="a file with what to say; - is standard input")
-    _add_output(speak)
+    _add_output(speak, "; - is standard output, as WAV for a player: `... --stream -o - | aplay`")
     voice = speak.add_argument_group("voice (default: the model's first)")
     who = voice.add_mutually_exclusive_group()
     who.add_argument(
@@ -77,6 +79,11 @@ def add_commands(commands: Any) -> None:
         "(default: 200)",
     )
     speak.add_argument(
+        "--stream",
+        action="store_true",
+        help="write the audio while the tokens of a sentence are drawn: the first after a few of them",
+    )
+    speak.add_argument(
         "--no-nar",
         action="store_true",
         help="let the codec alone make the sound: faster, at 16 kHz, and less like the voice",
@@ -102,14 +109,14 @@ def add_commands(commands: Any) -> None:
     convert.set_defaults(run=run_convert_voice, parser=convert)
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="OUT",
-        help="audio file to write: .wav, .flac, .ogg or .mp3",
+        help=f"audio file to write: .wav, .flac, .ogg or .mp3{more}",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
@@ -135,7 +142,8 @@ def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_speak(args: argparse.Namespace) -> int:
     """`speak TEXT -o OUT`; returns the exit status."""
-    check_output(args)
+    if str(args.output) != "-":
+        check_output(args)
     if args.reference_text is not None and args.reference_audio is None:
         usage_error(args, "argument --reference-text: goes with --reference-audio")
     text = args.text if args.text_file is None else _read_text(args.text_file)
@@ -152,9 +160,13 @@ def run_speak(args: argparse.Namespace) -> int:
         if args.voice is not None:
             options["voice"] = _saved_voice(args.voice)
         first_audio_s = None
-        with audio_output(args.output) as output:
-            for chunk in speaker.stream(text, **options):
-                output.write(chunk["audio"], chunk["sampling_rate"])
+        with audio_output(args.output) as output, closing(speaker.stream(text, not args.stream, **options)) as chunks:
+            for chunk in chunks:
+                try:
+                    output.write(chunk["audio"], chunk["sampling_rate"])
+                except BrokenPipeError:  # the player was closed
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    return 0
                 first_audio_s = first_audio_s or chunk["elapsed_s"]
     _report(args, speaker, output, f"first audio after {first_audio_s:.2f} s", chunk["elapsed_s"])
     return 0
@@ -212,12 +224,26 @@ def load_speaker(args: argparse.Namespace) -> FlexiCodecTTSPipeline:
 
 @contextmanager
 def audio_output(path: Path) -> Iterator[AudioWriter]:
-    """A writer of a file that becomes `path` when it is complete."""
-    with atomic_file(path) as temporary:
-        with AudioWriter(temporary) as writer:
+    """A writer of a file that becomes `path` when it is complete, or of standard output."""
+    with nullcontext(path) if str(path) == "-" else atomic_file(path) as temporary:
+        with (WaveStream if str(path) == "-" else AudioWriter)(temporary) as writer:
             yield writer
         if not writer.num_samples:
             raise CommandError("the model generated no speech: try another --seed, or a longer text.")
+
+
+class WaveStream(AudioWriter):
+    """Standard output as a WAV file of 16 bits and unknown length, which players read as it comes."""
+
+    def write(self, waveform: np.ndarray, sampling_rate: int) -> None:
+        output, unknown = sys.stdout.buffer, 0xFFFFFFFF
+        if not self.sampling_rate:
+            self.sampling_rate = sampling_rate
+            form = struct.pack("<HHIIHH", 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
+            output.write(struct.pack("<4sI8sI16s4sI", b"RIFF", unknown, b"WAVEfmt ", 16, form, b"data", unknown))
+        output.write((waveform.clip(-1, 1) * 32_767).astype("<i2").tobytes())
+        output.flush()
+        self.num_samples += len(waveform)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -242,7 +268,9 @@ def _read_text(path: Path) -> str:
 def _report(
     args: argparse.Namespace, speaker: FlexiCodecTTSPipeline, output: AudioWriter, what: str, elapsed_s: float
 ) -> None:
+    name, file = ("standard output", sys.stderr) if str(args.output) == "-" else (args.output, sys.stdout)
     tqdm.write(
-        f"{args.output}: {output.seconds:.2f} s of speech at {output.sampling_rate} Hz; {what}; real-time factor "
-        f"{elapsed_s / output.seconds:.3f} on {speaker.device.type}"
+        f"{name}: {output.seconds:.2f} s of speech at {output.sampling_rate} Hz; {what}; real-time factor "
+        f"{elapsed_s / output.seconds:.3f} on {speaker.device.type}",
+        file=file,
     )
