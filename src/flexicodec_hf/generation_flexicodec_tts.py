@@ -466,9 +466,10 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
                 generators = [generators[row] for row in rows.tolist()]
                 decoded = self._decode_with_voicebox(*spoken[:2], voices, generators, settings, chunk_length_s)
             else:
-                decoded = self.codec.decode(
-                    *(tensor.to(self.codec.device) for tensor in spoken), chunk_length_s=chunk_length_s
-                )
+                # Not `decode`, which refuses tokens of 0 and 9 frames. The duration head of the released
+                # model has classes for them.
+                tokens = (tensor.to(self.codec.device) for tensor in spoken)
+                decoded = self.codec._decode_tokens(*tokens, chunk_length_s=chunk_length_s)
             audio, padding_mask = decoded.audio_values.float(), decoded.padding_mask
         if len(rows) < len(codes):
             logger.warning(f"No speech was generated for {len(codes) - len(rows)} of {len(codes)} items.")

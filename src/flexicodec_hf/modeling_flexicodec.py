@@ -1212,13 +1212,25 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         if num_frames is None and token_lengths is None and audio_codes_mask is None:
             num_frames = tokens.shape[-1]
         token_lengths, token_mask = _check_tokens(self.config, tokens, token_lengths, audio_codes_mask, num_frames)
-        if audio_codes is not None:
-            codes = audio_codes.long() * token_mask[:, None]
+        return self._decode_tokens(tokens, token_lengths, token_mask, num_frames, chunk_length_s, chunk_context_s)
+
+    def _decode_tokens(
+        self,
+        tokens: Tensor,
+        token_lengths: Tensor,
+        token_mask: Tensor,
+        num_frames: int | None = None,
+        chunk_length_s: float | None = None,
+        chunk_context_s: float = 5.0,
+    ) -> FlexiCodecDecoderOutput:
+        """Decode codes or latents, of tokens of any number of frames: a text model may predict 0, or 9."""
+        if tokens.is_floating_point():
+            vectors = tokens.transpose(1, 2)
+        else:
+            codes = tokens.long() * token_mask[:, None]
             vectors = self.semantic_quantizer.from_codes(codes[:, 0], token_mask)
             if codes.shape[1] > 1:
                 vectors = vectors + self.acoustic_quantizer.from_codes(codes[:, 1:])
-        else:
-            vectors = tokens.transpose(1, 2)
         lengths = token_lengths.sum(dim=1)
         frames = repeat_by_token(vectors, token_lengths, int(lengths.max()) if num_frames is None else num_frames)
         audio_values = self._decode_frames(frames, lengths, _chunk(self.config, chunk_length_s, chunk_context_s))
