@@ -81,7 +81,9 @@ def test_all_entry_points_speak_the_same(tts, tts_repository, device, tmp_path):
     np.testing.assert_array_equal(ours["audio"], generated[0, 0].cpu())
     np.testing.assert_array_equal(ours["audio"], stock(TEXT, generate_kwargs=options)["audio"])
 
-    streamed = list(tts.stream(TEXT, whole_pieces=True, seed=3, merging_threshold=0.86, voice="ben", generate_kwargs=FAST))
+    streamed = list(
+        tts.stream(TEXT, whole_pieces=True, seed=3, merging_threshold=0.86, voice="ben", generate_kwargs=FAST)
+    )
     np.testing.assert_array_equal(ours["audio"], np.concatenate([chunk["audio"] for chunk in streamed]))
 
     # The command line has no --max-new-tokens: a token for a letter or so.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypedDict
@@ -220,7 +220,7 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
 
     def stream(
         self, text: Any, whole_pieces: bool = False, streamer_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Iterator[SpeechChunk]:
+    ) -> Generator[SpeechChunk, None, None]:
         """
         Speak one text and yield its audio while it is generated.
 
@@ -290,7 +290,9 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
             voice = None
             for item in self.preprocess(text, **preprocess_params):
                 streamer.begin(item["text"])
-                piece = self.forward({**item, **_given(voice=voice)}, generate_kwargs=generate_kwargs, **forward_params)
+                piece = self.forward(
+                    {**item, **_given(voice=voice)}, generate_kwargs=generate_kwargs, **forward_params
+                )
                 if streamer.closed:
                     return
                 if invents_voice and voice is None and not item["is_last"]:

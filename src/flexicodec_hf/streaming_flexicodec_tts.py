@@ -77,7 +77,7 @@ class FlexiCodecAudioStreamer(BaseStreamer):
     ```
     """
 
-    sampling_rate: int | None = None
+    sampling_rate = 0
 
     def __init__(
         self,
@@ -149,7 +149,9 @@ class FlexiCodecAudioStreamer(BaseStreamer):
         """The next chunk, or `None` at the end."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._chunks or self._ended or self.closed, self.timeout):
-                raise TimeoutError(f"No audio came within {self.timeout} s: raise `timeout`, or see why it takes long.")
+                raise TimeoutError(
+                    f"No audio came within {self.timeout} s: raise `timeout`, or see why it takes long."
+                )
             if self._chunks:
                 self._changed.notify_all()
                 return self._chunks.popleft()
@@ -283,7 +285,8 @@ class SpeechStream(DurationStreamer):
         codec = self.model.codec
         first = self._token_at(self.starts[self._spoken] - self._num_context)
         codes, token_lengths = (tensor.to(codec.device) for tensor in self.tokens(first, known))
-        return self.starts[first], codec.decode(codes[:, None], token_lengths).audio_values[0, 0]
+        mask = torch.ones_like(codes, dtype=torch.bool)
+        return self.starts[first], codec._decode_tokens(codes[:, None], token_lengths, mask).audio_values[0, 0]
 
     def _run_voicebox(self, num_frames: int, known: int) -> tuple[int, Tensor]:
         """As `_run_codec`. The mel of the next `num_frames` is kept, the rest is only their context."""
@@ -315,8 +318,8 @@ class SpeechStream(DurationStreamer):
         factor = self.model.voicebox.config.upsample_factor
         spoken = _frame_codes(*self.tokens(0, self._spoken))
         codes, mels = [spoken[-self._num_context :]], [self._mel[-self._num_context * factor :].cpu()]
-        if self.voice is not None:
-            of_voice, mel = _frame_codes(*self.voice.tokens_at(threshold)), self.voice.mel
+        if self.voice is not None and (mel := self.voice.mel) is not None:
+            of_voice = _frame_codes(*self.voice.tokens_at(threshold))
             num_frames = min(len(of_voice), len(mel) // factor)
             codes.insert(0, of_voice[:num_frames])
             mels.insert(0, mel[: num_frames * factor])

@@ -160,14 +160,17 @@ def run_speak(args: argparse.Namespace) -> int:
         if args.voice is not None:
             options["voice"] = _saved_voice(args.voice)
         first_audio_s = None
-        with audio_output(args.output) as output, closing(speaker.stream(text, not args.stream, **options)) as chunks:
-            for chunk in chunks:
-                try:
+        try:
+            with (
+                audio_output(args.output) as output,
+                closing(speaker.stream(text, whole_pieces=not args.stream, **options)) as chunks,
+            ):
+                for chunk in chunks:
                     output.write(chunk["audio"], chunk["sampling_rate"])
-                except BrokenPipeError:  # the player was closed
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                    return 0
-                first_audio_s = first_audio_s or chunk["elapsed_s"]
+                    first_audio_s = first_audio_s or chunk["elapsed_s"]
+        except BrokenPipeError:  # the player was closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
     _report(args, speaker, output, f"first audio after {first_audio_s:.2f} s", chunk["elapsed_s"])
     return 0
 
