@@ -27,7 +27,7 @@ def run(tts_repository, device, capsys):
 
     def run(*args: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        words = [*map(str, args), "--num-inference-steps", "1", "--seed", "0", "--device", device]
+        words = [args[0], "--num-inference-steps", "1", *map(str, args[1:]), "--seed", "0", "--device", device]
         words += [] if "--model" in words else ["--model", str(tts_repository)]
         status = main(words)
         output, errors = capsys.readouterr()
@@ -119,6 +119,7 @@ def test_speak_options_reach_the_model(run, tts, tmp_path):
     speech = tts(TEXT, seed=0, language="zh", merging_threshold=0.86, generate_kwargs=generate_kwargs)
     assert speech["sampling_rate"] == soundfile.info(tmp_path / "a.wav").samplerate == 16_000
     assert_says(tmp_path / "a.wav", speech["audio"])
+    assert run("speak", TEXT, "-o", tmp_path / "b.wav", "--preset", "fast", "--num-inference-steps", 5)[0] == 0
 
 
 def test_convert_voice(run, tts, clip, device, tmp_path):

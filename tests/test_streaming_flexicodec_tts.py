@@ -285,15 +285,14 @@ def test_settings_are_checked(options, message):
 
 
 def test_nothing_said_is_an_empty_stream(model, processor):
-    model.generation_config.min_new_tokens, kept = 0, model.generation_config.min_new_tokens
     end = model.config.ar_config.end_token_id
-    only_end = [
-        lambda ids, scores: torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(end).to(scores.device), 0)
-    ]
-    chunks, output = stream(
-        model, processor(TEXT), FlexiCodecAudioStreamer(), min_new_tokens=0, logits_processor=[only_end]
-    )
-    model.generation_config.min_new_tokens = kept
+
+    def only_end(input_ids, scores):
+        is_end = torch.arange(scores.shape[1], device=scores.device) == end
+        return torch.zeros_like(scores).masked_fill(~is_end, -torch.inf)
+
+    streamer = FlexiCodecAudioStreamer()
+    chunks, output = stream(model, processor(TEXT), streamer, min_new_tokens=0, logits_processor=[only_end])
     assert chunks == [] and output["audio"].shape == (1, 1, 0) and output["audio_codes"].shape == (1, 1, 0)
 
 

@@ -32,7 +32,11 @@ TTS_DEFAULTS = {
     "num_inference_steps": 15,
     "guidance_scale": 2.0,
     "guidance_rescale": 0.75,
+    "guidance_interval": (0.0, 1.0),
+    "time_grid": "uniform",
 }
+# Settings of the flow by name: `preset`.
+FLOW_PRESETS: dict[str, dict[str, Any]] = {"fast": {"num_inference_steps": 7, "time_grid": "epss"}}
 
 # Context on each side of a chunk of long speech, and the cross-fade from one chunk to the next, in
 # seconds.
@@ -54,6 +58,13 @@ class FlexiCodecFlowKwargs(TypedDict, total=False):
         guidance_rescale (`float`, *optional*, defaults to 0.75):
             How far the guided velocity keeps the standard deviation of the conditional one, from 0
             to 1.
+        guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+            Times of the flow with guidance, from 0 (noise) to 1 (speech).
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            Where the steps of the flow lie: `"uniform"`, `"sway"` or `"epss"`, see
+            [`~FlexiCodecVoiceboxModel.sample`].
+        preset (`str`, *optional*):
+            `"fast"` for 7 steps of the grid `"epss"`. Settings beside it win.
         seed (`int` or `list[int]`, *optional*):
             Makes the call repeatable. With one seed, every item is spoken as it would be alone with
             that seed; with a list, each item has its own. Without `seed` and `generator`, torch's
@@ -66,6 +77,9 @@ class FlexiCodecFlowKwargs(TypedDict, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     guidance_rescale: float | None
+    guidance_interval: tuple[float, float] | None
+    time_grid: str | None
+    preset: str | None
     seed: int | list[int] | None
     generator: torch.Generator | list[torch.Generator] | None
 
@@ -424,9 +438,11 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         )
 
     def _prepare_settings(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
+        self, generation_config: GenerationConfig | None, preset: str | None = None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """The settings of a call, and its arguments that are no settings. `None` means the default."""
+        if preset is not None and preset not in FLOW_PRESETS:
+            raise ValueError(f"`preset`={preset!r} is not known: there is {list(FLOW_PRESETS)}.")
         threshold = kwargs.get("merging_threshold")
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float, type(None))):
             raise TypeError(f"`merging_threshold` must be a number, got {threshold!r} ({type(threshold).__name__}).")
@@ -436,6 +452,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             for name, value in source.items():
                 if getattr(settings, name, None) is None:
                     setattr(settings, name, value)
+        settings.update(**FLOW_PRESETS.get(preset or "", {}))
         unused = settings.update(**{name: value for name, value in kwargs.items() if value is not None})
         return settings, unused
 
@@ -590,7 +607,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
     @staticmethod
     def _flow_settings(settings: GenerationConfig) -> dict[str, Any]:
         """What `sample` of the Voicebox takes."""
-        names = ("num_inference_steps", "guidance_scale", "guidance_rescale")
+        names = ("num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval", "time_grid")
         return {name: getattr(settings, name) for name in names}
 
     def _voicebox_prompt(self, voices: list[FlexiCodecVoice], merging_threshold: float) -> dict[str, Tensor]:
