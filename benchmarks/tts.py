@@ -1,7 +1,7 @@
 """Text to speech while it is generated, at full size with random weights: time to first audio, real-time
 factor, and gaps, as percentiles over sentences.
 
-    python benchmarks/tts.py [--modes codec voicebox] [--dtype bfloat16] [--sentences 5]
+    python benchmarks/tts.py [--modes codec voicebox fast] [--dtype int8] [--sentences 5]
 
 A listener starts to play at the first chunk; a gap is the longest time for which there is nothing
 to play. Random weights neither end nor know durations: sentences have 8.3 tokens a second, of one
@@ -24,7 +24,13 @@ from flexicodec_hf import (
 
 
 THRESHOLD = 0.91
-MODES = {"codec": {"use_nar": False}, "voicebox": {}}
+MODES = {
+    "codec": {"use_nar": False},
+    "voicebox": {},
+    "fast": {"preset": "fast"},
+    # What a distilled Voicebox takes.
+    "distilled": {"num_inference_steps": 4, "guidance_scale": 0.0},
+}
 
 
 def build(dtype: torch.dtype) -> FlexiCodecForTextToSpeech:
@@ -70,12 +76,14 @@ def listen(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="bfloat16")
     parser.add_argument("--sentences", type=int, default=5, help="their lengths are spread from 2 to 10 seconds")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = optimize_for_cpu(build(getattr(torch, arguments.dtype)))
+    is_int8 = arguments.dtype == "int8"
+    model = build(torch.bfloat16 if is_int8 else getattr(torch, arguments.dtype))
+    optimize_for_cpu(model, dtype="int8" if is_int8 else None)
     for mode in arguments.modes:
         listen(model, 2, **MODES[mode])  # warms up
     lengths = torch.linspace(2, 10, arguments.sentences).tolist()
