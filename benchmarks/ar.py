@@ -49,7 +49,8 @@ def bytes_per_step(model: FlexiCodecARForConditionalGeneration) -> int:
     """Bytes of the weights that a step reads: the decoder's, less the kept positions, and the two heads'."""
     modules = (model.model.decoder, model.lm_head, model.duration_head)
     weights = [item for module in modules for item in module.named_parameters()]
-    packed = sum(module.packed.nbytes for module in model.modules() if hasattr(module, "packed"))  # int8
+    layers = [layer for module in modules for layer in module.modules()]
+    packed = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "packed"))  # int8
     return packed + sum(weight.nbytes for name, weight in weights if "relative_k_proj" not in name)
 
 

@@ -333,6 +333,9 @@ def test_int8_speech_is_close_and_the_codec_untouched(speakers, golden):
     mels = [model.voicebox.sample(codes, noise=noise, num_inference_steps=4).mel for model in speakers]
     assert 0 < relative(mels[1], mels[0]) < 0.1
 
+    spoken = fast.generate(ids[:1], seed=0, max_new_tokens=5, return_dict_in_generate=True)
+    assert spoken.audio.isfinite().all() and spoken.audio.any()
+
     for part in ("codec", "vocoder"):
         weights = getattr(fast, part).state_dict()
         for name, weight in getattr(plain, part).state_dict().items():

@@ -512,7 +512,9 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
     def _streamed(self, stream: SpeechStream) -> FlexiCodecTTSOutput:
         """What a streamer was given; it ends early when nobody listens any more."""
         audio = torch.cat([torch.zeros(0), *map(torch.from_numpy, stream.chunks)])[None]
-        if not stream.codes:
+        if stream.streamer.closed and not stream.chunks:
+            logger.warning("The streamer was closed before anything was spoken: each call needs a new one.")
+        elif not stream.codes:
             logger.warning("No speech was generated.")
         codes, token_lengths = stream.tokens()
         return FlexiCodecTTSOutput(

@@ -41,7 +41,7 @@ class FlexiCodecAudioStreamer(BaseStreamer):
 
     A chunk is made when its tokens are drawn and a few more, which give it context; it also sees
     what was spoken before. Leaving the loop early ends the generation; an error in `generate` is
-    raised in the loop. Tokens are those of a call without a streamer.
+    raised in the loop. Tokens are those of a call without a streamer. A streamer serves one call.
 
     Args:
         first_chunk_s (`float`, *optional*, defaults to 0.3):
