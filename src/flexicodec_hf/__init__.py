@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .processing_flexicodec_tts import FlexiCodecTTSProcessor
     from .repository_flexicodec_tts import FlexiCodecRepositoryForTextToSpeech, save_repository
     from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
+    from .streaming_flexicodec_tts import FlexiCodecAudioStreamer
     from .voice_flexicodec import FlexiCodecVoice
 
 __version__ = "0.1.0"
@@ -91,6 +92,7 @@ _MODULES = {
         "SpeechChatCollator",
         "SpeechTextCollator",
     ),
+    "streaming_flexicodec_tts": ("FlexiCodecAudioStreamer",),
     "voice_flexicodec": ("FlexiCodecVoice",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
