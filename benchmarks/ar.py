@@ -49,7 +49,9 @@ def bytes_per_step(model: FlexiCodecARForConditionalGeneration) -> int:
     """Bytes of the weights that a step reads: the decoder's, less the kept positions, and the two heads'."""
     modules = (model.model.decoder, model.lm_head, model.duration_head)
     weights = [item for module in modules for item in module.named_parameters()]
-    return sum(weight.nbytes for name, weight in weights if "relative_k_proj" not in name)
+    layers = [layer for module in modules for layer in module.modules()]
+    packed = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "packed"))  # int8
+    return packed + sum(weight.nbytes for name, weight in weights if "relative_k_proj" not in name)
 
 
 def prompt(streams: int) -> dict[str, torch.Tensor]:
@@ -89,7 +91,7 @@ def time_ours(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "int8"], default=["float32", "bfloat16"])
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--tokens", type=int, default=300, help="new tokens of each stream")
     parser.add_argument("--repeats", type=int, default=2, help="calls of ours, of which the fastest counts")
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the step, with the weights laid out for it")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    arguments.dtype.sort(key=lambda name: name == "int8")
     torch.set_num_threads(arguments.threads)
 
     base, expected = None, None
@@ -123,7 +126,10 @@ def main() -> None:
 
     optimize_for_cpu(model)
     for dtype in arguments.dtype:
-        model = model.to(getattr(torch, dtype))
+        if dtype == "int8":
+            model = optimize_for_cpu(model.to(torch.bfloat16), dtype="int8")  # for good: it comes last
+        else:
+            model = model.to(getattr(torch, dtype))
         for streams in arguments.streams:
             speed = bandwidth()
             seconds, tokens = time_ours(

@@ -9,6 +9,7 @@ compared too. On a CPU, ours runs with `optimize_for_cpu`.
 """
 
 import argparse
+import copy
 import tempfile
 import time
 from collections.abc import Callable
@@ -83,8 +84,10 @@ def load(
 
     optimize = optimize_for_cpu if arguments.device == "cpu" else lambda model: model
     if not weights:
-        model = optimize(model_class(model_class.config_class()).eval())
-        return [model.to(arguments.device, getattr(torch, dtype)) for dtype in arguments.dtypes]
+        model = model_class(model_class.config_class()).eval()
+        return [
+            optimize(copy.deepcopy(model).to(arguments.device, getattr(torch, dtype))) for dtype in arguments.dtypes
+        ]
 
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "source.safetensors"), Path(folder, "converted")
@@ -98,6 +101,7 @@ def load(
 
 
 def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
+    from flexicodec_hf import optimize_for_cpu
     from flexicodec_hf.conversion import convert_voicebox
     from flexicodec_hf.modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 
@@ -119,8 +123,12 @@ def time_voicebox(reference: Any, arguments: argparse.Namespace) -> None:
             )
 
         contestants["voicebox reference"] = run_reference
-    models = load(FlexiCodecVoiceboxModel, convert_voicebox, weights, arguments)
-    for model, dtype in zip(models, arguments.dtypes, strict=True):
+    models = dict(
+        zip(arguments.dtypes, load(FlexiCodecVoiceboxModel, convert_voicebox, weights, arguments), strict=True)
+    )
+    if device == "cpu" and "bfloat16" in models:
+        models["int8"] = optimize_for_cpu(copy.deepcopy(models["bfloat16"]), dtype="int8")
+    for dtype, model in models.items():
 
         def run(steps: int, model: Any = model) -> torch.Tensor:
             return model.sample(

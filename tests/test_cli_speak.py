@@ -1,7 +1,9 @@
 """`flexicodec-hf speak` and `convert-voice`."""
 
 import io
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def run(tts_repository, device, capsys):
 
     def run(*args: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        words = [*map(str, args), "--num-inference-steps", "1", "--seed", "0", "--device", device]
+        words = [args[0], "--num-inference-steps", "1", *map(str, args[1:]), "--seed", "0", "--device", device]
         words += [] if "--model" in words else ["--model", str(tts_repository)]
         status = main(words)
         output, errors = capsys.readouterr()
@@ -84,6 +86,32 @@ def test_speak_with_a_voice(run, tts, clip, tmp_path):
     assert said.shape != expected.shape or not np.allclose(said, expected, atol=1e-3)
 
 
+def test_speak_streams_to_a_player(run, tts, tmp_path, monkeypatch):
+    generate_kwargs = {"num_inference_steps": 1}
+    expected = np.concatenate([chunk["audio"] for chunk in tts.stream(LONG, seed=0, generate_kwargs=generate_kwargs)])
+    assert run("speak", LONG, "--stream", "-o", tmp_path / "a.wav")[0] == 0
+    assert_says(tmp_path / "a.wav", expected)
+
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO()))
+    status, _, errors = run("speak", LONG, "--stream", "-o", "-")
+    sound = sys.stdout.buffer.getvalue()
+    assert (status, errors) == (0, "")
+    assert sound[:4] == b"RIFF" and sound[8:16] == b"WAVEfmt " and sound[36:40] == b"data"
+    # Some readers want the length of a file, and find it in the header.
+    whole = sound[:40] + (len(sound) - 44).to_bytes(4, "little") + sound[44:]
+    samples, rate = soundfile.read(io.BytesIO(whole), dtype="float32")
+    assert rate == 24_000
+    np.testing.assert_allclose(samples, expected.clip(-1, 1), atol=2e-3 if torch.cuda.is_available() else 1 / 16_384)
+
+
+def test_speak_ends_when_the_player_is_closed(run, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        assert run("speak", LONG, "--stream", "-o", "-")[::2] == (0, "")
+
+
 def test_speak_options_reach_the_model(run, tts, tmp_path):
     options = ("--temperature", 0.5, "--top-k", 3, "--top-p", 0.9, "--guidance-scale", 1, "--merging-threshold", 0.86)
     assert run("speak", TEXT, "-o", tmp_path / "a.wav", "--language", "zh", "--no-nar", *options)[0] == 0
@@ -91,6 +119,7 @@ def test_speak_options_reach_the_model(run, tts, tmp_path):
     speech = tts(TEXT, seed=0, language="zh", merging_threshold=0.86, generate_kwargs=generate_kwargs)
     assert speech["sampling_rate"] == soundfile.info(tmp_path / "a.wav").samplerate == 16_000
     assert_says(tmp_path / "a.wav", speech["audio"])
+    assert run("speak", TEXT, "-o", tmp_path / "b.wav", "--preset", "fast", "--num-inference-steps", 5)[0] == 0
 
 
 def test_convert_voice(run, tts, clip, device, tmp_path):
@@ -125,7 +154,7 @@ def test_long_recordings_are_converted_in_stretches(run, tmp_path, monkeypatch):
 
 def test_nothing_said_is_an_error(run, tmp_path, monkeypatch):
     nothing = {"audio": np.zeros(0, dtype=np.float32), "sampling_rate": 24_000, "text": TEXT, "elapsed_s": 0.1}
-    monkeypatch.setattr(FlexiCodecTTSPipeline, "stream", lambda *args, **kwargs: iter([nothing]))
+    monkeypatch.setattr(FlexiCodecTTSPipeline, "stream", lambda *args, **kwargs: (one for one in [nothing]))
     status, _, errors = run("speak", TEXT, "-o", tmp_path / "a.wav")
     assert status == 1 and "the model generated no speech: try another --seed" in errors
     assert not list(tmp_path.iterdir())

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import assert_close
-from flexicodec_hf import FlexiCodecModel
-from flexicodec_hf.cpu_flexicodec import optimize_for_cpu
+from flexicodec_hf import FlexiCodecForTextToSpeech, FlexiCodecModel
+from flexicodec_hf.cpu_flexicodec import _Int8Linear, optimize_for_cpu
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +285,78 @@ def test_a_depthwise_convolution_of_other_layouts(device):
     for inputs in (torch.randn(2, 16, 50), torch.randn(16, 50), torch.randn(2, 20, 50)[:, 2:18]):
         expected = conv(inputs.to(device)).detach().cpu()
         assert_close(optimize_for_cpu(copy.deepcopy(conv))(inputs.to(device)), expected, 1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- int8
+
+
+@pytest.fixture(scope="module")
+def speakers(tts_repository):
+    """The tiny text-to-speech system, plain and in int8."""
+    plain = FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts").eval()
+    return plain, optimize_for_cpu(copy.deepcopy(plain), dtype="int8")
+
+
+def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((output - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 50, 64)])
+def test_int8_products_are_close_row_by_row(shape, dtype):
+    linear = nn.Linear(64, 48).to(dtype)
+    rows = torch.randn(shape).to(dtype)
+    rows[..., :1] *= 10
+    expected = linear(rows)
+    output = _Int8Linear(linear)(rows)
+    assert output.dtype == dtype and output.shape == expected.shape
+    assert 1e-4 < relative(output.float(), expected.float()) < 0.03
+    if rows.ndim == 3:  # a large row leaves the others their bits
+        small = _Int8Linear(linear)(rows)[0, 1:]
+        rows[0, 0] *= 1e4
+        assert torch.equal(_Int8Linear(linear)(rows)[0, 1:], small)
+
+
+@torch.no_grad()
+def test_int8_speech_is_close_and_the_codec_untouched(speakers, golden):
+    plain, fast = speakers
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, (2, 9), generator=generator)
+    codes = torch.randint(plain.config.ar_config.speech_vocab_size, (2, 30), generator=generator)
+    inputs = plain.ar.build_inputs(ids, None, codes, torch.ones_like(codes), None, merging_threshold=0.91)
+    expected, output = (model.ar(**inputs) for model in speakers)
+    assert 0 < relative(output.logits, expected.logits) < 0.1
+    assert (output.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean() > 0.8
+
+    noise = torch.randn(2, 30 * plain.voicebox.config.upsample_factor, plain.voicebox.config.num_mel_bins)
+    mels = [model.voicebox.sample(codes, noise=noise, num_inference_steps=4).mel for model in speakers]
+    assert 0 < relative(mels[1], mels[0]) < 0.1
+
+    spoken = fast.generate(ids[:1], seed=0, max_new_tokens=5, return_dict_in_generate=True)
+    assert spoken.audio.isfinite().all() and spoken.audio.any()
+
+    for part in ("codec", "vocoder"):
+        weights = getattr(fast, part).state_dict()
+        for name, weight in getattr(plain, part).state_dict().items():
+            assert torch.equal(weights[name], weight)
+    assert not any(isinstance(module, _Int8Linear) for module in (*fast.codec.modules(), *fast.vocoder.modules()))
+    assert type(fast.ar.duration_head).__base__ is nn.Linear and isinstance(fast.ar.lm_head, _Int8Linear)
+
+
+def test_int8_weights_are_small_and_stay(speakers):
+    _, fast = speakers
+    layers = [module for module in fast.modules() if isinstance(module, _Int8Linear)]
+    assert optimize_for_cpu(fast, dtype="int8") is fast
+    assert [module for module in fast.modules() if isinstance(module, _Int8Linear)] == layers
+    assert not any("weight" in dict(layer.named_parameters()) for layer in layers)
+    assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+def test_int8_models_are_refused_where_they_fail(speakers, codecs, tmp_path):
+    with pytest.raises(ValueError, match="cannot be saved: save it before"):
+        speakers[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="FlexiCodecModel holds neither"):
+        optimize_for_cpu(codecs[0], dtype="int8")
+    with pytest.raises(ValueError, match="`dtype` must be 'int8' or None, got 'float16'"):
+        optimize_for_cpu(codecs[0], dtype="float16")

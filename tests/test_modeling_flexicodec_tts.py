@@ -134,6 +134,22 @@ def test_second_stage_is_voicebox_and_vocoder(model, processor):
     assert output.audio.shape == (1, 1, 1920 * int(output.token_lengths.sum()))
 
 
+def test_a_preset_is_settings_of_the_flow_by_name(model, processor, monkeypatch):
+    calls, sample = [], model.voicebox.sample
+    monkeypatch.setattr(
+        model.voicebox, "sample", lambda *args, **kwargs: calls.append(kwargs) or sample(*args, **kwargs)
+    )
+    inputs = processor("Hello there.")
+    fast = speak(model, inputs, preset="fast")
+    speak(model, inputs, preset="fast", num_inference_steps=5, guidance_interval=(0.1, 1))
+    speak(model, inputs)
+    chosen = [(call["num_inference_steps"], call["time_grid"], tuple(call["guidance_interval"])) for call in calls]
+    assert chosen == [(7, "epss", (0, 1)), (5, "epss", (0.1, 1)), (2, "uniform", (0, 1))]
+    assert_same_speech(fast, speak(model, inputs, num_inference_steps=7, time_grid="epss"))
+    with pytest.raises(ValueError, match=r"`preset`='faster' is not known: there is \['fast'\]"):
+        speak(model, inputs, preset="faster")
+
+
 @pytest.mark.parametrize("use_nar", [True, False])
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_batch_equals_single_items(model, processor, use_nar, do_sample):

@@ -348,6 +348,58 @@ def test_steps_take_the_velocity_at_their_middle(model, prompt):
     assert_close(output.mel - prompt["noise"], torch.ones(1, 20, 16))
 
 
+def test_grids_lie_where_their_papers_put_them(model, prompt):
+    def times(grid, steps):
+        seen = []
+        options = prompt | {"num_inference_steps": steps, "time_grid": grid}
+        model.sample(**options, callback_on_step_end=lambda _model, _step, time, _mel: seen.append(float(time)))
+        ends = [0.0]
+        for middle in seen:
+            ends.append(2 * middle - ends[-1])
+        return torch.tensor(ends)
+
+    assert_close(times("uniform", 4), torch.tensor([0, 0.25, 0.5, 0.75, 1]), atol=1e-6)
+    sway = 1 - torch.cos(torch.linspace(0, torch.pi / 2, 33))
+    assert_close(times("sway", 32), sway, atol=1e-5)
+    assert_close(times("epss", 7), sway[[0, 2, 4, 6, 8, 16, 24, 32]], atol=1e-5)
+    for steps in (5, 6, 10, 12, 16):
+        assert len(times("epss", steps)) == steps + 1
+
+
+def test_all_grids_lead_to_the_same_mel(model, prompt):
+    exact = model.sample(**prompt | {"num_inference_steps": 256, "guidance_scale": 1.0}).mel
+    distances = [
+        (model.sample(**prompt | {"num_inference_steps": 64, "guidance_scale": 1.0, "time_grid": grid}).mel - exact)
+        for grid in ("uniform", "sway")
+    ]
+    assert all(distance.norm() < 0.01 * exact.norm() for distance in distances)
+
+
+def test_guidance_in_an_interval_is_guidance_there_alone(model, prompt):
+    evaluations = []
+    hook = model.norm.register_forward_hook(lambda _module, args, _output: evaluations.append(len(args[0])))
+    options = prompt | {"num_inference_steps": 4}
+
+    def sample(**kwargs):
+        evaluations.clear()
+        return model.sample(**options, **kwargs).mel, sum(evaluations)
+
+    whole, number = sample()
+    assert number == 8
+    assert torch.equal(sample(guidance_interval=(0, 1))[0], whole)
+    none, number = sample(guidance_interval=(0.5, 0.5))
+    assert number == 4
+    assert torch.equal(none, sample(guidance_scale=0)[0])
+    early, number = sample(guidance_interval=(0.0, 0.5))
+    assert number == 6 and not torch.equal(early, whole) and not torch.equal(early, none)
+    steps = []
+    sample(guidance_interval=(0.0, 0.5), callback_on_step_end=lambda *args: steps.append(args[3]["mel"]))
+    guided = []
+    sample(callback_on_step_end=lambda *args: guided.append(args[3]["mel"]))
+    assert torch.equal(steps[1], guided[1]) and not torch.equal(steps[2], guided[2])
+    hook.remove()
+
+
 def test_callback_sees_and_replaces_the_mel(model, prompt):
     seen = []
 
@@ -513,6 +565,9 @@ def test_without_projection(device):
         ({"noise": torch.zeros(1, 19, 16)}, r"`noise` has shape \(1, 19, 16\), expected \(1, 20, 16\)"),
         ({"noise": None, "generator": generators(1, 2)}, "`generator` holds 2 generators for 1 items"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
+        ({"time_grid": "cosine"}, "`time_grid` must be 'uniform', 'sway' or 'epss', got 'cosine'"),
+        ({"time_grid": "epss", "num_inference_steps": 8}, r"has \[5, 6, 7, 10, 12, 16\] steps, got .*=8"),
+        ({"guidance_interval": (0.5, 0.2)}, "`guidance_interval` must be two times"),
     ],
 )
 def test_sample_names_what_is_wrong(model, prompt, device, change, message):

@@ -81,7 +81,9 @@ def test_all_entry_points_speak_the_same(tts, tts_repository, device, tmp_path):
     np.testing.assert_array_equal(ours["audio"], generated[0, 0].cpu())
     np.testing.assert_array_equal(ours["audio"], stock(TEXT, generate_kwargs=options)["audio"])
 
-    streamed = list(tts.stream(TEXT, seed=3, merging_threshold=0.86, voice="ben", generate_kwargs=FAST))
+    streamed = list(
+        tts.stream(TEXT, whole_pieces=True, seed=3, merging_threshold=0.86, voice="ben", generate_kwargs=FAST)
+    )
     np.testing.assert_array_equal(ours["audio"], np.concatenate([chunk["audio"] for chunk in streamed]))
 
     # The command line has no --max-new-tokens: a token for a letter or so.
@@ -114,7 +116,7 @@ def test_long_texts_are_spoken_in_pieces_and_joined(tts):
 def test_stream_yields_each_piece_as_soon_as_it_is_there(tts, calls):
     options = {"seed": 0, "max_piece_length": 48, "generate_kwargs": FAST}
     chunks = []
-    for chunk in tts.stream(LONG, **options):
+    for chunk in tts.stream(LONG, whole_pieces=True, **options):
         chunks.append(chunk)
         assert len(calls) == len(chunks)
     assert [chunk["text"] for chunk in chunks] == PIECES
@@ -171,7 +173,7 @@ def test_a_reference_is_a_voice(tts, tts_repository, device, tmp_path):
     np.testing.assert_array_equal(speak(tts, chat), expected)
     np.testing.assert_array_equal(speak(tts, chat, voice="anna"), expected)
     np.testing.assert_array_equal(speak(tts, chat[1:]), speak(tts))
-    (chunk,) = tts.stream(chat, seed=0, generate_kwargs=FAST)
+    (chunk,) = tts.stream(chat, whole_pieces=True, seed=0, generate_kwargs=FAST)
     assert chunk["text"] == ""
     np.testing.assert_array_equal(chunk["audio"], expected)
 
@@ -204,7 +206,7 @@ def test_each_long_text_has_the_voice_of_its_first_piece(tts, calls, monkeypatch
         calls.clear()
         for speech, expected in zip(tts(together, batch_size=batch_size, **options), alone, strict=True):
             np.testing.assert_allclose(speech["audio"], expected, atol=1e-4)
-    streamed = np.concatenate([chunk["audio"] for chunk in tts.stream(LONG, **options)])
+    streamed = np.concatenate([chunk["audio"] for chunk in tts.stream(LONG, whole_pieces=True, **options)])
     np.testing.assert_array_equal(streamed, alone[0])
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .repository_flexicodec_tts import FlexiCodecRepositoryForTextToSpeech, save_repository
     from .speech_lm import FlexiCodecSpeechVocabulary, SpeechChatCollator, SpeechTextCollator
     from .streaming_flexicodec import decode_blocks, encode_blocks
+    from .streaming_flexicodec_tts import FlexiCodecAudioStreamer
     from .voice_flexicodec import FlexiCodecVoice
 
 __version__ = "0.1.0"
@@ -96,6 +97,7 @@ _MODULES = {
         "decode_blocks",
         "encode_blocks",
     ),
+    "streaming_flexicodec_tts": ("FlexiCodecAudioStreamer",),
     "voice_flexicodec": ("FlexiCodecVoice",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -355,6 +357,20 @@ class AudioWriter:
             self._file.write(waveform)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{self.path}: cannot be written: {error.error_string}") from error
+        self.num_samples += len(waveform)
+
+
+class WaveStream(AudioWriter):
+    """Standard output as a WAV file of 16 bits and unknown length, which players read as it comes."""
+
+    def write(self, waveform: np.ndarray, sampling_rate: int) -> None:
+        output, unknown = sys.stdout.buffer, 0xFFFFFFFF
+        if not self.sampling_rate:
+            self.sampling_rate = sampling_rate
+            form = struct.pack("<HHIIHH", 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
+            output.write(struct.pack("<4sI8sI16s4sI", b"RIFF", unknown, b"WAVEfmt ", 16, form, b"data", unknown))
+        output.write((waveform.clip(-1, 1) * 32_767).astype("<i2").tobytes())
+        output.flush()
         self.num_samples += len(waveform)
 
 

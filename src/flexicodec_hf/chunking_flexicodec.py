@@ -84,9 +84,12 @@ class Crossfader:
         self.fade_length = fade_length
         self._held = np.zeros(0, dtype=np.float32)
 
-    def add(self, waveform: np.ndarray, is_last: bool) -> np.ndarray:
-        """Take the next waveform `(num_samples,)` and return what can be played: all but the end that will fade."""
-        overlap = min(len(self._held), len(waveform))
+    def add(self, waveform: np.ndarray, is_last: bool, continues: bool = False) -> np.ndarray:
+        """Take the next waveform `(num_samples,)` and return what can be played: all but the end that will fade.
+
+        One that continues the waveform before is joined as it is.
+        """
+        overlap = 0 if continues else min(len(self._held), len(waveform))
         before, ending = np.split(self._held, [len(self._held) - overlap])
         ramp = fade_in(overlap).numpy()
         joint = ending * (1 - ramp) + waveform[:overlap] * ramp

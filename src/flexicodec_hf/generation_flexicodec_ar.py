@@ -49,6 +49,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .compatibility_flexicodec import CACHE
@@ -95,6 +96,16 @@ class FlexiCodecGenerateOutput(GenerateDecoderOnlyOutput):
     duration_logits: tuple[Tensor, ...] | None = None
 
 
+class DurationStreamer(BaseStreamer):
+    """A streamer that takes durations, too."""
+
+    def put_durations(self, value: Tensor) -> None:
+        """
+        Called when the model has read a token, with its duration in codec frames `(batch_size,)`.
+        """
+        raise NotImplementedError
+
+
 @dataclass
 class RowSampler:
     """
@@ -137,6 +148,7 @@ class DurationSampler:
         processors: Temperature and top-k of the durations.
         row_sampler: Draws with generators; without one, PyTorch's global generator is used.
         keeps_scores: Whether `logits` and `scores` are filled.
+        streamer: Takes what is picked.
         logits, scores: What was picked from, before and after processing, one entry for each pick.
         model_kwargs: The keyword arguments of the loop after its last step, which the loop does not
             return.
@@ -147,6 +159,7 @@ class DurationSampler:
     processors: LogitsProcessorList
     row_sampler: RowSampler | None
     keeps_scores: bool = False
+    streamer: DurationStreamer | None = None
     logits: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -264,6 +277,8 @@ class DurationMixin(GenerationMixin):
             kwargs["token_lengths"] = torch.zeros_like(input_ids)
         row_sampler = None if generator is None else RowSampler(generator)
         sampler = DurationSampler.from_config(config, input_ids.shape[1], row_sampler)
+        if isinstance(kwargs.get("streamer"), DurationStreamer):
+            sampler.streamer = kwargs["streamer"]
         output = super().generate(inputs, config, duration_sampler=sampler, **kwargs)
         return self._add_durations(output, sampler) if isinstance(output, ModelOutput) else output
 
@@ -307,10 +322,16 @@ class DurationMixin(GenerationMixin):
         model_inputs = self.prepare_inputs_for_generation(
             output.sequences, next_sequence_length=step, **sampler.model_kwargs
         )
-        durations = sampler.pick(self(**model_inputs).duration_logits[:, -1]) + self.duration_offset
+        durations = self._pick_durations(sampler, self(**model_inputs))
         cache = getattr(output, CACHE)
         if cache is not None and not cache.is_compileable:
             cache.crop(-1)
+        return durations
+
+    def _pick_durations(self, sampler: DurationSampler, outputs: ModelOutput) -> Tensor:
+        durations = sampler.pick(outputs.duration_logits[:, -1]) + self.duration_offset
+        if sampler.streamer is not None:
+            sampler.streamer.put_durations(durations.cpu())
         return durations
 
     def prepare_inputs_for_generation(
@@ -339,7 +360,7 @@ class DurationMixin(GenerationMixin):
         # The token just read gets its duration. The prompt brings its own.
         sampler, token_lengths = model_kwargs["duration_sampler"], model_kwargs["token_lengths"]
         if token_lengths.shape[1] > sampler.prompt_length:
-            durations = sampler.pick(outputs.duration_logits[:, -1]).to(token_lengths) + self.duration_offset
+            durations = self._pick_durations(sampler, outputs).to(token_lengths)
             token_lengths = torch.cat([token_lengths[:, :-1], durations[:, None]], dim=1)
         model_kwargs["token_lengths"] = F.pad(token_lengths, (0, 1), value=_UNKNOWN)
         sampler.model_kwargs = model_kwargs

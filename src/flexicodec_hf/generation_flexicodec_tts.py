@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -21,6 +22,7 @@ from transformers.utils import ModelOutput, logging
 
 from .chunking_flexicodec import Chunk, run_in_windows
 from .modeling_flexicodec import frame_to_token
+from .streaming_flexicodec_tts import ConsumerGone, FlexiCodecAudioStreamer, SpeechStream, ends_streamer
 from .voice_flexicodec import FlexiCodecVoice
 
 
@@ -33,7 +35,11 @@ TTS_DEFAULTS = {
     "num_inference_steps": 15,
     "guidance_scale": 2.0,
     "guidance_rescale": 0.75,
+    "guidance_interval": (0.0, 1.0),
+    "time_grid": "uniform",
 }
+# Settings of the flow by name: `preset`.
+FLOW_PRESETS: dict[str, dict[str, Any]] = {"fast": {"num_inference_steps": 7, "time_grid": "epss"}}
 
 # Settings whose wrong values transformers does not refuse.
 _RANGES: dict[str, tuple[Any, float, float]] = {
@@ -67,6 +73,13 @@ class FlexiCodecFlowKwargs(TypedDict, total=False):
         guidance_rescale (`float`, *optional*, defaults to 0.75):
             How far the guided velocity keeps the standard deviation of the conditional one, from 0
             to 1.
+        guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+            Times of the flow with guidance, from 0 (noise) to 1 (speech).
+        time_grid (`str`, *optional*, defaults to `"uniform"`):
+            Where the steps of the flow lie: `"uniform"`, `"sway"` or `"epss"`, see
+            [`~FlexiCodecVoiceboxModel.sample`].
+        preset (`str`, *optional*):
+            `"fast"` for 7 steps of the grid `"epss"`. Settings beside it win.
         seed (`int` or `list[int]`, *optional*):
             Makes the call repeatable. With one seed, every item is spoken as it would be alone with
             that seed; with a list, each item has its own. Without `seed` and `generator`, torch's
@@ -79,6 +92,9 @@ class FlexiCodecFlowKwargs(TypedDict, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     guidance_rescale: float | None
+    guidance_interval: tuple[float, float] | None
+    time_grid: str | None
+    preset: str | None
     seed: int | list[int] | None
     generator: torch.Generator | list[torch.Generator] | None
 
@@ -121,6 +137,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
     # ******** FlexiCodec specific ********
     # Overrides `GenerationMixin.generate`: the autoregressive model has the stock loop; here its
     # tokens become speech.
+    @ends_streamer
     @torch.no_grad()
     def generate(
         self,
@@ -179,14 +196,16 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
                 and those of the autoregressive model: `do_sample, temperature, top_k,
                 max_new_tokens, duration_temperature, duration_top_k, min_token_text_ratio,
                 max_token_text_ratio, num_return_sequences, logits_processor, stopping_criteria,
-                streamer`, ...; see [`FlexiCodecARForConditionalGeneration.generate`].
+                streamer`, ...; see [`FlexiCodecARForConditionalGeneration.generate`]. A `streamer`
+                that is a [`FlexiCodecAudioStreamer`] gets the speech of one text, other streamers
+                get tokens.
 
         Returns:
             [`FlexiCodecTTSOutput`] with `return_dict_in_generate=True`, else its `audio`.
 
         Raises:
-            ValueError: There is no text, a voice or threshold is unknown, or tensors do not fit
-                each other.
+            ValueError: There is no text, a voice or threshold is unknown, tensors do not fit each
+                other, or there are several texts to stream.
         """
         # 1. Check inputs
         references = {
@@ -240,12 +259,24 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         ar_settings = copy.deepcopy(settings)
         ar_settings.update(return_dict_in_generate=True)
         ar_settings.guidance_scale = None  # the stock loop would guide the language model with it
-        output = self.ar.generate(
-            **{name: tensor.to(self.ar.device) for name, tensor in inputs.items()},
-            generation_config=ar_settings,
-            generator=token_generators,
-            **kwargs,
-        )
+        inputs = {name: tensor.to(self.ar.device) for name, tensor in inputs.items()}
+        arguments = {"generation_config": ar_settings, "generator": token_generators, **kwargs}
+        if isinstance(kwargs.get("streamer"), FlexiCodecAudioStreamer):
+            if batch_size * num_return_sequences > 1:
+                raise ValueError(
+                    f"A FlexiCodecAudioStreamer takes the speech of one text, got {batch_size} texts, each "
+                    f"{num_return_sequences} times: call `generate` for each, in threads of their own."
+                )
+            voice = None if voices is None else voices[0]
+            arguments["streamer"] = stream = SpeechStream(
+                self, kwargs["streamer"], voice, noise_generators[0], settings, self._uses_nar(use_nar)
+            )
+            with suppress(ConsumerGone):
+                self.ar.generate(**inputs, **arguments)
+                stream.finish()
+            speech = self._streamed(stream)
+            return speech if settings.return_dict_in_generate else speech["audio"]
+        output = self.ar.generate(**inputs, **arguments)
         start = inputs["input_ids"].shape[1]
         codes, token_lengths = output.sequences[:, start:], output.token_lengths[:, start:]
         mask = codes < ar_config.speech_vocab_size
@@ -442,12 +473,14 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         )
 
     def _prepare_settings(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
+        self, generation_config: GenerationConfig | None, preset: str | None = None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """The settings of a call, and its arguments that are no settings. `None` means the default."""
         if not isinstance(generation_config, GenerationConfig | None):
             raise TypeError(f"`generation_config` must be a GenerationConfig, got {type(generation_config).__name__}.")
         _check_settings(kwargs)
+        if preset is not None and preset not in FLOW_PRESETS:
+            raise ValueError(f"`preset`={preset!r} is not known: there is {list(FLOW_PRESETS)}.")
         threshold = kwargs.get("merging_threshold")
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float, type(None))):
             raise TypeError(f"`merging_threshold` must be a number, got {threshold!r} ({type(threshold).__name__}).")
@@ -457,6 +490,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             for name, value in source.items():
                 if getattr(settings, name, None) is None:
                     setattr(settings, name, value)
+        settings.update(**FLOW_PRESETS.get(preset or "", {}))
         unused = settings.update(**{name: value for name, value in kwargs.items() if value is not None})
         return settings, unused
 
@@ -475,10 +509,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         Speech of tokens `(batch_size, num_quantizers, num_tokens)`; an item without frames gets no
         samples.
         """
-        if use_nar is None:
-            use_nar = self.voicebox is not None
-        if use_nar and self.voicebox is None:
-            raise ValueError("This model has no Voicebox: pass `use_nar=False`, and the codec decodes the tokens.")
+        use_nar = self._uses_nar(use_nar)
         token_lengths = token_lengths * mask
         is_spoken = token_lengths.sum(dim=1) > 0
         rows = is_spoken.nonzero()[:, 0]
@@ -511,6 +542,28 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             sampling_rate=torch.full((len(codes),), sampling_rate),
         )
 
+    def _uses_nar(self, use_nar: bool | None) -> bool:
+        if use_nar and self.voicebox is None:
+            raise ValueError("This model has no Voicebox: pass `use_nar=False`, and the codec decodes the tokens.")
+        return self.voicebox is not None if use_nar is None else use_nar
+
+    def _streamed(self, stream: SpeechStream) -> FlexiCodecTTSOutput:
+        """What a streamer was given; it ends early when nobody listens any more."""
+        audio = torch.cat([torch.zeros(0), *map(torch.from_numpy, stream.chunks)])[None]
+        if stream.streamer.closed and not stream.chunks:
+            logger.warning("The streamer was closed before anything was spoken: each call needs a new one.")
+        elif not stream.codes:
+            logger.warning("No speech was generated.")
+        codes, token_lengths = stream.tokens()
+        return FlexiCodecTTSOutput(
+            audio=audio[None],
+            padding_mask=torch.ones_like(audio, dtype=torch.bool),
+            audio_codes=codes[:, None],
+            token_lengths=token_lengths,
+            audio_codes_mask=torch.ones_like(codes, dtype=torch.bool),
+            sampling_rate=torch.tensor([stream.streamer.sampling_rate]),
+        )
+
     def _decode_with_voicebox(
         self,
         codes: Tensor,
@@ -520,11 +573,14 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         settings: GenerationConfig,
         chunk_length_s: float | None,
     ) -> ModelOutput:
+        mel, mel_mask = self._sample_mel(codes[:, 0], token_lengths, voices, generators, settings, chunk_length_s)
+        return self._mel_to_audio(mel, mel_mask, chunk_length_s)
+
+    def _mel_to_audio(self, mel: Tensor, mel_mask: Tensor, chunk_length_s: float | None = None) -> ModelOutput:
         """
         `audio_values` and `padding_mask`, from the vocoder or, if the Voicebox predicts latents,
         from the codec.
         """
-        mel, mel_mask = self._sample_mel(codes[:, 0], token_lengths, voices, generators, settings, chunk_length_s)
         # CODEPATH: released models predict mel spectrograms; those of examples/train_voicebox.py
         # may predict latents.
         if self.voicebox.config.predicts_latent:
@@ -564,9 +620,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
                 frame_codes[rows, window],
                 has_frame[rows, window].long(),
                 **{name: tensor[rows] for name, tensor in prompt.items()},
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                guidance_rescale=settings.guidance_rescale,
+                **self._flow_settings(settings),
                 noise=noise[rows, window.start * factor : window.stop * factor],
             ).mel
 
@@ -589,6 +643,12 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         if chunk.size <= fade_length:
             raise ValueError(f"`chunk_length_s` must be more than {_CHUNK_FADE_S} seconds, got {chunk_length_s}.")
         return chunk, fade_length
+
+    @staticmethod
+    def _flow_settings(settings: GenerationConfig) -> dict[str, Any]:
+        """What `sample` of the Voicebox takes."""
+        names = ("num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval", "time_grid")
+        return {name: getattr(settings, name) for name in names}
 
     def _voicebox_prompt(self, voices: list[FlexiCodecVoice], merging_threshold: float) -> dict[str, Tensor]:
         num_bins = self.voicebox.config.num_mel_bins

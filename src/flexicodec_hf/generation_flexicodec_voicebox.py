@@ -7,6 +7,7 @@ checks of arguments that `forward` shares.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ class FlexiCodecVoiceboxGenerationMixin:
         num_inference_steps: int = 15,
         guidance_scale: float = 2.0,
         guidance_rescale: float = 0.75,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        time_grid: str = "uniform",
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: Tensor | None = None,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
@@ -92,6 +95,14 @@ class FlexiCodecVoiceboxGenerationMixin:
             guidance_rescale (`float`, *optional*, defaults to 0.75):
                 How far the guided velocity is brought back to the standard deviation of the
                 conditional one, 0 to 1 (arXiv 2305.08891).
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+                Times of the flow with guidance, from 0 (noise) to 1 (mel). A step outside costs
+                half (arXiv 2404.07724).
+            time_grid (`str`, *optional*, defaults to `"uniform"`):
+                Where the steps lie. `"uniform"`: all of one length, as in the reference. `"sway"`:
+                short at the start, where speech takes shape (sway sampling, arXiv 2410.06885,
+                with s = -1). `"epss"`: 5, 6, 7, 10, 12 or 16 of 32 such steps, with the late ones
+                joined (EPSS, arXiv 2505.19931).
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the noise, see [`~FlexiCodecVoiceboxModel.draw_noise`].
             noise (`torch.FloatTensor` of shape `(batch_size, num_frames, num_mel_bins)`, *optional*):
@@ -129,7 +140,8 @@ class FlexiCodecVoiceboxGenerationMixin:
             raise ValueError(
                 f"`noise` has shape {tuple(noise.shape)}, expected {(*codes.shape, self.config.num_mel_bins)}."
             )
-        times = _time_grid(num_inference_steps, self.device)
+        times = _time_grid(time_grid, num_inference_steps, self.device)
+        with_guidance = _guided_steps(times, guidance_interval)
 
         # 3. The flow, in float32 whatever the model computes in: steps are small compared to values
         mel = noise.to(self.device, torch.float32)
@@ -138,7 +150,7 @@ class FlexiCodecVoiceboxGenerationMixin:
             # Euler steps with the velocity at the middle of their time, as in the reference:
             # flexicodec 0.1.2, nar_tts/voicebox_models.py, lines 309 to 333.
             timestep = (start + end) / 2
-            mel = mel + (end - start) * velocity(mel, timestep)
+            mel = mel + (end - start) * velocity(mel, timestep, with_guidance[step])
             if callback_on_step_end is not None:
                 mel = (callback_on_step_end(self, step, timestep, {"mel": mel}) or {}).get("mel", mel)
         return FlexiCodecVoiceboxSampleOutput(mel=self._denormalize(mel) * mask[..., None], mel_mask=mask)
@@ -218,14 +230,43 @@ class FlexiCodecVoiceboxGenerationMixin:
         return latent * latent.new_tensor(self.config.latent_std) + latent.new_tensor(self.config.latent_mean)
 
 
-def _time_grid(num_steps: int, device: torch.device) -> Tensor:
+# Of 32 steps, the ends of those that EPSS keeps, by the number of its steps (arXiv 2505.19931, as in
+# F5-TTS 1.1).
+_EPSS_GRIDS = {
+    5: (0, 2, 4, 8, 16, 32),
+    6: (0, 2, 4, 6, 8, 16, 32),
+    7: (0, 2, 4, 6, 8, 16, 24, 32),
+    10: (0, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32),
+    12: (0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32),
+    16: (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32),
+}
+
+
+def _time_grid(name: str, num_steps: int, device: torch.device) -> Tensor:
     """
-    Times `(num_steps + 1,)` from 0 (noise) to 1 (mel) between which the steps of the flow lie, all
-    of one length.
+    Times `(num_steps + 1,)` from 0 (noise) to 1 (mel) between which the steps of the flow lie.
     """
+    if name not in ("uniform", "sway", "epss"):
+        raise ValueError(f"`time_grid` must be 'uniform', 'sway' or 'epss', got {name!r}.")
     if num_steps < 1:
         raise ValueError(f"`num_inference_steps` must be at least 1, got {num_steps}.")
-    return torch.arange(num_steps + 1, device=device) / num_steps
+    if name == "epss" and num_steps not in _EPSS_GRIDS:
+        raise ValueError(
+            f"`time_grid='epss'` has {list(_EPSS_GRIDS)} steps, got `num_inference_steps`={num_steps}: pass one of "
+            "these, or another grid."
+        )
+    times = torch.arange(num_steps + 1, device=device) / num_steps
+    if name == "epss":
+        times = torch.tensor(_EPSS_GRIDS[num_steps], device=device) / 32
+    return times if name == "uniform" else 1 - torch.cos(times * (math.pi / 2))
+
+
+def _guided_steps(times: Tensor, interval: tuple[float, float]) -> list[bool]:
+    """Which steps between `times` have their middle in the interval."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"`guidance_interval` must be two times, 0 <= first <= last <= 1, got {interval!r}.")
+    middles = (times[:-1] + times[1:]) / 2
+    return ((middles >= interval[0]) & (middles <= interval[1])).tolist()
 
 
 class _Prompt(NamedTuple):
@@ -261,18 +302,18 @@ class _GuidedVelocity:
         condition = model.condition_mlp(model.code_embedding(torch.cat([prompt.codes, codes], dim=1)))
         condition[:, :num_prompt] += model.mel_mlp(prompt.mel.to(model.dtype))
         full_mask = torch.cat([prompt.mask, mask], dim=1)
+        self.conditional = self._prepare(condition, full_mask)
         if guidance_scale == 0:
-            self.passes = [self._prepare(condition, full_mask)]
             return
         # Without a condition, the MLP sees zeros.
         blank = model.condition_mlp(condition.new_zeros(1, 1, condition.shape[-1])).expand(*mask.shape, -1)
         if model.device.type == "cpu" and num_prompt:
             # A CPU is bound by arithmetic: there, prompt columns of mere padding cost more than a
             # second pass.
-            self.passes = [self._prepare(condition, full_mask), self._prepare(blank, mask)]
+            self.guided = [self.conditional, self._prepare(blank, mask)]
         else:
             blank, mask = F.pad(blank, (0, 0, num_prompt, 0)), F.pad(mask, (num_prompt, 0))
-            self.passes = [self._prepare(torch.cat([condition, blank]), torch.cat([full_mask, mask]))]
+            self.guided = [self._prepare(torch.cat([condition, blank]), torch.cat([full_mask, mask]))]
 
     def _prepare(self, condition: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         attention_mask = create_bidirectional_mask(
@@ -281,15 +322,17 @@ class _GuidedVelocity:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return condition, attention_mask, self.model.rotary_emb(condition, positions)
 
-    def __call__(self, mel: Tensor, timestep: Tensor) -> Tensor:
+    def __call__(self, mel: Tensor, timestep: Tensor, with_guidance: bool) -> Tensor:
         """
         The velocity, of the shape of `mel` `(batch_size, num_frames, num_mel_bins)`, at a time of
         shape `()`.
         """
+        with_guidance = with_guidance and self.scale != 0
         time_embedding = self.model.time_embedding(timestep[None])
         mel_hidden = self.model.mel_mlp(mel.to(self.model.dtype))
-        velocities = torch.cat([self._run(mel_hidden, time_embedding, *one) for one in self.passes]).float()
-        if self.scale == 0:
+        passes = self.guided if with_guidance else [self.conditional]
+        velocities = torch.cat([self._run(mel_hidden, time_embedding, *one) for one in passes]).float()
+        if not with_guidance:
             return velocities
         conditional, unconditional = velocities.chunk(2)
         guided = conditional + self.scale * (conditional - unconditional)

@@ -7,8 +7,9 @@ voice, and joins them.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypedDict
@@ -25,6 +26,7 @@ from .cpu_flexicodec import optimize_for_cpu
 from .modeling_flexicodec_tts import FlexiCodecForTextToSpeech
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
 from .release_flexicodec import HUB_OPTIONS
+from .streaming_flexicodec_tts import FlexiCodecAudioStreamer
 from .text_flexicodec import MAX_PIECE_LENGTH, split_text
 from .voice_flexicodec import FlexiCodecVoice
 
@@ -44,7 +46,7 @@ class SpeechChunk(TypedDict):
         sampling_rate (`int`):
             In hertz.
         text (`str`):
-            The text of this part, up to the cross-fade with the next; empty for chat messages.
+            The piece of the text that begins with this chunk; empty within a piece, and for chats.
         elapsed_s (`float`):
             Seconds since `stream` began. For the first chunk, this is the time to first audio.
     """
@@ -61,6 +63,42 @@ class _VoicedText:
 
     text: str
     voice: FlexiCodecVoice
+
+
+class _PieceStreamer(FlexiCodecAudioStreamer):
+    """The chunks of all pieces of a text, with a cross-fade from piece to piece."""
+
+    crossfade_s = CROSSFADE_S
+    _crossfader: Crossfader | None = None
+    _text = ""
+    _is_first = True
+
+    def begin(self, text: str) -> None:
+        """Chunks of another piece follow."""
+        self._text, self._is_first = text, True
+
+    def put(self, value: np.ndarray, is_last: bool = False) -> None:
+        if self._crossfader is None:
+            self._crossfader = Crossfader(round(self.crossfade_s * self.sampling_rate))
+        chunk = self._crossfader.add(value, is_last, continues=not self._is_first)
+        self._is_first = False
+        if len(chunk):
+            super().put((chunk, self.sampling_rate, self._text))
+            self._text = ""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Of one piece; `run` ends the stream."""
+
+    def run(self, speak: Callable[[], None]) -> None:
+        """Call what speaks all pieces, and tell the consumer of its end, or of its error."""
+        error = None
+        try:
+            speak()
+            if self._crossfader is not None:
+                self.put(np.zeros(0, dtype=np.float32), is_last=True)
+        except BaseException as raised:
+            error = raised
+        super().end(error)
 
 
 class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
@@ -214,19 +252,29 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
                 batch_size = 1  # texts of one piece have no invented voice, and cannot share a batch with others
         return super().__call__(text_inputs, num_workers=num_workers, batch_size=batch_size, **kwargs)
 
-    def stream(self, text: Any, **kwargs: Any) -> Iterator[SpeechChunk]:
+    def stream(
+        self, text: Any, whole_pieces: bool = False, streamer_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Generator[SpeechChunk, None, None]:
         """
-        Speak one text and yield the audio piece by piece, as soon as each piece is generated.
+        Speak one text and yield its audio while it is generated.
 
-        The length of the first piece decides how long the first chunk takes (its `elapsed_s`): a
-        smaller `max_piece_length` makes it shorter. Joined, the chunks are what a call with the
-        same seed returns.
+        The first chunk comes after a few tokens. Each is made with what was spoken before it, and
+        with a little of what follows, so the audio differs slightly from that of a call with the
+        same seed; the tokens are the same. Leaving the loop ends the generation.
 
         Args:
             text (`str` or a chat):
                 What to say.
+            whole_pieces (`bool`, *optional*, defaults to `False`):
+                Yields each piece of the text when all of it was generated, and generates the next
+                one when it is asked for. Joined, the chunks are then what a call with the same
+                seed returns.
+            streamer_kwargs (`dict`, *optional*):
+                Lengths of the chunks, see [`FlexiCodecAudioStreamer`]: `first_chunk_s`,
+                `chunk_growth`, `max_chunk_s`, `lookahead_s`; and `max_waiting`, 8 by default.
             kwargs:
-                The arguments of a call, without `batch_size`.
+                The arguments of a call, without `batch_size`. In a model without voices, the first
+                piece has the voice that the model invents, and the others imitate it.
 
         Yields:
             [`SpeechChunk`]
@@ -242,6 +290,16 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
                 )
             text = Chat(text)
         kwargs = self._resolve_voice(kwargs)
+        if whole_pieces:
+            chunks = self._stream_pieces(text, kwargs)
+        else:
+            chunks = self._stream_chunks(text, kwargs, _PieceStreamer(**{"max_waiting": 8, **(streamer_kwargs or {})}))
+        for audio, sampling_rate, said in chunks:
+            yield SpeechChunk(
+                audio=audio, sampling_rate=sampling_rate, text=said, elapsed_s=time.perf_counter() - start
+            )
+
+    def _stream_pieces(self, text: Any, kwargs: dict[str, Any]) -> Iterator[tuple[np.ndarray, int, str]]:
         if not self._has_voice(kwargs):
             text = self._invent_voice(text, kwargs)
         preprocess_params, forward_params, postprocess_params = self._parameters(kwargs)
@@ -251,12 +309,36 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
             piece = self.forward(item, **forward_params)
             if crossfader is None:
                 crossfader = Crossfader(round(crossfade_s * piece["sampling_rate"]))
-            yield SpeechChunk(
-                audio=crossfader.add(piece["audio"].numpy(), piece["is_last"]),
-                sampling_rate=piece["sampling_rate"],
-                text=piece["text"],
-                elapsed_s=time.perf_counter() - start,
-            )
+            audio = crossfader.add(piece["audio"].numpy(), piece["is_last"])
+            yield audio, piece["sampling_rate"], piece["text"]
+
+    def _stream_chunks(
+        self, text: Any, kwargs: dict[str, Any], streamer: _PieceStreamer
+    ) -> Iterator[tuple[np.ndarray, int, str]]:
+        preprocess_params, forward_params, postprocess_params = self._parameters(kwargs)
+        streamer.crossfade_s = postprocess_params.get("crossfade_s", CROSSFADE_S)
+        generate_kwargs = {**forward_params.pop("generate_kwargs", {}), "streamer": streamer}
+        invents_voice = not self._has_voice(kwargs)
+
+        def speak() -> None:
+            voice = None
+            for item in self.preprocess(text, **preprocess_params):
+                streamer.begin(item["text"])
+                piece = self.forward(
+                    {**item, **_given(voice=voice)}, generate_kwargs=generate_kwargs, **forward_params
+                )
+                if streamer.closed:
+                    return
+                if invents_voice and voice is None and not item["is_last"]:
+                    voice = self._voice_of(piece, preprocess_params.get("language"))
+
+        thread = threading.Thread(target=streamer.run, args=(speak,), daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            streamer.close()
+            thread.join()
 
     def encode_voice(
         self,
@@ -335,16 +417,18 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         if len(pieces) == 1:
             return text
         spoken = self.forward(next(self.preprocess(pieces[0], **preprocess_params)), **forward_params)
-        language = preprocess_params.get("language")
+        voice = self._voice_of(spoken, preprocess_params.get("language"))
+        return text if voice is None else _VoicedText(text, voice)
+
+    def _voice_of(self, piece: dict[str, Any], language: str | None) -> FlexiCodecVoice | None:
         try:
-            voice = self.encode_voice(spoken["audio"].numpy(), spoken["text"], spoken["sampling_rate"], language)
+            return self.encode_voice(piece["audio"].numpy(), piece["text"], piece["sampling_rate"], language)
         except ValueError as error:
             logger.warning(
                 f"There is no voice, and the first piece of the text cannot serve as one: {error} Voices may change "
                 "from piece to piece: pass `voice` or `reference_audio`."
             )
-            return text
-        return _VoicedText(text, voice)
+            return None
 
     def _split(
         self, text: str, language: str | None = None, max_piece_length: int = MAX_PIECE_LENGTH, **_: Any

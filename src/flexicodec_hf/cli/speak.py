@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def add_commands(commands: Any) -> None:
     source = speak.add_mutually_exclusive_group(required=True)
     source.add_argument("text", nargs="?", metavar="TEXT", help="what to say")
     source.add_argument("--text-file", type=Path, metavar="FILE", help="a file with what to say; - is standard input")
-    _add_output(speak)
+    _add_output(speak, "; - is standard output, as WAV for a player: `... --stream -o - | aplay`")
     voice = speak.add_argument_group("voice (default: the model's first)")
     who = voice.add_mutually_exclusive_group()
     who.add_argument(
@@ -75,6 +76,11 @@ def add_commands(commands: Any) -> None:
         "(default: 200)",
     )
     speak.add_argument(
+        "--stream",
+        action="store_true",
+        help="write the audio while the tokens of a sentence are drawn: the first after a few of them",
+    )
+    speak.add_argument(
         "--no-nar",
         action="store_true",
         help="let the codec alone make the sound: faster, at 16 kHz, and less like the voice",
@@ -100,14 +106,14 @@ def add_commands(commands: Any) -> None:
     convert.set_defaults(run=run_convert_voice, parser=convert)
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="OUT",
-        help="audio file to write: .wav, .flac, .ogg or .mp3",
+        help=f"audio file to write: .wav, .flac, .ogg or .mp3{more}",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
@@ -120,6 +126,7 @@ def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
         help="one that the model was trained with; the lower, the fewer tokens a second (default: the model's)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="makes the result repeatable")
+    parser.add_argument("--preset", choices=["fast"], help="7 steps that are placed well, instead of 15 of one length")
     parser.add_argument(
         "--num-inference-steps",
         type=positive_int,
@@ -133,13 +140,14 @@ def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_speak(args: argparse.Namespace) -> int:
     """`speak TEXT -o OUT`; returns the exit status."""
-    check_output(args)
+    if str(args.output) != "-":
+        check_output(args)
     if args.reference_text is not None and args.reference_audio is None:
         usage_error(args, "argument --reference-text: goes with --reference-audio")
     text = args.text if args.text_file is None else _read_text(args.text_file)
     options = _given(args, "language", "merging_threshold", "seed", "max_piece_length")
     options["generate_kwargs"] = _given(
-        args, "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p"
+        args, "preset", "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p"
     ) | ({"use_nar": False} if args.no_nar else {})
     if args.reference_audio is not None:
         options["reference_audio"] = str(args.reference_audio)
@@ -150,10 +158,17 @@ def run_speak(args: argparse.Namespace) -> int:
         if args.voice is not None:
             options["voice"] = _saved_voice(args.voice)
         first_audio_s = None
-        with audio_output(args.output) as output:
-            for chunk in speaker.stream(text, **options):
-                output.write(chunk["audio"], chunk["sampling_rate"])
-                first_audio_s = first_audio_s or chunk["elapsed_s"]
+        try:
+            with (
+                audio_output(args.output) as output,
+                closing(speaker.stream(text, whole_pieces=not args.stream, **options)) as chunks,
+            ):
+                for chunk in chunks:
+                    output.write(chunk["audio"], chunk["sampling_rate"])
+                    first_audio_s = first_audio_s or chunk["elapsed_s"]
+        except BrokenPipeError:  # the player was closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
     _report(args, speaker, output, f"first audio after {first_audio_s:.2f} s", chunk["elapsed_s"])
     return 0
 
@@ -165,7 +180,7 @@ def run_convert_voice(args: argparse.Namespace) -> int:
     from ..audio_flexicodec import audio_seconds, read_stretches
 
     check_output(args)
-    options = _given(args, "merging_threshold", "seed", "num_inference_steps", "guidance_scale")
+    options = _given(args, "merging_threshold", "seed", "preset", "num_inference_steps", "guidance_scale")
     with user_errors(ValueError, ImportError):
         seconds = audio_seconds(args.source)
         speaker = load_speaker(args)
@@ -214,12 +229,12 @@ def load_speaker(args: argparse.Namespace) -> FlexiCodecTTSPipeline:
 
 @contextmanager
 def audio_output(path: Path) -> Iterator[AudioWriter]:
-    """A writer of a file that becomes `path` when it is complete."""
-    from ..audio_flexicodec import AudioWriter
+    """A writer of a file that becomes `path` when it is complete, or of standard output."""
+    from ..audio_flexicodec import AudioWriter, WaveStream
     from ..data.files import atomic_file
 
-    with atomic_file(path) as temporary:
-        with AudioWriter(temporary) as writer:
+    with nullcontext(path) if str(path) == "-" else atomic_file(path) as temporary:
+        with (WaveStream if str(path) == "-" else AudioWriter)(temporary) as writer:
             yield writer
         if not writer.num_samples:
             raise CommandError("the model generated no speech: try another --seed, or a longer text.")
@@ -247,7 +262,9 @@ def _read_text(path: Path) -> str:
 def _report(
     args: argparse.Namespace, speaker: FlexiCodecTTSPipeline, output: AudioWriter, what: str, elapsed_s: float
 ) -> None:
+    name, file = ("standard output", sys.stderr) if str(args.output) == "-" else (args.output, sys.stdout)
     tqdm.write(
-        f"{args.output}: {output.seconds:.2f} s of speech at {output.sampling_rate} Hz; {what}; real-time factor "
-        f"{elapsed_s / output.seconds:.3f} on {speaker.device.type}"
+        f"{name}: {output.seconds:.2f} s of speech at {output.sampling_rate} Hz; {what}; real-time factor "
+        f"{elapsed_s / output.seconds:.3f} on {speaker.device.type}",
+        file=file,
     )

@@ -1,0 +1,106 @@
+"""Text to speech while it is generated, at full size with random weights: time to first audio, real-time
+factor, and gaps, as percentiles over sentences.
+
+    python benchmarks/tts.py [--modes codec voicebox fast] [--dtype int8] [--sentences 5]
+
+A listener starts to play at the first chunk; a gap is the longest time for which there is nothing
+to play. Random weights neither end nor know durations: sentences have 8.3 tokens a second, of one
+or two frames each. The voice is 3 s long, and its text has 40 ids.
+"""
+
+import argparse
+import threading
+import time
+
+import torch
+
+from flexicodec_hf import (
+    FlexiCodecAudioStreamer,
+    FlexiCodecForTextToSpeech,
+    FlexiCodecTTSConfig,
+    FlexiCodecVoice,
+    optimize_for_cpu,
+)
+
+
+THRESHOLD = 0.91
+MODES = {
+    "codec": {"use_nar": False},
+    "voicebox": {},
+    "fast": {"preset": "fast"},
+    # What a distilled Voicebox takes.
+    "distilled": {"num_inference_steps": 4, "guidance_scale": 0.0},
+}
+
+
+def build(dtype: torch.dtype) -> FlexiCodecForTextToSpeech:
+    torch.manual_seed(0)
+    config = FlexiCodecTTSConfig(voicebox_config={}, vocoder_config={})
+    model = FlexiCodecForTextToSpeech(config).eval()
+    with torch.no_grad():
+        model.ar.duration_head.bias[1:3] += 100
+    for part in (model.ar, model.voicebox, model.vocoder):
+        part.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 3, (25,), generator=generator)
+    model.voices["voice"] = FlexiCodecVoice(
+        {THRESHOLD: (torch.randint(0, 32768, (25,), generator=generator), lengths)},
+        torch.randn(4 * int(lengths.sum()), 128, generator=generator),
+        torch.randint(0, 50000, (40,), generator=generator),
+    )
+    return model
+
+
+def listen(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> tuple[float, float, float]:
+    """Time to first audio, real-time factor, and the longest gap of a sentence."""
+    tokens = round(seconds * 8.3)
+    ids = torch.randint(0, 50000, (1, round(seconds * 15)), generator=torch.Generator().manual_seed(1))
+    streamer = FlexiCodecAudioStreamer()
+    limits = {"min_new_tokens": tokens, "max_new_tokens": tokens, "merging_threshold": THRESHOLD, "seed": 0}
+    thread = threading.Thread(
+        target=model.generate, args=(ids,), kwargs={"streamer": streamer, **limits, **options}, daemon=True
+    )
+    start = time.perf_counter()
+    thread.start()
+    first = played = gap = spoken = 0.0
+    for chunk in streamer:
+        now = time.perf_counter() - start
+        first = first or now
+        gap = max(gap, now - played) if played else 0.0
+        length = len(chunk) / streamer.sampling_rate
+        played = max(now, played) + length
+        spoken += length
+    return first, (time.perf_counter() - start) / spoken, gap
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="bfloat16")
+    parser.add_argument("--sentences", type=int, default=5, help="their lengths are spread from 2 to 10 seconds")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    is_int8 = arguments.dtype == "int8"
+    model = build(torch.bfloat16 if is_int8 else getattr(torch, arguments.dtype))
+    optimize_for_cpu(model, dtype="int8" if is_int8 else None)
+    for mode in arguments.modes:
+        listen(model, 2, **MODES[mode])  # warms up
+    lengths = torch.linspace(2, 10, arguments.sentences).tolist()
+    results: dict[str, list[tuple[float, float, float]]] = {mode: [] for mode in arguments.modes}
+    for length in lengths:  # modes take turns
+        for mode in arguments.modes:
+            results[mode].append(listen(model, length, **MODES[mode]))
+    print(f"{arguments.sentences} sentences, {arguments.dtype}: 50 % / 90 % / most")
+    for mode, rows in results.items():
+        line = f"{mode:10}"
+        for name, values in zip(
+            ("first audio, s", "real-time factor", "longest gap, s"), zip(*rows, strict=True), strict=True
+        ):
+            quantiles = torch.tensor(values).quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
+            line += f" | {name} " + " / ".join(f"{value:.2f}" for value in quantiles)
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
