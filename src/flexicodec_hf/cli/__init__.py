@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import codec, convert, evaluate, speak, tokenize
+from . import codec, convert, evaluate, export, speak, tokenize
 from .common import PROGRAM, CommandError, report_error, user_errors
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (codec, speak, tokenize, evaluate, convert):
+    for module in (codec, speak, tokenize, evaluate, convert, export):
         module.add_commands(commands)
     args = parser.parse_args(argv)
     try:
