@@ -22,8 +22,10 @@ import transformers
 
 
 HERE = Path(__file__).parent
-TESTS = ["test_modeling_flexicodec", "test_generation_flexicodec_ar", "test_modeling_flexicodec_vocoder"]
+TESTS = ["test_modeling_flexicodec_vocoder", "test_modeling_flexicodec", "test_generation_flexicodec_ar"]
 TESTS += ["test_modeling_flexicodec_voicebox", "test_modeling_flexicodec_tts", "test_modeling_flexicodec_ar"]
+# The share of the time that the tests may take, so that the benchmarks get theirs.
+TESTS_SHARE = 0.45
 
 
 def jobs(device: str, small: bool) -> dict[str, list[str]]:
@@ -32,12 +34,14 @@ def jobs(device: str, small: bool) -> dict[str, list[str]]:
     types = ["float32", "bfloat16"]
     ar = ["ar.py", "--device", device, "--dtype", *types, "--tokens", tokens]
     tests = [str(HERE.parent / "tests" / f"{name}.py") for name in TESTS[: 1 if small else None]]
+    short = ["--seconds", "1"], ["--steps", "1", "--target", "0.5", "--prompt", "0.5"]
     commands = {
         "tests": ["-m", "pytest", "-q", "-n", "0", "-k", device, *tests],
-        "codec": ["codec.py", "--device", device, "--no-memory", "--batch-sizes", *batches, "--rounds", "1"],
+        "codec": ["codec.py", "--device", device, "--no-memory", "--batch-sizes", *batches, "--rounds", "1"]
+        + short[0] * small,
         "ar": [*ar, "--streams", *streams, "--repeats", "1"],
         "ar_compiled": [*ar, "--streams", "1", "--repeats", "1", "--compile"],
-        "voicebox_and_vocoder": ["nar.py", "--device", device, "--repeats", "1"] + (["--steps", "1"] if small else []),
+        "voicebox_and_vocoder": ["nar.py", "--device", device, "--repeats", "1"] + short[1] * small,
     }
     return {
         name: [str(HERE / one) if one.endswith(".py") else one for one in words] for name, words in commands.items()
@@ -106,6 +110,8 @@ def main() -> int:
     results: dict[str, str] = {}
     for name, command in jobs(arguments.device, arguments.small).items():
         left = end - time.monotonic()
+        if name == "tests":
+            left *= TESTS_SHARE
         log = arguments.output / f"{name}.log"
         log.unlink(missing_ok=True)
         results[name] = run(command, log, left) if left > 0 else "left out: no time"

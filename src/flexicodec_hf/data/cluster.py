@@ -29,7 +29,8 @@ from .tokenization import Block, encoded_blocks, summary_of, table_of
 
 class SpeechReader(PipelineStep):
     """
-    Documents of any source of speech, each with its audio as `media`: a file's path, or its bytes.
+    Documents of any source of speech, each with its audio as `media`: a file's path, or its bytes. Without a
+    transcript, the text is empty.
 
     Task `n` of `N` reads every `N`th stream: as many tasks work as there are files of a sharded dataset, or runs of
     `clips_per_stream` clips of another.
@@ -65,7 +66,7 @@ class SpeechReader(PipelineStep):
                         media_bytes=audio.get("bytes"),
                     )
                     position += 1
-                    yield Document(text=text, id=clip, media=[media], metadata=row)
+                    yield Document(text=text or "", id=clip, media=[media], metadata=row)
 
 
 class FlexiCodecTokenizer(PipelineStep):
@@ -169,7 +170,7 @@ num_workers, split: See [`tokenize_corpus`].
                 raise DataError(f"document {document.id} has {len(recordings)} recordings in its media, not one.")
             audio = {"bytes": recordings[0].media_bytes, "path": recordings[0].path or recordings[0].url}
             kept = {name: document.metadata.get(name) for name in self.metadata_columns}
-            rows.append({"id": document.id, "audio": audio, "text": document.text} | kept)
+            rows.append({"id": document.id, "audio": audio, "text": document.text or None} | kept)
         features = Features(
             {
                 "id": Value("string"),
