@@ -1,10 +1,10 @@
-"""Tokens per second of the autoregressive model on CPU, at full size with random weights.
+"""Tokens per second of the autoregressive model, at full size with random weights.
 
 The prompt is 100 text ids and 150 speech tokens. A step must read every weight of the language
 model once, so
 one stream cannot be faster than memory bandwidth over the bytes of those weights: the share of that
 limit is printed. If the PyPI package `flexicodec` is installed (see README.md here), it runs on the
-same weights. Ours runs with `optimize_for_cpu`.
+same weights. On a CPU, ours runs with `optimize_for_cpu`.
 
     python benchmarks/ar.py --dtype float32 bfloat16 --streams 1 8
 """
@@ -34,13 +34,13 @@ from flexicodec_hf.modeling_flexicodec_ar import FlexiCodecARForConditionalGener
 TEXT_LENGTH, PROMPT_LENGTH, THRESHOLD = 100, 150, 0.86
 
 
-def bandwidth() -> float:
-    """Bytes a second that all threads together read from memory: the best of some sums over 256 MB."""
-    values = torch.ones(64 * 2**20)
+def bandwidth(device: str) -> float:
+    """Bytes a second that a device reads from its memory: the best of some sums over 256 MB."""
+    values = torch.ones(64 * 2**20, device=device)
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
-        values.sum()
+        values.sum().item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return values.nbytes / best
 
@@ -74,19 +74,20 @@ def time_ours(
 ) -> tuple[float, torch.Tensor]:
     """Seconds of the fastest whole call, and the tokens of the first stream."""
     inputs = model.build_inputs(**prompt(streams), merging_threshold=THRESHOLD)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     arguments = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
     if compiled:
         torch.compiler.reset()
-        arguments["compile_config"] = CompileConfig(
-            fullgraph=True, dynamic=False, mode=None, options={"freezing": True}
-        )
+        how = {"mode": None, "options": {"freezing": True}} if model.device.type == "cpu" else {}
+        arguments["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, **how)
         model.generate(**inputs, **arguments, cache_implementation=cache)  # compiles
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         output = model.generate(**inputs, **arguments, cache_implementation=cache, return_dict_in_generate=True)
+        first = output.sequences[0, -tokens:].cpu()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return min(seconds), output.sequences[0, -tokens:]
+    return min(seconds), first
 
 
 def main() -> None:
@@ -98,6 +99,9 @@ def main() -> None:
     parser.add_argument("--cache", choices=["dynamic", "static"], default="static")
     parser.add_argument("--compile", action="store_true", help="compile the step, with the weights laid out for it")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of ours; the reference stays on the CPU"
+    )
     arguments = parser.parse_args()
     arguments.dtype.sort(key=lambda name: name == "int8")
     torch.set_num_threads(arguments.threads)
@@ -124,14 +128,16 @@ def main() -> None:
             del theirs
             model = convert_ar(source, Path(folder) / "model")
 
-    optimize_for_cpu(model)
+    model = model.to(arguments.device)
+    if arguments.device == "cpu":
+        optimize_for_cpu(model)
     for dtype in arguments.dtype:
         if dtype == "int8":
             model = optimize_for_cpu(model.to(torch.bfloat16), dtype="int8")  # for good: it comes last
         else:
             model = model.to(getattr(torch, dtype))
         for streams in arguments.streams:
-            speed = bandwidth()
+            speed = bandwidth(arguments.device)
             seconds, tokens = time_ours(
                 model, streams, arguments.tokens, arguments.repeats, arguments.cache, arguments.compile
             )

@@ -619,6 +619,7 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         self.project_in = FlexiCodecFloat32Linear(config.convnext_hidden_size, len(levels))
         self.project_out = nn.Linear(len(levels), config.convnext_hidden_size)
         self.levels = nn.Buffer(levels, persistent=False)
+        self.basis = nn.Buffer(_place_values(levels), persistent=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -636,17 +637,19 @@ class FlexiCodecFiniteScalarQuantizer(nn.Module):
         # (flexicodec 0.1.2, fsq_quantizer.py, line 86).
         bounded = torch.tanh(projected + torch.tan(offset / half_range)) * half_range - offset
         rounded = bounded + (bounded.round() - bounded).detach()
-        codes = ((rounded.detach().round().long() + half_width) * self._basis()).sum(dim=-1)
+        codes = ((rounded.detach().round().long() + half_width) * self.basis).sum(dim=-1)
         return self.project_out((rounded / half_width).to(hidden_states.dtype)), codes
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """Codes `(batch_size, num_tokens)` to vectors `(batch_size, num_tokens, convnext_hidden_size)`."""
         half_width = self.levels // 2
-        digits = (codes[..., None] // self._basis()) % self.levels
+        digits = (codes[..., None] // self.basis) % self.levels
         return self.project_out(((digits - half_width) / half_width).to(self.project_out.weight.dtype))
 
-    def _basis(self) -> Tensor:
-        return self.levels.cumprod(dim=0) // self.levels
+
+def _place_values(levels: Tensor) -> Tensor:
+    """What a step of each digit adds to a code."""
+    return levels.cumprod(dim=0) // levels
 
 
 class FlexiCodecCodebook(nn.Embedding):
@@ -1003,7 +1006,9 @@ class FlexiCodecPreTrainedModel(FlexiCodecReleaseMixin, OffloadedDeviceMixin, Pr
         elif isinstance(module, FlexiCodecModel):
             init.copy_(module.semantic_query_ids, torch.tensor(self.config.semantic_query_ids))
         elif isinstance(module, FlexiCodecFiniteScalarQuantizer):
-            init.copy_(module.levels, torch.tensor(self.config.semantic_quantization_levels))
+            levels = torch.tensor(self.config.semantic_quantization_levels)
+            init.copy_(module.levels, levels)
+            init.copy_(module.basis, _place_values(levels))
 
 
 class _QuantizedTokens(NamedTuple):

@@ -18,8 +18,6 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
 from .numbers_flexicodec import spell_numbers
 
 
@@ -190,6 +188,9 @@ def language_token_id(tokenizer: Any, language: str) -> int:
     Raises:
         ValueError: The tokenizer has no such token. The message lists those that it has.
     """
+    # Not above: the runner of exported models has the rest of this file, but neither transformers nor PyTorch.
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
     ids = dict(zip(LANGUAGES, tokenizer.convert_tokens_to_ids([f"<|{code}|>" for code in LANGUAGES]), strict=True))
     known = {code: token for code, token in ids.items() if token not in (None, tokenizer.unk_token_id)}
     if language not in known:

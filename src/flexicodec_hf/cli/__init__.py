@@ -6,7 +6,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from . import app, codec, convert, evaluate, serve, speak, tokenize
+from . import app, codec, convert, evaluate, export, serve, speak, tokenize
 from .common import PROGRAM, CommandError, report_error, user_errors
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (codec, speak, serve, app, tokenize, evaluate, convert):
+    for module in (codec, speak, serve, app, tokenize, evaluate, convert, export):
         module.add_commands(commands)
     args = parser.parse_args(argv)
     importlib.import_module("flexicodec_hf.registration")

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -192,20 +192,46 @@ def tokenize_corpus(
 
     done = sum(shard.summary["num_clips"] for key, shard in shards.items() if share.has(*key))
     progress = _Progress(share, num_clips, done)
-    with closing(progress), ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8)) as pool:
+    with closing(progress):
         blocks = _blocks(stream, clips_per_shard, shards, share)
-        batches = _batches(blocks, pool, codec.config.sampling_rate, batch_seconds, chunk_length_s)
-        for block, loading in prefetch(batches, _PREFETCHED_BATCHES):
-            progress.add(_encode(runner, block, loading, rates, num_quantizers))
-            block.unfinished_batches -= 1
-            if block.unfinished_batches == 0:
-                path = shard_path(output_dir, split, block.stream, block.number)
-                summary = _summary(block, rates, codec.config.sampling_rate)
-                write_shard(path, _table(block), settings, summary, versions)
-                progress.add([], summary["broken"])
+        for block in encoded_blocks(blocks, runner, rates, num_quantizers, batch_seconds, num_workers, progress.add):
+            path = shard_path(output_dir, split, block.stream, block.number)
+            summary = summary_of(block, rates, codec.config.sampling_rate)
+            write_shard(path, table_of(block), settings, summary, versions)
+            progress.add([], summary["broken"])
 
     shards = find_shards(output_dir, settings)
     return close_corpus(output_dir, split, shards, versions) if _complete(shards, share) else None
+
+
+def encoded_blocks(
+    blocks: Iterator[Block],
+    runner: CodecRunner,
+    rates: Sequence[RateSetting],
+    num_quantizers: int,
+    batch_seconds: float,
+    num_workers: int | None = None,
+    on_batch: Callable[[list[float]], None] = lambda seconds: None,
+) -> Iterator[Block]:
+    """
+    Encode blocks: the core of `tokenize_corpus`, and of the step for clusters (cluster.py).
+
+    Args:
+        blocks: They are read in a thread, up to `_PREFETCHED_BATCHES` batches ahead.
+        runner: The codec.
+        rates, num_quantizers, batch_seconds, num_workers: See `tokenize_corpus`.
+        on_batch: Called with the seconds of the clips of each batch.
+
+    Yields:
+        The blocks, each complete: every row is encoded or broken.
+    """
+    with ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8)) as pool:
+        batches = _batches(blocks, pool, runner.config.sampling_rate, batch_seconds, runner.chunk_length_s)
+        for block, loading in prefetch(batches, _PREFETCHED_BATCHES):
+            on_batch(_encode(runner, block, loading, rates, num_quantizers))
+            block.unfinished_batches -= 1
+            if block.unfinished_batches == 0:
+                yield block
 
 
 def _digest(dataset: Dataset) -> str:
@@ -350,7 +376,7 @@ def _encode(
     return seconds
 
 
-def _summary(block: Block, rates: Sequence[RateSetting], sampling_rate: int) -> dict[str, Any]:
+def summary_of(block: Block, rates: Sequence[RateSetting], sampling_rate: int) -> dict[str, Any]:
     """What the metadata of a shard tell about its rows."""
     clips = block.encoded.values()
     return {
@@ -366,7 +392,7 @@ def _summary(block: Block, rates: Sequence[RateSetting], sampling_rate: int) -> 
     }
 
 
-def _table(block: Block) -> pa.Table:
+def table_of(block: Block) -> pa.Table:
     """The rows of a shard: a row for each clip and rate, in the order of the dataset."""
     pairs = [(row, tokens) for row in sorted(block.encoded) for tokens in block.encoded[row].tokens]
     rows = pa.array([row for row, _ in pairs], pa.int64())
