@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := [tts,convert,eval,train,dev]
+EXTRAS := [tts,eval,train,serve,app,export,cluster,dev]
 
 # The CPU build of PyTorch is a tenth of the size of the CUDA one. `make test TORCH=torch` takes the default build of the
 # platform instead: without the extra index, whose "+cpu" versions count as the newer ones.

@@ -43,6 +43,8 @@ def blocks(page: str, language: str) -> list[str]:
 def workplace(tts_repository, tts_parts, codec_dir, raw_release, released_hub, golden, tmp_path, monkeypatch):
     """A directory with what the pages take for granted: recordings, texts, a converted repository, released files."""
     monkeypatch.chdir(tmp_path)
+    for name in ("checkpoints", "tests"):  # the README's examples use the files of a clone
+        Path(name).symlink_to(ROOT / name)
     shutil.copy(AUDIO / "librivox_austen_0870.flac", "speech.flac")
     shutil.copy(AUDIO / "stereo_44k.flac", "stereo_44k.flac")
     voice, rate = soundfile.read(AUDIO / "librivox_austen_0890.flac", dtype="float32")

@@ -96,7 +96,7 @@ def _words(number: int, form: str = "cardinal") -> str:
     try:
         from num2words import num2words
     except ImportError as error:
-        raise ImportError('Numbers in English texts need num2words: `pip install "flexicodec-hf[tts]"`.') from error
+        raise ImportError("Numbers in English texts need num2words: `pip install num2words`.") from error
     # "one thousand, two hundred and thirty-four" is British; a comma would be a pause.
     return re.sub(r",| and\b", "", num2words(number, to=form)).replace("-", " ")
 

@@ -212,7 +212,7 @@ def _espeak() -> Any:
             import espeakng_loader
     except ImportError as error:
         raise ImportError(
-            'English phonemes need phonemizer and espeak-ng: `pip install "flexicodec-hf[tts]"`. '
+            "English phonemes need phonemizer and espeak-ng: `pip install phonemizer espeakng-loader`. "
             "`phonemes=False` does without them, at a cost in pronunciation."
         ) from error
     if bundled:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import FeatureExtractionMixin
 from transformers.utils import logging
 
-from ..data.files import atomic_directory, require
+from ..data.files import atomic_directory
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
@@ -260,11 +261,10 @@ def _read_settings(config: Settings, sections: Sequence[str] = ()) -> dict[str, 
     if not isinstance(config, Mapping):
         path = Path(config)
         is_json = path.suffix == ".json"
-        yaml = None if is_json else require("yaml", f"The configuration {path}", "convert")
         try:
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if yaml is None else yaml.safe_load(text)
-        except (ValueError, RecursionError, getattr(yaml, "YAMLError", ValueError)) as error:
+            content = json.loads(text) if is_json else yaml.safe_load(text)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(f"{path} is not a {'JSON' if is_json else 'YAML'} file: {error}") from error
     section = next((name for name in sections if isinstance(content, Mapping) and name in content), None)
     return _check_mapping(content if section is None else content[section], str(config))

@@ -1,3 +1,3 @@
 """
-What the training recipes in `examples/` are made of. Needs `pip install flexicodec-hf[train]`.
+What the training recipes in `examples/` are made of. Needs the extra `[train]`.
 """
