@@ -66,7 +66,7 @@ class GAN(nn.Module):
         args: The options.
     """
 
-    config = None  # `Trainer` asks for one
+    config = _keys_to_ignore_on_save = None  # `Trainer` asks for them
 
     def __init__(self, generator: PreTrainedModel, args: GANTrainingArguments):
         super().__init__()
@@ -164,9 +164,10 @@ class GANTrainer(SpeechTrainer, ABC):
         return adversarial_loss([score.chunk(2)[1] for score in scores]), feature_matching_loss(reals, fakes)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = self.accelerator.clip_grad_norm_(self.model.generator.parameters(), self.args.max_grad_norm)
         if self.model.discriminators is not None:
-            self.accelerator.clip_grad_norm_(self.model.discriminators.parameters(), self.args.max_grad_norm)
-        return self.accelerator.clip_grad_norm_(self.model.generator.parameters(), self.args.max_grad_norm)
+            nn.utils.clip_grad_norm_(self.model.discriminators.parameters(), self.args.max_grad_norm)
+        return norm
 
     @torch.inference_mode()
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
