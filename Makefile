@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := [tts,eval,train,serve,app,export,cluster,dev]
+CORE := tts,eval,train,dev
+EXTRAS := [$(CORE),serve,app,export,cluster]
 
 # The CPU build of PyTorch is a tenth of the size of the CUDA one. `make test TORCH=torch` takes the default build of the
 # platform instead: without the extra index, whose "+cpu" versions count as the newer ones.
@@ -42,16 +43,16 @@ lock: setup
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-annotate --no-header \
 		--output-file constraints.txt pyproject.toml
-	sed -i.old -E '/^(torch|triton|nvidia-|cuda-)/d' constraints.txt && rm constraints.txt.old
+	sed -i.old -E '/^(torch==|triton|nvidia-|cuda-)/d' constraints.txt && rm constraints.txt.old
 
-# The lowest versions that pyproject.toml allows, and the newest (pre-releases of transformers too), of all packages,
-# in environments of their own.
+# The lowest versions that pyproject.toml allows, and the newest (pre-releases of transformers too), in environments of
+# their own, without servers, export and clusters.
 test-lowest: RESOLUTION := --resolution lowest-direct
 test-latest: RESOLUTION := --upgrade "transformers>=0rc0"
 test-lowest test-latest: test-%:
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/pip install --quiet uv
-	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python $(RESOLUTION) --editable ".$(EXTRAS)"
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python $(RESOLUTION) --editable ".[$(CORE)]"
 	.venv-$*/bin/python -m pytest $(TESTS)
 
 # Tests and benchmarks on a CUDA device, in the Python that has it, in nine minutes and without a network:

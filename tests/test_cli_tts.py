@@ -272,7 +272,7 @@ def test_the_pipeline_works_without_the_package(converted, tmp_path):
         ("anna=missing.wav:Text.", 2, "got 'anna=missing.wav:Text.'"),
         ("anna={mute}", 1, "mute.wav: what it says is needed, word for word"),
         ("anna={mute}:Text.", 1, "mute.wav makes no voice: the recording is silent"),
-        ("an/na={clip}", 2, "argument --voice: The name of a voice must be letters"),
+        ("an/na={clip}", 2, "argument --voice: The name of a voice must be up to 200 letters"),
     ],
 )
 def test_voices_that_cannot_be_used(released, clip, tmp_path, capsys, voice, status, message):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -334,18 +333,6 @@ def test_unusable_yaml(weights, convert, options, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.yaml"):
         convert_codec(source, tmp_path / "converted", tmp_path / "missing.yaml")
     assert not (tmp_path / "converted").exists() and not Path("owned").exists()
-
-
-def test_a_json_configuration_needs_no_yaml(weights, options, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    save_file(weights, tmp_path / "source.safetensors")
-    (tmp_path / "source.json").write_text(json.dumps({"model": options}))
-    model = convert_codec(tmp_path / "source.safetensors", config=tmp_path / "source.json")
-    assert model.config.num_bottleneck_attention_heads == 4
-    with pytest.raises(ValueError, match=r"source.yaml needs the package `yaml` .*flexicodec-hf\[convert\]"):
-        convert_codec(tmp_path / "source.safetensors", config=tmp_path / "source.yaml")
-    # Nothing was saved.
-    assert {path.name for path in tmp_path.iterdir()} == {"source.safetensors", "source.json"}
 
 
 def test_released_sizes_give_the_default_configuration():

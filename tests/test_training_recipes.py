@@ -430,15 +430,13 @@ def test_codec_trains_in_mixed_precision(codec, device):
     inputs = extractor([waveform[:20_000], waveform[:12_000]], sampling_rate=16_000, return_tensors="pt").to(device)
     calls = []
     for quantizer in model.acoustic_quantizer.quantizers:
-        quantizer.register_forward_hook(
-            lambda module, arguments, output: calls.append((module, arguments[0], output[0]))
-        )
+        quantizer.register_forward_hook(lambda module, arguments, output: calls.append((module, arguments, output[0])))
     with torch.autocast(device, torch.bfloat16):
         output = model(**inputs, merging_threshold=0.9)
     output.loss.backward()
     assert torch.isfinite(output.loss)
-    for quantizer, hidden_states, projected in list(calls):
-        assert torch.equal(quantizer(hidden_states.float())[0], projected)
+    for quantizer, (hidden_states, *entries), projected in list(calls):
+        assert torch.equal(quantizer(hidden_states.float(), *entries)[0], projected)
 
 
 def test_two_processes_give_the_losses_of_one(run, data, codec, codec_options, tmp_path):

@@ -746,15 +746,15 @@ def _join_texts(
             continue
         if ids.ndim != 2 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"`{name}` must be integers (batch_size, length), got {ids.dtype} {tuple(ids.shape)}.")
+        if len(ids) != len(input_ids):
+            raise ValueError(
+                f"`{name}` holds {len(ids)} texts and `input_ids` {len(input_ids)}: they are two forms of the same "
+                "texts."
+            )
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"The mask of `{name}` must have its shape {tuple(ids.shape)}, got {tuple(mask.shape)}.")
     alone = continued = valid_parts(input_ids, attention_mask)
     if continuation_ids is not None:
-        if len(continuation_ids) != len(input_ids):
-            raise ValueError(
-                f"`continuation_ids` holds {len(continuation_ids)} texts and `input_ids` {len(input_ids)}: they are "
-                "two forms of the same texts."
-            )
         continued = valid_parts(continuation_ids, continuation_mask)
     rows = []
     for item, (ids, continuation) in enumerate(zip(alone, continued, strict=True)):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import audio_flexicodec, numbers_flexicodec, text_flexicodec
 from ..data.files import atomic_directory, require
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor, _mel_filters
+from ..generation_flexicodec_tts import TTS_DEFAULTS
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech
 from ..processing_flexicodec_tts import FlexiCodecTTSProcessor
@@ -153,7 +154,11 @@ def _feature_tensors(extractor: FlexiCodecFeatureExtractor) -> dict[str, np.ndar
 def _tts_settings(tts: FlexiCodecForTextToSpeech, processor: FlexiCodecTTSProcessor) -> dict[str, Any]:
     ar, voicebox = tts.config.ar_config, tts.config.voicebox_config
     given, _ = tts._prepare_settings(None)
-    set_values = {name: value for name, value in given.to_diff_dict().items() if value is not None}
+    set_values = {
+        name: value
+        for name, value in given.to_diff_dict().items()
+        if value is not None and (tuple(value) if isinstance(value, list) else value) != TTS_DEFAULTS.get(name)
+    }
     if unknown := sorted(set_values.keys() - _GENERATION.keys() - _UNUSED):
         raise ValueError(
             f"The generation config of the model sets {', '.join(unknown)}, which the exported runner does not have: "

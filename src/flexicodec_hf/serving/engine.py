@@ -322,8 +322,8 @@ class Engine:
 
     def _decode(self, jobs: list[Job]) -> None:
         tokens: list[Tokens] = [job.work for job in jobs]
-        for job, waveform in zip(jobs, self.runner.decode(tokens), strict=True):
-            job.put(waveform)
+        for job, decoded in zip(jobs, self.runner.decode(tokens), strict=True):
+            job.put(decoded if isinstance(decoded, Exception) else np.concatenate(list(decoded)))
 
     def _speaker(self) -> FlexiCodecTTSPipeline:
         if self.speaker is None:

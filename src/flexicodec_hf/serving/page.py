@@ -66,7 +66,8 @@ def _codec_tab(runner: CodecRunner, clips: list[Path]) -> None:
     def reconstruct(path: str | None, rate: float, number: int) -> tuple[Sound, Sound, Figure, str]:
         clip = _read(path, config.sampling_rate)
         ((tokens,),) = _ok(runner.encode([clip], [RateSetting(target_frame_rate=rate)], int(number)))
-        (waveform,) = _ok(runner.decode([tokens]))
+        (parts,) = _ok(runner.decode([tokens]))
+        waveform = np.concatenate(list(parts))
         lengths = tokens.token_lengths
         starts = (lengths.cumsum(0) - lengths) / config.frame_rate
         figure = Figure(figsize=(10, 4.5), layout="constrained")
