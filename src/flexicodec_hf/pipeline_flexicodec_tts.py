@@ -140,6 +140,10 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         voice: str | FlexiCodecVoice | None = None,
         **kwargs: Any,
     ):
+        # TODO: drop once transformers 5.17 is not supported. To find the sampling rate, it copies the settings
+        # of generation into the configuration, which then cannot be saved.
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        kwargs.setdefault("sampling_rate", model.config.sampling_rate)
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError(
