@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := tts,eval,train,dev
-EXTRAS := [$(CORE),serve,app,export,cluster]
+EXTRAS := [$(CORE),quantization,serve,app,export,cluster]
 
 # The CPU build of PyTorch is a tenth of the size of the CUDA one. `make test TORCH=torch` takes the default build of the
 # platform instead: without the extra index, whose "+cpu" versions count as the newer ones.
