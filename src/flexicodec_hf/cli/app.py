@@ -18,14 +18,11 @@ def add_commands(commands: Any) -> None:
         description="A web page: recordings to tokens and back, text to speech, and voice conversion. Needs the extra "
         "[app].",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: %(default)s)")
-    parser.add_argument(
-        "--clips",
-        type=Path,
-        metavar="DIR",
-        help="recordings to try on the page, each with a .txt file beside it that says its words",
-    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; the default is heard by this machine alone")
+    add("--port", type=int, default=7860, help="port to listen at")
+    text = "recordings to try on the page, each with a .txt file beside it that says its words"
+    add("--clips", type=Path, metavar="DIR", help=text)
     add_model_arguments(parser)
     parser.set_defaults(run=run_app, parser=parser)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,6 +20,9 @@ from ..streaming_flexicodec import decode_blocks, encode_blocks
 from .files import DataError
 from .tokens import Tokens
 
+
+# What lasts longer is too long for the positions of the semantic encoder.
+MAX_WHOLE_S = 600.0
 
 Item = TypeVar("Item", AudioClip | AudioFile, Tokens)
 Result = TypeVar("Result")
@@ -60,18 +62,14 @@ def rate_settings(
     return settings or [RateSetting(config.merging_threshold)]
 
 
-def chunk_length(seconds: float, chunk_length_s: float | None) -> float | None:
+def chunk_length(seconds: float, chunk_length_s: float | None = None) -> float | None:
     """
-    How to process a clip: in chunks if it is longer than twice `chunk_length_s`.
-
-    Args:
-        seconds: How long the clip is.
-        chunk_length_s: Seconds of a chunk; 0 or `None` never makes chunks.
-
-    Returns:
-        `chunk_length_s` for the codec, or `None` to process the clip in one piece.
+    How to process a clip of so many seconds: in chunks of `chunk_length_s`, or by default whole (`None`), as the codec
+    does. What lasts too long for that is processed in chunks of 30 seconds.
     """
-    return chunk_length_s if chunk_length_s and seconds > 2 * chunk_length_s else None
+    if chunk_length_s is None:
+        return 30.0 if seconds > MAX_WHOLE_S else None
+    return chunk_length_s if seconds > chunk_length_s else None
 
 
 class CodecRunner:
@@ -84,23 +82,22 @@ class CodecRunner:
     Args:
         codec: On the device and in the type to run in.
         feature_extractor: The codec's.
-        chunk_length_s: Clips longer than twice this are processed in chunks of so many seconds; 0 never does.
-
-    Attributes:
-        processing_seconds: Time spent in `encode` and `decode`.
+        chunk_length_s: See `chunk_length`.
     """
 
     def __init__(
-        self, codec: FlexiCodecModel, feature_extractor: FlexiCodecFeatureExtractor, chunk_length_s: float = 30.0
+        self,
+        codec: FlexiCodecModel,
+        feature_extractor: FlexiCodecFeatureExtractor,
+        chunk_length_s: float | None = None,
     ):
         self.codec = codec
         self.feature_extractor = feature_extractor
         self.chunk_length_s = chunk_length_s
         self.config = codec.config
-        self.processing_seconds = 0.0
 
     @classmethod
-    def from_pretrained(cls, model: str, device: str, dtype: str, chunk_length_s: float = 30.0) -> CodecRunner:
+    def from_pretrained(cls, model: str, device: str, dtype: str, chunk_length_s: float | None = None) -> CodecRunner:
         """Load a codec from the Hub or a directory, with the kernels for CPUs if `device` is one."""
         codec = FlexiCodecModel.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
         if device == "cpu":
@@ -151,11 +148,9 @@ class CodecRunner:
         for i, item in enumerate(items):
             groups.setdefault((key(item), i if self.chunk_of(item) else None), []).append(i)
         results: dict[int, Result | Exception] = {}
-        start = time.perf_counter()
         for group in groups.values():
             found = self._in_halves([items[i] for i in group], process)
             results |= dict(zip(group, found, strict=True))
-        self.processing_seconds += time.perf_counter() - start
         return [results[i] for i in range(len(items))]
 
     @torch.inference_mode()
@@ -270,14 +265,11 @@ class CodecRunner:
         block = FlexiCodecEncoderOutput(audio_codes=codes, token_lengths=lengths)
         waveform = decode_blocks(self.codec, [block], chunk_length_s)
         parts = _with_length((part.float().cpu().numpy() for part in waveform), tokens.num_samples)
-        start = time.perf_counter()
         try:
             with _progress(tokens.seconds) as progress:
                 for part in parts:
-                    self.processing_seconds += time.perf_counter() - start
                     yield part
                     progress.update(round(len(part) / tokens.sampling_rate, 2))
-                    start = time.perf_counter()
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
 
