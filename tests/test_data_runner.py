@@ -20,16 +20,15 @@ def runner(codec_dir, device):
     return CodecRunner(codec, AutoFeatureExtractor.from_pretrained(codec_dir()), chunk_length_s=1.2)
 
 
-def test_a_clip_is_whole_by_default_if_the_codec_can_take_it():
-    assert chunk_length(600) is None
-    assert chunk_length(600.1) == 30
-    assert chunk_length(15, 15.0) is None
-    assert chunk_length(15.1, 15.0) == 15
+def test_a_clip_is_in_chunks_if_longer_than_two_of_them():
+    assert chunk_length(60, 30.0) is None
+    assert chunk_length(60.1, 30.0) == 30
+    assert chunk_length(60.1, 0.0) is None and chunk_length(60.1, None) is None
 
 
 def test_results_come_in_the_order_of_the_clips(runner):
     clips = [read_audio(AUDIO / name, 16_000) for name in CLIPS]
-    assert [runner.chunk_of(clip) for clip in clips] == [1.2, 1.2, None]
+    assert [runner.chunk_of(clip) for clip in clips] == [None, 1.2, None]
     rates = [RateSetting(merging_threshold=1.0), RateSetting(target_frame_rate=6.25)]
     encoded = runner.encode(clips, rates, num_quantizers=2)
     for clip, pair in zip(clips, encoded, strict=True):

@@ -160,34 +160,17 @@ def test_the_default_is_the_threshold_of_the_model(tokenize, clips, tmp_path):
     assert {row["merging_threshold"] for row in rows_of(tmp_path)} == {0.91}
 
 
-def test_clips_are_encoded_in_chunks_if_asked_for(tokenize, codec, feature_extractor, device, tmp_path):
+def test_long_clips_are_encoded_in_chunks(tokenize, codec, feature_extractor, device, tmp_path, monkeypatch):
     shutil.copy(AUDIO / "librivox_austen_0880.flac", tmp_path)
-    tokenize(tmp_path, tmp_path / "out", merging_thresholds=[0.91], chunk_length_s=2.0)
-    [row] = rows_of(tmp_path / "out")
     clip = read_audio(AUDIO / "librivox_austen_0880.flac", 16_000)
     inputs = feature_extractor(clip.waveform, sampling_rate=16_000, return_tensors="pt", device=device)
-    assert row["audio_codes"] == codec.encode(**inputs, chunk_length_s=2.0).audio_codes[0].tolist()
-
-
-def test_recordings_that_are_too_long_for_one_piece_are_encoded_in_chunks(
-    tokenize, codec, feature_extractor, device, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("flexicodec_hf.data.runner.MAX_WHOLE_S", 40)
-    waveform, rate = soundfile.read(AUDIO / "librivox_long.flac", dtype="float32")
-    (tmp_path / "in").mkdir()
-    shutil.copy(AUDIO / "librivox_long.flac", tmp_path / "in" / "long.flac")
-    soundfile.write(tmp_path / "in" / "short.flac", waveform[: 2 * rate], rate)
-    inside = Dataset.from_dict({"audio": [{"bytes": (tmp_path / "in" / "long.flac").read_bytes(), "path": None}]})
-    for number, source in enumerate((tmp_path / "in", inside)):
-        tokenize(source, tmp_path / str(number), merging_thresholds=[0.91], target_frame_rates=[6.25])
-        inputs = feature_extractor(waveform, sampling_rate=rate, return_tensors="pt", device=device)
-        rows = [row for row in rows_of(tmp_path / str(number)) if row["num_samples"] == len(waveform)]
-        assert len(rows) == 2
-        for row in rows:
-            asked = row["target_frame_rate"]
-            expected = codec.encode(**inputs, target_frame_rate=asked, chunk_length_s=30.0)
+    rates = {"merging_thresholds": [0.91], "target_frame_rates": [6.25]}
+    for name, longest in (("held", 600), ("in blocks", 2)):
+        monkeypatch.setattr(tokenization, "_MAX_HELD_S", longest)
+        tokenize(tmp_path / "librivox_austen_0880.flac", tmp_path / name, **rates, chunk_length_s=1.2)
+        for row in rows_of(tmp_path / name):
+            expected = codec.encode(**inputs, target_frame_rate=row["target_frame_rate"], chunk_length_s=1.2)
             assert row["audio_codes"] == expected.audio_codes[0].tolist()
-            assert row["token_lengths"] == expected.token_lengths[0].tolist()
 
 
 # Runs that die

@@ -38,7 +38,9 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)" if has_default else action.help
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", positive_int: "N", float: "X", cosine: "X", positive_seconds: "S"}.get(action.type, "TEXT")
+        return {int: "N", positive_int: "N", float: "X", cosine: "X", not_negative: "S", positive_seconds: "S"}.get(
+            action.type, "TEXT"
+        )
 
 
 def report_error(message: object) -> None:
@@ -77,10 +79,17 @@ def positive_int(text: str) -> int:
     return value
 
 
-def positive_seconds(text: str) -> float:
+def not_negative(text: str) -> float:
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text}")
+    return value
+
+
+def positive_seconds(text: str) -> float:
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value
 
 
@@ -120,12 +129,11 @@ def add_directory_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_chunk_argument(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--chunk-length-s",
-        type=positive_seconds,
-        help="process clips in chunks of so many seconds, to bound the memory, as `chunk_length_s` of the model does "
-        "(default: whole, and in chunks of 30 seconds if they last more than ten minutes)",
+    text = (
+        "process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does. Chunks "
+        "change no codes of clips up to ten minutes; longer ones cannot be encoded without"
     )
+    group.add_argument("--chunk-length-s", type=not_negative, default=30.0, help=text)
 
 
 def add_rates_arguments(group: argparse._ActionsContainer) -> None:

@@ -177,9 +177,9 @@ def _codec_methods(args: argparse.Namespace, device: str) -> list[Method]:
     rates: list[dict[str, Any]] = [{"merging_threshold": value} for value in args.merging_thresholds]
     rates += [{"target_frame_rate": value} for value in args.target_frame_rates]
     rates += [{"fixed_frame_rate": value} for value in args.fixed_frame_rates]
-    options = {"chunk_length_s": args.chunk_length_s}
+    chunk_length_s = args.chunk_length_s or None
     return [
-        CodecReconstruction(codec, feature_extractor, **rate, num_quantizers=number, **options)
+        CodecReconstruction(codec, feature_extractor, **rate, num_quantizers=number, chunk_length_s=chunk_length_s)
         for rate, number in itertools.product(rates or [{}], args.num_quantizers)
     ]
 

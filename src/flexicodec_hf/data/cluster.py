@@ -89,7 +89,7 @@ class FlexiCodecTokenizer(PipelineStep):
         model: str,
         *,
         clips_per_shard: int = 1000,
-        chunk_length_s: float | None = None,
+        chunk_length_s: float = 30.0,
         metadata_columns: Mapping[str, str] | None = None,
         device: str | None = None,
         dtype: str = "float32",

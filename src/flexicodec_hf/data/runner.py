@@ -21,9 +21,6 @@ from .files import DataError
 from .tokens import Tokens
 
 
-# What lasts longer is too long for the positions of the semantic encoder.
-MAX_WHOLE_S = 600.0
-
 Item = TypeVar("Item", AudioClip | AudioFile, Tokens)
 Result = TypeVar("Result")
 
@@ -62,14 +59,9 @@ def rate_settings(
     return settings or [RateSetting(config.merging_threshold)]
 
 
-def chunk_length(seconds: float, chunk_length_s: float | None = None) -> float | None:
-    """
-    How to process a clip of so many seconds: in chunks of `chunk_length_s`, or by default whole (`None`), as the codec
-    does. What lasts too long for that is processed in chunks of 30 seconds.
-    """
-    if chunk_length_s is None:
-        return 30.0 if seconds > MAX_WHOLE_S else None
-    return chunk_length_s if seconds > chunk_length_s else None
+def chunk_length(seconds: float, chunk_length_s: float | None) -> float | None:
+    """The `chunk_length_s` for a clip: it is processed in chunks if longer than two of them, with 0 never."""
+    return chunk_length_s if chunk_length_s and seconds > 2 * chunk_length_s else None
 
 
 class CodecRunner:
@@ -82,14 +74,11 @@ class CodecRunner:
     Args:
         codec: On the device and in the type to run in.
         feature_extractor: The codec's.
-        chunk_length_s: See `chunk_length`.
+        chunk_length_s: Clips longer than twice this are processed in chunks of so many seconds; 0 never does.
     """
 
     def __init__(
-        self,
-        codec: FlexiCodecModel,
-        feature_extractor: FlexiCodecFeatureExtractor,
-        chunk_length_s: float | None = None,
+        self, codec: FlexiCodecModel, feature_extractor: FlexiCodecFeatureExtractor, chunk_length_s: float = 30.0
     ):
         self.codec = codec
         self.feature_extractor = feature_extractor
@@ -97,7 +86,7 @@ class CodecRunner:
         self.config = codec.config
 
     @classmethod
-    def from_pretrained(cls, model: str, device: str, dtype: str, chunk_length_s: float | None = None) -> CodecRunner:
+    def from_pretrained(cls, model: str, device: str, dtype: str, chunk_length_s: float = 30.0) -> CodecRunner:
         """Load a codec from the Hub or a directory, with the kernels for CPUs if `device` is one."""
         codec = FlexiCodecModel.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
         if device == "cpu":

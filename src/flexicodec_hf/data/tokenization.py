@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 # Batches whose audio is read while the model is busy with another.
 _PREFETCHED_BATCHES = 4
+# Recordings on disk that last longer are not in memory as a whole. The encoders run once for each rate.
+_MAX_HELD_S = 600.0
 # Bytes of audio that a dataset holds in a block: two blocks are in memory.
 _MAX_BLOCK_BYTES = 1 << 29
 # A folder on the Hub has a stream for each of its files: they are joined until there are no more than this.
@@ -106,7 +108,7 @@ def tokenize_corpus(
     *,
     source: Mapping[str, Any] | None = None,
     clips_per_shard: int = 1000,
-    chunk_length_s: float | None = None,
+    chunk_length_s: float = 30.0,
     **options: Any,
 ) -> dict[str, Any]:
     """
@@ -126,8 +128,7 @@ def tokenize_corpus(
         feature_extractor: The codec's.
         source: What to record about the origin of the dataset.
         clips_per_shard: Clips in a Parquet file. An interruption costs one such file at most.
-        chunk_length_s: As in `codec.encode`. By default clips are encoded whole, but those that last more than
-            ten minutes in chunks of 30 seconds.
+        chunk_length_s: Clips longer than twice this are encoded alone and in chunks of so many seconds; 0 never.
         options: Those of [`Tokenization`]: `merging_thresholds`, `target_frame_rates`, `num_quantizers`,
             `batch_seconds`, `num_workers` and `split`.
 
@@ -265,20 +266,12 @@ class Tokenization:
                     batches.append([])
                 if not batches[-1]:
                     # A clip that is processed in chunks is alone.
-                    longest = seconds if self._chunk_length(seconds) is None else math.inf
+                    longest = math.inf if chunk_length(seconds, self.runner.chunk_length_s) else seconds
                 batches[-1].append((clip, seconds))
             block.unfinished_batches = len(batches)
             for batch in batches:
-                yield (
-                    block,
-                    [
-                        (clip, pool.submit(read_clip, clip.audio, rate, self._chunk_length(seconds) is not None))
-                        for clip, seconds in batch
-                    ],
-                )
-
-    def _chunk_length(self, seconds: float) -> float | None:
-        return chunk_length(seconds, self.runner.chunk_length_s)
+                reading = [pool.submit(read_clip, clip.audio, rate, seconds > _MAX_HELD_S) for clip, seconds in batch]
+                yield block, list(zip((clip for clip, _ in batch), reading, strict=True))
 
     def _encode(self, batch: Batch) -> None:
         recordings: list[tuple[Clip, AudioClip | AudioFile]] = []

@@ -97,8 +97,7 @@ class CodecReconstruction:
         fixed_frame_rate: For comparison, downsample at a fixed rate: this many tokens per second, whatever the
             similarities, with lengths as even as whole frames allow. These tokens need no bits for their length.
         num_quantizers: Number of codebooks; 1 is the semantic one. All by default.
-        chunk_length_s: As in `codec.encode`. By default clips are processed whole, but those that last more than ten
-            minutes in chunks of 30 seconds.
+        chunk_length_s: Clips longer than twice this are processed in chunks of this many seconds; `None` never does.
 
     Raises:
         ValueError: More than one rate is given, or a value is out of range.
@@ -112,7 +111,7 @@ class CodecReconstruction:
         target_frame_rate: float | None = None,
         fixed_frame_rate: float | None = None,
         num_quantizers: int | None = None,
-        chunk_length_s: float | None = None,
+        chunk_length_s: float | None = 30.0,
     ):
         config = codec.config
         if config.sampling_rate != SAMPLING_RATE:
