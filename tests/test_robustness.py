@@ -11,7 +11,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoFeatureExtractor, AutoModel
 
-from flexicodec_hf import FlexiCodecARConfig, FlexiCodecConfig, FlexiCodecTTSConfig, FlexiCodecVoice
+from conftest import byte_tokenizer
+from flexicodec_hf import (
+    FlexiCodecARConfig,
+    FlexiCodecConfig,
+    FlexiCodecFeatureExtractor,
+    FlexiCodecTTSConfig,
+    FlexiCodecTTSProcessor,
+    FlexiCodecVocoderConfig,
+    FlexiCodecVoice,
+    FlexiCodecVoiceboxConfig,
+)
 from flexicodec_hf.audio_flexicodec import AudioError, AudioWriter, resample
 from flexicodec_hf.generation_flexicodec_tts import _check_settings, _join_texts, _row_generators
 from flexicodec_hf.repository_flexicodec_tts import check_voice_name
@@ -36,6 +46,12 @@ def codec(codec_dir):
         (FlexiCodecARConfig, {"text_encoder_config": 0}, "`text_encoder_config` must be a dictionary"),
         (FlexiCodecTTSConfig, {"codec_config": "x"}, "`codec_config` must be a dictionary"),
         (FlexiCodecTTSConfig, {"voices": None}, "`voices` must be a list"),
+        (FlexiCodecConfig, {"dtype": ""}, "`dtype` must be a type of PyTorch, .* got ''"),
+        (FlexiCodecConfig, {"torch_dtype": "x"}, "`dtype` must be a type of PyTorch, .* got 'x'"),
+        (FlexiCodecARConfig, {"dtype": math.inf}, "`dtype` must be a type of PyTorch, .* got inf"),
+        (FlexiCodecVoiceboxConfig, {"dtype": []}, r"`dtype` must be a type of PyTorch, .* got \[\]"),
+        (FlexiCodecVocoderConfig, {"dtype": "nn"}, "`dtype` must be a type of PyTorch, .* got 'nn'"),
+        (FlexiCodecTTSConfig, {"dtype": {}}, "`dtype` must be a type of PyTorch, .* got {}"),
     ],
 )
 def test_configurations_out_of_range(config_class, options, message):
@@ -53,6 +69,7 @@ def test_configurations_out_of_range(config_class, options, message):
         ({"device": "meta"}, "`device` must be one"),
         ({"max_length": math.inf}, "`max_length` must be"),
         ({"max_length": "9"}, "`max_length` must be"),
+        ({"pad_to_multiple_of": 10**12}, r"`pad_to_multiple_of` must be .* below 2\*\*31"),
         ({"pad_to_multiple_of": 1.5}, "`pad_to_multiple_of` must be"),
         ({"sampling_rate": np.array([16_000, 16_000])}, "`sampling_rate` is"),
     ],
@@ -113,6 +130,41 @@ def test_texts():
             _join_texts(input_ids, attention_mask, None, None, None)
 
 
+@pytest.fixture(scope="module")
+def processor():
+    return FlexiCodecTTSProcessor(FlexiCodecFeatureExtractor(), byte_tokenizer())
+
+
+SPEECH = np.sin(np.arange(16_000) / 9, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"text": "a\ud800b"}, r"`text` holds half of a surrogate pair.*'a\\ud800b'"),
+        ({"text": "a\ud800b", "language": "zh"}, "`text` holds half of a surrogate pair"),
+        ({"audio": SPEECH, "sampling_rate": 16_000, "reference_text": "\udc80"}, "`reference_text` must be what"),
+        ({"text": "<|audio|>"}, r"`text` holds <\|audio\|>, which means a recording"),
+        ({"text": ["Hello.", "a<|audio|>b"]}, r"`text` holds <\|audio\|>"),
+        ({"text": "a<|audio|>b", "audio": SPEECH, "sampling_rate": 16_000, "reference_text": "c"}, "given twice"),
+        ({"audio": SPEECH, "sampling_rate": 1}, "`source_rate` must be a number of hertz from 1000"),
+        ({"audio": "http://127.0.0.1:9/x.wav"}, r"http://127\.0\.0\.1:9/x\.wav: cannot be downloaded"),
+    ],
+)
+def test_inputs_of_the_processor(processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**options)
+
+
+@pytest.mark.parametrize("name, value", [("feature_extractor", [1]), ("language", ["en"]), ("mel_config", [0])])
+def test_settings_of_the_processor(processor, tmp_path, name, value):
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings | {name: value}))
+    with pytest.raises(ValueError, match=f"`{name}`.* must be a"):
+        FlexiCodecTTSProcessor.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("seed", ["x", math.nan, 10**30, [1, None]])
 def test_seeds(seed):
     with pytest.raises(ValueError, match="`seed` must be a whole number"):
@@ -140,7 +192,7 @@ def test_voices_with_a_damaged_header(tmp_path):
 
 
 def test_rates_and_audio_files(tmp_path):
-    with pytest.raises(AudioError, match="`target_rate` must be a positive number of hertz, got '16000'"):
+    with pytest.raises(AudioError, match="`target_rate` must be a number of hertz from .*, got '16000'"):
         resample(np.zeros(9, dtype=np.float32), 8_000, "16000")
     with pytest.raises(AudioError, match="cannot be written"), AudioWriter(tmp_path / "none" / "a.wav") as writer:
         writer.write(np.zeros(9, dtype=np.float32), 16_000)

@@ -8,6 +8,9 @@ from transformers import AutoFeatureExtractor, AutoModel
 from conftest import AUDIO, assert_close
 from flexicodec_hf import decode_blocks, encode_blocks
 from flexicodec_hf.audio_flexicodec import open_audio, read_audio
+from flexicodec_hf.chunking_flexicodec import Chunk
+from flexicodec_hf.modeling_flexicodec import _common_frames
+from flexicodec_hf.streaming_flexicodec import _Recording
 
 
 @pytest.fixture
@@ -56,6 +59,17 @@ def test_blocks_give_the_tokens_and_the_waveform_of_the_whole(codec, feature_ext
     waveform = codec.decode(expected.audio_codes, expected.token_lengths, **chunks).audio_values[0, 0]
     for tokens in (encoded, [expected]):
         assert_close(torch.cat(list(decode_blocks(codec, tokens, **chunks))), waveform.cpu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("hours", [1, 7, 10, 100])
+def test_hours_have_the_frames_of_their_samples(codec, feature_extractor, hours):
+    """The rounded factor between the frames of the two streams adds up to a frame in six hours."""
+    num_samples = hours * 3600 * 16_000
+    recording = _Recording(codec, feature_extractor, [], num_samples, Chunk(375, 63))
+    assert -2 <= recording.num_frames - num_samples / 1280 <= 0
+    lengths = recording._lengths(recording.num_features), recording._lengths(num_samples + 5 * 1280)
+    with pytest.raises(ValueError, match="do not belong together"):
+        _common_frames(codec.config, *lengths)
 
 
 def test_a_file_is_encoded_as_it_is_read(codec, feature_extractor, monkeypatch):

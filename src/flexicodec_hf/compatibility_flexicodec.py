@@ -32,6 +32,22 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class CheckedDtypeMixin:
+    """Says what is wrong with the `dtype` of a configuration; transformers fails at it without a word."""
+
+    dtype: Any
+
+    # ******** FlexiCodec specific ********
+    def __post_init__(self, **kwargs: Any) -> None:
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            known = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype else dtype
+            if dtype is not None and not isinstance(known, torch.dtype):
+                raise ValueError(f"`dtype` must be a type of PyTorch, such as 'float32', got {dtype!r}.")
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    # *************************************
+
+
 class OffloadedDeviceMixin:
     """Makes `device` the device that a model computes on, also while accelerate keeps its weights elsewhere."""
 
@@ -54,4 +70,4 @@ def check_options(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
         raise TypeError(f"{type(model).__name__}.forward() got unexpected arguments: {', '.join(unknown)}.")
 
 
-__all__ = ["CACHE", "OffloadedDeviceMixin", "check_options", "takes_cache"]
+__all__ = ["CACHE", "CheckedDtypeMixin", "OffloadedDeviceMixin", "check_options", "takes_cache"]

@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.type_validators import interval
 
+from .compatibility_flexicodec import CheckedDtypeMixin
+
 
 _size = interval(min=1, max=1 << 20)
 _SEMANTIC_RANGES = {
@@ -18,7 +20,7 @@ _SEMANTIC_RANGES = {
 
 
 @strict
-class FlexiCodecConfig(PreTrainedConfig):
+class FlexiCodecConfig(CheckedDtypeMixin, PreTrainedConfig):
     r"""
     Configuration of [`FlexiCodecModel`]. The defaults are the sizes of the released 12.5 Hz codec
     `jiaqili3/flexicodec` ([arXiv 2510.00981](https://huggingface.co/papers/2510.00981)).

@@ -1184,11 +1184,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_samples, num_features = _valid_lengths(
             input_values=(input_values, padding_mask), input_features=(input_features, input_features_mask)
         )
-        num_frames = _num_frames(self.config, num_features)
-        _check_same_clips(num_frames.host, -(-num_samples.host // self.config.hop_length))
+        num_frames = _common_frames(self.config, num_features, num_samples)
         acoustic_frames = None
         with _exact_convolutions(self.exact_convolutions and input_features.device.type == "cuda"):
-            semantic_frames = self._encode_semantic(input_features, num_features, chunk)
+            semantic_frames = self._encode_semantic(input_features, num_features, num_frames, chunk)
             if num_quantizers != 1:
                 acoustic_frames = self.acoustic_encoder.encode(input_values[:, 0], num_samples, chunk)
         if acoustic_frames is not None:
@@ -1451,14 +1450,15 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         """
         _check_features(self.config, input_features)
         (num_features,) = _valid_lengths(input_features=(input_features, input_features_mask))
-        frames = self._encode_semantic(input_features, num_features, chunk=None)
-        num_frames = _num_frames(self.config, num_features).device
-        return frames * _length_mask(num_frames, frames.shape[1], frames.device)[..., None]
+        num_frames = _num_frames(self.config, num_features)
+        frames = self._encode_semantic(input_features, num_features, num_frames, chunk=None)
+        return frames * _length_mask(num_frames.device, frames.shape[1], frames.device)[..., None]
 
-    def _encode_semantic(self, input_features: Tensor, num_features: "_Lengths", chunk: Chunk | None) -> Tensor:
+    def _encode_semantic(
+        self, input_features: Tensor, num_features: "_Lengths", num_frames: "_Lengths", chunk: Chunk | None
+    ) -> Tensor:
         """Output of the frozen semantic encoder on codec frames, `(batch_size, num_frames, size)` in float32."""
         frames = self._encode_features(input_features, num_features, chunk and _in_features(self.config, chunk))
-        num_frames = _num_frames(self.config, num_features)
         return _resample(frames, num_features.device, num_frames.device, int(num_frames.host.max()))
 
     @torch.no_grad()
@@ -1672,6 +1672,25 @@ def _num_frames(config: FlexiCodecConfig, num_features: _Lengths) -> _Lengths:
     return _Lengths(device, host)
 
 
+def _common_frames(config: FlexiCodecConfig, num_features: _Lengths, num_samples: _Lengths) -> _Lengths:
+    """Numbers of codec frames that the features and the waveforms of the same clips have."""
+    num_frames = _num_frames(config, num_features)
+    acoustic = -(-num_samples.host // config.hop_length)
+    surplus = num_frames.host - acoustic
+    for semantic, difference in zip(num_frames.host.tolist(), surplus.tolist(), strict=True):
+        # The rounded factor gives a frame too many in six hours, which goes.
+        if not -2 <= difference <= semantic // 250_000:
+            raise ValueError(
+                "`input_features` and `input_values` do not belong together: the features of an item last "
+                f"{semantic} frames, its waveform {semantic - difference}. Make both with one call of the feature "
+                "extractor."
+            )
+    if int(surplus.max()) <= 0:
+        return num_frames
+    surplus = surplus.clamp(min=0)
+    return _Lengths(num_frames.device - surplus.to(num_frames.device.device), num_frames.host - surplus)
+
+
 def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context_s: float) -> Chunk | None:
     """The chunk in frames, from seconds."""
     if chunk_length_s is None:
@@ -1726,15 +1745,6 @@ def _check_features(config: FlexiCodecConfig, input_features: Tensor) -> None:
         )
 
 
-def _check_same_clips(num_frames: Tensor, num_acoustic_frames: Tensor) -> None:
-    for semantic, acoustic in zip(num_frames.tolist(), num_acoustic_frames.tolist(), strict=True):
-        if not 0 <= acoustic - semantic <= 2:
-            raise ValueError(
-                "`input_features` and `input_values` do not belong together: the features of an item last "
-                f"{semantic} frames, its waveform {acoustic}. Make both with one call of the feature extractor."
-            )
-
-
 def _check_num_quantizers(config: FlexiCodecConfig, num_quantizers: Any) -> int:
     """The number of codebooks as an `int`, at most all; all for `None`."""
     if num_quantizers is None:
@@ -1770,10 +1780,14 @@ def _check_tokens(
     token_lengths: Tensor | None,
     mask: Tensor | None,
     num_frames: int | None = None,
+    most_frames_per_token: int | None = None,
 ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
     """
     Lengths, with 0 at padding, and the mask of `tokens` (codes or latents), both `(batch_size, num_tokens)`;
     and the frames of the shortest and the longest item, unless compiling.
+
+    With `most_frames_per_token`, these are tokens of a text model: up to so many frames each, or none, and items
+    without tokens.
 
     Under `torch.compile` only shapes and dtypes are checked. Otherwise one transfer from the device
     brings all values that decide.
@@ -1835,9 +1849,13 @@ def _check_tokens(
     has_tokens, is_mask, shortest, longest, fewest_frames, most_frames, *rest = values
     if not is_mask:
         raise ValueError("`audio_codes_mask` must be 1 for tokens and then 0: padding goes on the right.")
-    if not has_tokens:
+    if not has_tokens and most_frames_per_token is None:
         raise ValueError("There is nothing to decode: an item has no tokens.")
-    if shortest < 1 or longest > config.max_frames_per_token:
+    if most_frames_per_token is not None and (shortest < 0 or longest > most_frames_per_token):
+        raise ValueError(
+            f"`token_lengths` must be 0 to {most_frames_per_token}, got values from {shortest} to {longest}."
+        )
+    if most_frames_per_token is None and (shortest < 1 or longest > config.max_frames_per_token):
         raise ValueError(
             f"`token_lengths` must be 1 to {config.max_frames_per_token}, with 0 only after the last token of an "
             f"item, got values from {shortest} to {longest}."

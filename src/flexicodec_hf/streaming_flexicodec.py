@@ -21,11 +21,11 @@ from .modeling_flexicodec import (
     _check_num_quantizers,
     _check_tokens,
     _chunk,
+    _common_frames,
     _exact_convolutions,
     _in_features,
     _Lengths,
     _neighbors,
-    _num_frames,
     _quantize_window,
     repeat_by_token,
 )
@@ -181,7 +181,9 @@ class _Recording:
         self.codec, self.config, self.feature_extractor = codec, codec.config, feature_extractor
         self.blocks, self.num_samples, self.chunk = blocks, num_samples, chunk
         self.num_features = feature_extractor._num_stacks(num_samples)
-        self.num_frames = int(_num_frames(self.config, self._lengths(self.num_features)).host)
+        self.num_frames = int(
+            _common_frames(self.config, self._lengths(self.num_features), self._lengths(num_samples)).host
+        )
         # As `encode_frames` does.
         self.is_exact = codec.exact_convolutions and codec.device.type == "cuda"
 
