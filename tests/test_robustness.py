@@ -22,7 +22,7 @@ from flexicodec_hf import (
     FlexiCodecVoice,
     FlexiCodecVoiceboxConfig,
 )
-from flexicodec_hf.audio_flexicodec import AudioError, AudioWriter, resample
+from flexicodec_hf.audio_flexicodec import AudioError, AudioWriter, resample, write_audio
 from flexicodec_hf.generation_flexicodec_tts import _check_settings, _join_texts, _row_generators
 from flexicodec_hf.repository_flexicodec_tts import check_voice_name
 
@@ -109,6 +109,9 @@ def test_inputs_of_encode_and_decode(codec, codec_dir):
         ("top_p", "x"),
         ("duration_temperature", math.nan),
         ("max_token_text_ratio", math.nan),
+        ("num_inference_steps", 2.5),
+        ("guidance_scale", math.nan),
+        ("guidance_rescale", 1.5),
     ],
 )
 def test_settings_of_speech(name, value):
@@ -194,5 +197,9 @@ def test_voices_with_a_damaged_header(tmp_path):
 def test_rates_and_audio_files(tmp_path):
     with pytest.raises(AudioError, match="`target_rate` must be a number of hertz from .*, got '16000'"):
         resample(np.zeros(9, dtype=np.float32), 8_000, "16000")
+    with pytest.raises(AudioError, match="`sampling_rate` must be a number of hertz"):
+        write_audio(tmp_path / "a.wav", np.zeros(9, dtype=np.float32), 0)
+    with pytest.raises(OSError, match="the voice cannot be written"):
+        FlexiCodecVoice({0.5: (torch.tensor([1]), torch.tensor([1]))}).save(tmp_path / "none" / "a.safetensors")
     with pytest.raises(AudioError, match="cannot be written"), AudioWriter(tmp_path / "none" / "a.wav") as writer:
         writer.write(np.zeros(9, dtype=np.float32), 16_000)

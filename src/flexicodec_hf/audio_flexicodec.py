@@ -239,6 +239,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
     """
     path = Path(path)
     check_audio_format(path)
+    _check_rates(sampling_rate=sampling_rate)
     if not np.isfinite(waveform).all():
         raise AudioError(f"{path}: not written, the audio has NaN or infinite samples.")
     try:

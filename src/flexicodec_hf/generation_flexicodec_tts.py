@@ -51,6 +51,9 @@ _RANGES: dict[str, tuple[Any, float, float]] = {
     "duration_temperature": (numbers.Real, 1e-9, 1e9),
     "min_token_text_ratio": (numbers.Real, 0, 1e9),
     "max_token_text_ratio": (numbers.Real, 0, 1e9),
+    "num_inference_steps": (numbers.Integral, 1, 2**31),
+    "guidance_scale": (numbers.Real, -1e9, 1e9),
+    "guidance_rescale": (numbers.Real, 0, 1),
 }
 
 # Context on each side of a chunk of long speech, and the cross-fade from one chunk to the next, in
@@ -615,6 +618,8 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         """
         if chunk_length_s is None:
             return None, 0
+        if not isinstance(chunk_length_s, numbers.Real) or not abs(chunk_length_s) < 1e9:
+            raise ValueError(f"`chunk_length_s` must be a finite number of seconds, got {chunk_length_s!r}.")
         rate = self.config.codec_config.frame_rate
         chunk, fade_length = (
             Chunk(round(chunk_length_s * rate), round(_CHUNK_CONTEXT_S * rate)),

@@ -1133,14 +1133,15 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 Average tokens per second to aim at, instead of a threshold: each item gets the
                 threshold that comes closest to this rate.
             chunk_length_s (`float`, *optional*):
-                Process long audio in chunks of this many seconds. Memory is then bounded by the
-                chunk, plus 25 MB of frames per hour. Merging and convolutions give the same as in
-                one piece, and no token breaks at a seam. Attention is limited to `chunk_context_s`
-                around the chunk, so many codes differ from those of the whole, everywhere and not
-                only near seams.
+                Process long audio in chunks of this many seconds, which bounds the memory. Up to
+                ten minutes the tokens are those without chunks: the convolutions run in chunks,
+                and the attention sees everything. Longer audio cannot be encoded without; there
+                the attention sees a chunk and `chunk_context_s` around it, and other chunks give
+                other codes. Merging and convolutions are always those of the whole, and no token
+                breaks at a seam. Each hour takes 25 MB for frames.
             chunk_context_s (`float`, *optional*, defaults to 5.0):
-                Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
-                exact.
+                Context on each side of a chunk, in seconds: at least 2.1 for the convolutions to
+                be exact.
 
         Returns:
             [`FlexiCodecEncoderOutput`]
@@ -1234,7 +1235,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         )
         quantize = partial(self._quantize, num_acoustic_quantizers=num_quantizers - 1, with_losses=False)
         with _exact_convolutions(self.exact_convolutions and frames.semantic_frames.device.type == "cuda"):
-            tokens = _quantize_in_chunks(quantize, frames, segments, chunk) if chunk else quantize(frames, segments)
+            if chunk is None:
+                tokens = quantize(frames, segments)
+            else:
+                tokens = _quantize_in_chunks(quantize, frames, segments, chunk, _whole_frames(self.config))
         return _encoder_output(tokens, segments)
 
     @can_return_tuple
@@ -1267,11 +1271,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             latents (`torch.Tensor` of shape `(batch_size, hidden_size, num_tokens)`, *optional*):
                 Continuous vectors to decode if there are no `audio_codes`.
             chunk_length_s (`float`, *optional*):
-                Decode long audio in chunks of this many seconds. Memory is then bounded by the
-                chunk, plus the waveform. The convolutions give the same as in one piece; attention
-                is limited to `chunk_context_s` around the chunk, so the waveform differs a little
-                everywhere. Chunks fade into each other over
-                one frame (80 ms).
+                Decode long audio in chunks of this many seconds, which bounds the memory, apart
+                from the waveform. Up to ten minutes the waveform is that without chunks, up to
+                rounding: the convolutions run in chunks, and the attention sees everything. In
+                longer audio, the attention sees a chunk and `chunk_context_s` around it. Chunks
+                fade into each other over one frame (80 ms).
             chunk_context_s (`float`, *optional*, defaults to 5.0):
                 Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
                 exact.
@@ -1499,18 +1503,27 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     ) -> Tensor:
         """Latents `(batch_size, num_frames, hidden_size)` to waveforms `(batch_size, num_samples)`."""
         if chunk is not None:
-            lengths = lengths.cpu()
-
-            def run(rows: Tensor | slice, window: slice) -> Tensor:
-                window_lengths = lengths[rows].clamp(max=window.stop) - window.start
-                return self._decode_frames(frames[rows, window], window_lengths, chunk=None)
-
-            return run_in_windows(run, lengths, chunk, self.config.hop_length, fade_length=1)
+            return self._decode_in_chunks(frames, lengths.cpu(), chunk)
         if is_padded is None:
             is_padded = _is_padded(lengths, frames.shape[1])
         padded = lengths.to(frames.device) if is_padded else None
         mask = None if padded is None else _length_mask(padded, frames.shape[1], frames.device)
         return self.acoustic_decoder(self.bottleneck(frames, mask).transpose(1, 2), padded)[:, 0]
+
+    def _decode_in_chunks(self, frames: Tensor, lengths: Tensor, chunk: Chunk) -> Tensor:
+        def padding(rows: Tensor | slice, window: slice) -> Tensor | None:
+            inside = lengths[rows].clamp(max=window.stop) - window.start
+            return inside.to(frames.device) if _is_padded(inside, window.stop - window.start) else None
+
+        def attend(rows: Tensor | slice, window: slice) -> Tensor:
+            part, padded = frames[rows, window], padding(rows, window)
+            return self.bottleneck(part, None if padded is None else _length_mask(padded, part.shape[1], part.device))
+
+        def decode(rows: Tensor | slice, window: slice) -> Tensor:
+            return self.acoustic_decoder(hidden_states[rows, window].transpose(1, 2), padding(rows, window))[:, 0]
+
+        hidden_states = run_in_windows(attend, lengths, chunk, whole_length=_whole_frames(self.config))
+        return run_in_windows(decode, lengths, chunk, self.config.hop_length, fade_length=1)
 
 
 _precision_lock = threading.Lock()
@@ -1547,9 +1560,9 @@ def _run_semantic_encoder(
 ) -> Tensor:
     """Output `(batch_size, num_features, size)` of SenseVoice's encoder, without that of its `queries` `(n, 560)`."""
     longest = int(num_features.host.max())
-    if chunk is not None:
-        longest = min(longest, chunk.size + 2 * chunk.context)
     limit = encoder.config.max_position_embeddings - 1 - len(queries)
+    if chunk is not None and longest > limit:
+        longest = min(longest, chunk.size + 2 * chunk.context)
     if longest > limit:
         raise ValueError(
             f"`input_features` hold {longest} frames, the semantic encoder's positions end at {limit} (60 ms each). "
@@ -1563,7 +1576,13 @@ def _run_semantic_encoder(
         mask = _length_mask(lengths, features.shape[1], features.device)
         return encoder(features, mask).last_hidden_state[:, len(queries) :]
 
-    return run_in_windows(run, num_features.host, chunk)
+    return run_in_windows(run, num_features.host, chunk, whole_length=limit)
+
+
+def _whole_frames(config: FlexiCodecConfig) -> int:
+    """Codec frames of the longest recording that the semantic encoder takes in one piece: ten minutes as released."""
+    num_features = config.semantic_model_config.max_position_embeddings - 1 - len(config.semantic_query_ids)
+    return int(num_features / config.semantic_downsampling_factor)
 
 
 def _quantize_in_chunks(
@@ -1571,13 +1590,17 @@ def _quantize_in_chunks(
     frames: FlexiCodecFramesOutput,
     segments: FlexiCodecSegments,
     chunk: Chunk,
+    whole_length: int,
 ) -> _QuantizedTokens:
-    """The tokens of `quantize(frames, segments)`, some whole tokens at a time with whole tokens of context."""
+    """
+    The tokens of `quantize(frames, segments)`, item by item. Those of items longer than `whole_length` are made some
+    whole tokens at a time, with whole tokens of context.
+    """
     items = []
     for item, num_frames in enumerate(frames.num_frames.tolist()):
         parts = [
             _quantize_window(quantize, frames, segments, item, core, window)
-            for core, window in windows(num_frames, chunk)
+            for core, window in windows(num_frames, chunk if num_frames > whole_length else Chunk(num_frames, 0))
         ]
         found = [(tokens.codes[0].t(), tokens.latents[0]) for tokens, _ in filter(None, parts)]
         items.append([torch.cat(tensors) for tensors in zip(*found, strict=True)])
