@@ -708,7 +708,7 @@ def test_wrong_use_says_what_to_do(model, processor):
         ({"audio_codes": torch.ones(2, 1, 3).bool()}, "`audio_codes` must be integers, got torch.bool"),
         ({"audio_codes": torch.full((2, 1, 3), -1)}, "must be between 0 and .* in the semantic codebook, .* from -1"),
         ({"audio_codes": torch.full((2, 1, 3), 10**6)}, "must be between 0 and .* to 1000000"),
-        ({"audio_codes": torch.full((2, 2, 3), 4096)}, "in an acoustic codebook, got values from 4096"),
+        ({"audio_codes": torch.tensor([[[1] * 3, [4096] * 3]] * 2)}, "in an acoustic codebook, got values from 4096"),
         ({"audio_codes": torch.ones(2, 99, 3).long()}, "codebooks .*, got 99"),
         ({"audio_codes": torch.ones(2, 1, 0).long(), "token_lengths": torch.ones(2, 0).long()}, "nothing to decode"),
         ({"token_lengths": torch.ones(2, 3)}, "`token_lengths` must be integers, got torch.float32"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForTextToWaveform, AutoProcessor
 
 from conftest import byte_tokenizer
 from flexicodec_hf import (
@@ -25,6 +27,24 @@ from flexicodec_hf import (
 from flexicodec_hf.audio_flexicodec import AudioError, AudioWriter, resample, write_audio
 from flexicodec_hf.generation_flexicodec_tts import _check_settings, _join_texts, _row_generators
 from flexicodec_hf.repository_flexicodec_tts import check_voice_name
+
+
+@pytest.mark.parametrize(
+    "file, entry, value, message",
+    [
+        ("config.json", "codebook_size", 99, "its weights do not have the sizes of its configuration"),
+        ("generation_config.json", "pad_token_id", [0], "a configuration has a wrong entry .*TypeError"),
+        ("tokenizer_config.json", "tokenizer_class", True, "a configuration has a wrong entry .*AttributeError"),
+    ],
+)
+def test_repositories_whose_files_do_not_fit(tts_repository, tmp_path, file, entry, value, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(tts_repository, copy)
+    path = copy / ("tts" if file.startswith("generation") else "") / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+    auto = {"config.json": AutoModel, "generation_config.json": AutoModelForTextToWaveform}.get(file, AutoProcessor)
+    with pytest.raises(ValueError, match=f"{re.escape(str(copy))} cannot be loaded: {message}"):
+        auto.from_pretrained(copy)
 
 
 @pytest.fixture
@@ -46,12 +66,18 @@ def codec(codec_dir):
         (FlexiCodecARConfig, {"text_encoder_config": 0}, "`text_encoder_config` must be a dictionary"),
         (FlexiCodecTTSConfig, {"codec_config": "x"}, "`codec_config` must be a dictionary"),
         (FlexiCodecTTSConfig, {"voices": None}, "`voices` must be a list"),
-        (FlexiCodecConfig, {"dtype": ""}, "`dtype` must be a type of PyTorch, .* got ''"),
-        (FlexiCodecConfig, {"torch_dtype": "x"}, "`dtype` must be a type of PyTorch, .* got 'x'"),
+        (FlexiCodecConfig, {"dtype": ""}, "FlexiCodecConfig has a wrong entry: .*torch"),
+        (FlexiCodecConfig, {"torch_dtype": "x"}, "FlexiCodecConfig has a wrong entry: .*'x'"),
         (FlexiCodecARConfig, {"dtype": math.inf}, "`dtype` must be a type of PyTorch, .* got inf"),
         (FlexiCodecVoiceboxConfig, {"dtype": []}, r"`dtype` must be a type of PyTorch, .* got \[\]"),
-        (FlexiCodecVocoderConfig, {"dtype": "nn"}, "`dtype` must be a type of PyTorch, .* got 'nn'"),
+        (FlexiCodecVocoderConfig, {"dtype": "nn"}, "`dtype` must be a type of PyTorch, .* got <module"),
         (FlexiCodecTTSConfig, {"dtype": {}}, "`dtype` must be a type of PyTorch, .* got {}"),
+        (FlexiCodecTTSConfig, {"ar_config": {"id2label": [0]}}, "FlexiCodecARConfig has a wrong entry: .*items"),
+        (FlexiCodecARConfig, {"output_hidden_states": 1.5}, "`output_hidden_states` must be true or false, got 1.5"),
+        (FlexiCodecConfig, {"semantic_model_config": {"dtype": [-1, 2]}}, r"`dtype` must be .* got \[-1, 2\]"),
+        (FlexiCodecConfig, {"semantic_model_config": {"output_attentions": {}}}, "`output_attentions` must be true"),
+        (FlexiCodecConfig, {"max_frames_per_token": 10**30}, "`max_frames_per_token` must be at least 1 and at most"),
+        (FlexiCodecConfig, {"num_quantizers": 10**6}, "`num_quantizers` counts .* at most 1000, got 1000000"),
     ],
 )
 def test_configurations_out_of_range(config_class, options, message):

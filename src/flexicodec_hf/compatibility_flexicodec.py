@@ -32,20 +32,28 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class CheckedDtypeMixin:
-    """Says what is wrong with the `dtype` of a configuration; transformers fails at it without a word."""
-
-    dtype: Any
+class CheckedConfigMixin:
+    """Says in words what is wrong with entries of a configuration that transformers does not look at."""
 
     # ******** FlexiCodec specific ********
     def __post_init__(self, **kwargs: Any) -> None:
-        for dtype in (self.dtype, kwargs.get("torch_dtype")):
-            known = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype else dtype
-            if dtype is not None and not isinstance(known, torch.dtype):
-                raise ValueError(f"`dtype` must be a type of PyTorch, such as 'float32', got {dtype!r}.")
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        try:
+            super().__post_init__(**kwargs)  # type: ignore[misc]
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+            raise ValueError(f"{type(self).__name__} has a wrong entry: {error}.") from error
+        check_entries(self)
 
     # *************************************
+
+
+def check_entries(config: Any) -> None:
+    """Refuse a `dtype` that is none, and switches of outputs that are none."""
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(f"`dtype` must be a type of PyTorch, such as 'float32', got {config.dtype!r}.")
+    for name in ("output_attentions", "output_hidden_states", "return_dict"):
+        value = getattr(config, name, None)
+        if not isinstance(value, bool | None):
+            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
 
 
 class OffloadedDeviceMixin:
@@ -70,4 +78,4 @@ def check_options(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
         raise TypeError(f"{type(model).__name__}.forward() got unexpected arguments: {', '.join(unknown)}.")
 
 
-__all__ = ["CACHE", "CheckedDtypeMixin", "OffloadedDeviceMixin", "check_options", "takes_cache"]
+__all__ = ["CACHE", "CheckedConfigMixin", "OffloadedDeviceMixin", "check_entries", "check_options", "takes_cache"]
