@@ -672,6 +672,7 @@ def test_wrong_use_says_what_to_do(model, processor):
     for call, message in (
         (lambda: model.generate(), "nothing to say: `input_ids` hold no text"),
         (lambda: model.generate(torch.zeros(1, 0).long()), "nothing to say"),
+        (lambda: model.generate(torch.zeros(0, 3).long()), "nothing to say"),
         (lambda: model.generate(torch.ones(1, 3).long(), torch.zeros(1, 3)), "item 0 of `input_ids` holds no text"),
         (lambda: model.generate(**inputs, voice="cleo"), r"'cleo' is not known. This model has \['anna', 'ben'\]"),
         (lambda: model.generate(**inputs, voice=["anna"] * 3), "2 items to speak and 3 voices"),

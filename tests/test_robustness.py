@@ -221,7 +221,7 @@ def test_voices_with_a_damaged_header(tmp_path):
 
 
 def test_rates_and_audio_files(tmp_path):
-    with pytest.raises(AudioError, match="`target_rate` must be a number of hertz from .*, got '16000'"):
+    with pytest.raises(AudioError, match=r"`target_rate` must be a number of hertz from .*, got '16000'"):
         resample(np.zeros(9, dtype=np.float32), 8_000, "16000")
     with pytest.raises(AudioError, match="`sampling_rate` must be a number of hertz"):
         write_audio(tmp_path / "a.wav", np.zeros(9, dtype=np.float32), 0)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,10 +73,23 @@ class OffloadedDeviceMixin:
     # *************************************
 
 
+def is_number(value: Any, whole: bool = False) -> bool:
+    """Whether a value is a number that a float can hold, or a whole one, of Python or NumPy."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real) and -1e300 < value < 1e300
+
+
 def check_options(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
     """Refuse arguments that no model of transformers has: they would be left out in silence."""
     if unknown := sorted(options.keys() - TransformersKwargs.__annotations__.keys()):
         raise TypeError(f"{type(model).__name__}.forward() got unexpected arguments: {', '.join(unknown)}.")
 
 
-__all__ = ["CACHE", "CheckedConfigMixin", "OffloadedDeviceMixin", "check_entries", "check_options", "takes_cache"]
+__all__ = [
+    "CACHE",
+    "CheckedConfigMixin",
+    "OffloadedDeviceMixin",
+    "check_entries",
+    "check_options",
+    "is_number",
+    "takes_cache",
+]

@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, logging
 
 from .chunking_flexicodec import Chunk, run_in_windows
+from .compatibility_flexicodec import is_number
 from .modeling_flexicodec import _INTEGERS, _check_tokens, frame_to_token
 from .streaming_flexicodec_tts import ConsumerGone, FlexiCodecAudioStreamer, SpeechStream, ends_streamer
 from .voice_flexicodec import FlexiCodecVoice
@@ -229,7 +230,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             continuation_ids=continuation_ids,
             continuation_mask=continuation_mask,
         )
-        if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError("There is nothing to say: `input_ids` hold no text. Make them with `processor(text)`.")
         batch_size = len(input_ids)
 
@@ -618,7 +619,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         """
         if chunk_length_s is None:
             return None, 0
-        if not isinstance(chunk_length_s, numbers.Real) or not abs(chunk_length_s) < 1e9:
+        if not is_number(chunk_length_s) or chunk_length_s > 1e9:
             raise ValueError(f"`chunk_length_s` must be a finite number of seconds, got {chunk_length_s!r}.")
         rate = self.config.codec_config.frame_rate
         chunk, fade_length = (

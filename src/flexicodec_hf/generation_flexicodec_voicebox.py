@@ -8,7 +8,6 @@ checks of arguments that `forward` shares.
 
 import itertools
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
+from .compatibility_flexicodec import is_number
 from .modeling_flexicodec import frame_to_token
 
 
@@ -142,7 +142,7 @@ class FlexiCodecVoiceboxGenerationMixin:
                 f"`noise` has shape {tuple(noise.shape)}, expected {(*codes.shape, self.config.num_mel_bins)}."
             )
         for name, number in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
-            if not isinstance(number, numbers.Real) or not math.isfinite(number):
+            if not is_number(number):
                 raise ValueError(f"`{name}` must be a finite number, got {number!r}.")
         times = _time_grid(time_grid, num_inference_steps, self.device)
         with_guidance = _guided_steps(times, guidance_interval)
@@ -252,7 +252,7 @@ def _time_grid(name: str, num_steps: int, device: torch.device) -> Tensor:
     """
     if name not in ("uniform", "sway", "epss"):
         raise ValueError(f"`time_grid` must be 'uniform', 'sway' or 'epss', got {name!r}.")
-    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
+    if not is_number(num_steps, whole=True) or num_steps < 1:
         raise ValueError(f"`num_inference_steps` must be at least 1, and a whole number, got {num_steps!r}.")
     if name == "epss" and num_steps not in _EPSS_GRIDS:
         raise ValueError(
@@ -267,7 +267,7 @@ def _time_grid(name: str, num_steps: int, device: torch.device) -> Tensor:
 
 def _guided_steps(times: Tensor, interval: tuple[float, float]) -> list[bool]:
     """Which steps between `times` have their middle in the interval."""
-    is_pair = isinstance(interval, (tuple, list)) and [isinstance(time, numbers.Real) for time in interval] == [True] * 2
+    is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_number, interval))
     if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"`guidance_interval` must be two times, 0 <= first <= last <= 1, got {interval!r}.")
     middles = (times[:-1] + times[1:]) / 2

@@ -1560,7 +1560,7 @@ def _run_semantic_encoder(
 ) -> Tensor:
     """Output `(batch_size, num_features, size)` of SenseVoice's encoder, without that of its `queries` `(n, 560)`."""
     longest = int(num_features.host.max())
-    limit = encoder.config.max_position_embeddings - 1 - len(queries)
+    limit: int = encoder.config.max_position_embeddings - 1 - len(queries)  # type: ignore[assignment, union-attr, operator]
     if chunk is not None and longest > limit:
         longest = min(longest, chunk.size + 2 * chunk.context)
     if longest > limit:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from os import PathLike
 from typing import Any, TypedDict
 
@@ -23,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .chunking_flexicodec import Crossfader
+from .compatibility_flexicodec import is_number
 from .cpu_flexicodec import optimize_for_cpu
 from .modeling_flexicodec_tts import FlexiCodecForTextToSpeech
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
@@ -250,7 +250,7 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
                 f"({type(text_inputs).__name__})."
             )
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if value is not None and (not isinstance(value, Integral) or value < least):
+            if value is not None and (not is_number(value, whole=True) or value < least):
                 raise ValueError(f"`{name}` must be a whole number, at least {least}, got {value!r}.")
         kwargs = self._resolve_voice(kwargs)
         if not self._has_voice(kwargs):

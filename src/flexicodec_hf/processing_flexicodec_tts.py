@@ -390,7 +390,9 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         if not any(AUDIO_TOKEN in text for text in texts):
             return texts, said
         if not has_audio:
-            raise ValueError(f"`text` holds {AUDIO_TOKEN}, which means a recording: pass it as `audio`, or take it out.")
+            raise ValueError(
+                f"`text` holds {AUDIO_TOKEN}, which means a recording: pass it as `audio`, or take it out."
+            )
         parts = [text.split(AUDIO_TOKEN) for text in texts]
         if any(len(part) != 2 for part in parts):
             raise ValueError(

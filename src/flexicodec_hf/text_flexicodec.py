@@ -139,7 +139,7 @@ def prepare_text(text: str, language: str = "en", reference_text: str | None = N
         if not isinstance(value, str):
             raise TypeError(f"`{name}` must be a string, got {value!r} ({type(value).__name__}).")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"`{name}` holds half of a surrogate pair, which is no character: {ascii(value)}.")
+            raise ValueError(f"`{name}` holds half of a surrogate pair, which is no character: {value!a}.")
     spell = _spell_english if phonemes and language == "en" else str
     spelled = spell(text)
     if not any(map(str.isalnum, spelled)):
