@@ -26,6 +26,7 @@ from flexicodec_hf import (
 )
 from flexicodec_hf.audio_flexicodec import AudioError, AudioWriter, resample, write_audio
 from flexicodec_hf.generation_flexicodec_tts import _check_settings, _join_texts, _row_generators
+from flexicodec_hf.modeling_flexicodec import FlexiCodecFramesOutput
 from flexicodec_hf.repository_flexicodec_tts import check_voice_name
 
 
@@ -122,6 +123,32 @@ def test_inputs_of_encode_and_decode(codec, codec_dir):
             codec.encode(**{**inputs, **options})
     with pytest.raises(ValueError, match="`latents` must have"):
         codec.decode(latents=torch.zeros(1, 3, 5))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_frames": torch.tensor([9])}, "`num_frames` must be 1 to 4, the number of frames, got values from 9"),
+        ({"num_frames": torch.tensor([0])}, "`num_frames` must be 1 to 4"),
+        ({"num_frames": torch.tensor([4.0])}, r"`frames\.num_frames` must be integers"),
+        ({"num_frames": torch.tensor([4, 4])}, r"`frames\.num_frames` must be integers of the shape"),
+        ({"num_frames": None}, r"`frames\.num_frames` must be a torch\.Tensor"),
+        ({"semantic_frames": torch.full((1, 4, 32), math.nan)}, "semantic frames must be finite"),
+        ({"semantic_frames": np.zeros((1, 4, 32))}, r"`frames\.semantic_frames` must be a torch\.Tensor"),
+        ({"semantic_frames": torch.ones(1, 4, 31)}, r"`frames` must have semantic frames .*got \(1, 4, 31\)"),
+        ({"acoustic_frames": torch.ones(1, 3, 32)}, r"and acoustic ones .*\(1, 3, 32\)"),
+    ],
+)
+def test_frames_that_are_not_those_of_encode_frames(codec, changes, message):
+    sizes = codec.config.semantic_model_config.hidden_size, codec.config.hidden_size
+    frames = FlexiCodecFramesOutput(torch.randn(1, 4, sizes[0]), torch.randn(1, 4, sizes[1]), torch.tensor([4]))
+    codec.quantize_frames(frames)
+    if torch.is_tensor(semantic := changes.get("semantic_frames")) and semantic.isnan().all():
+        changes = {"semantic_frames": frames.semantic_frames * math.nan}
+    with pytest.raises((ValueError, TypeError), match=message):
+        codec.quantize_frames(frames._replace(**changes))
+    with pytest.raises(TypeError, match="must be the output of `encode_frames`, got tuple"):
+        codec.quantize_frames(tuple(frames))
 
 
 @pytest.mark.parametrize(

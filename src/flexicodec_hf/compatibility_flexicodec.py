@@ -75,7 +75,8 @@ class OffloadedDeviceMixin:
 
 def is_number(value: Any, whole: bool = False) -> bool:
     """Whether a value is a number that a float can hold, or a whole one, of Python or NumPy."""
-    return isinstance(value, numbers.Integral if whole else numbers.Real) and -1e300 < value < 1e300
+    kind: Any = numbers.Integral if whole else numbers.Real
+    return isinstance(value, kind) and -1e300 < value < 1e300
 
 
 def check_options(model: torch.nn.Module, options: Mapping[str, Any]) -> None:

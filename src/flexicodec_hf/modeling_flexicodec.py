@@ -341,7 +341,7 @@ class FlexiCodecFrameMerger:
             is_padded = not bool(token_mask.all() & frame_mask.all())
             return FlexiCodecSegments(token_lengths, token_mask, frame_mask, similarities, None, is_padded)
         threshold = self.choose_threshold(similarities, frame_mask, merging_threshold, target_frame_rate)
-        token_lengths, is_padded = self._segment(similarities, threshold, frame_mask)
+        token_lengths, is_padded = self._segment(similarities, threshold, frame_mask, num_frames)
         token_mask = token_lengths > 0
         return FlexiCodecSegments(token_lengths, token_mask, frame_mask, similarities, threshold, is_padded)
 
@@ -373,11 +373,23 @@ class FlexiCodecFrameMerger:
         """
         return self._segment(similarities, threshold, frame_mask)[0]
 
-    def _segment(self, similarities: Tensor, threshold: Tensor, frame_mask: Tensor) -> tuple[Tensor, bool]:
+    def _segment(
+        self, similarities: Tensor, threshold: Tensor, frame_mask: Tensor, num_frames: Tensor | None = None
+    ) -> tuple[Tensor, bool]:
         """Lengths of the tokens, and whether there is padding. The host waits for the device once."""
+        most_frames = frame_mask.sum(dim=1) if num_frames is None else num_frames
         starts = self._token_starts(similarities, threshold, frame_mask)
         index = starts.cumsum(dim=1) - 1
-        *fewest, fewest_frames = torch.stack([*index[:, -1].aminmax(), frame_mask.sum(dim=1).min()]).tolist()
+        are_finite = (similarities.isfinite() | ~frame_mask[:, 1:]).all()
+        numbers = [*index[:, -1].aminmax(), *most_frames.aminmax(), are_finite]
+        *fewest, fewest_frames, most, is_finite = torch.stack([number.long() for number in numbers]).tolist()
+        if fewest_frames < 1 or most > frame_mask.shape[1]:
+            raise ValueError(
+                f"`num_frames` must be 1 to {frame_mask.shape[1]}, the number of frames, got values from "
+                f"{fewest_frames} to {most}."
+            )
+        if not is_finite:
+            raise ValueError("The semantic frames must be finite, got NaN or infinity.")
         num_tokens = fewest[1] + 1
         token_lengths = torch.zeros(len(starts), num_tokens, dtype=torch.long, device=starts.device)
         is_padded = fewest[0] != fewest[1] or fewest_frames < frame_mask.shape[1]
@@ -1221,10 +1233,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             [`FlexiCodecEncoderOutput`]
 
         Raises:
-            ValueError: An argument is out of its range, or the lengths do not cover the frames.
+            ValueError: An argument is out of its range, the lengths do not cover the frames, or `frames` are not
+            as `encode_frames` makes them.
+            TypeError: `frames` are of another type.
         """
         num_quantizers = _check_num_quantizers(self.config, num_quantizers)
         chunk = _chunk(self.config, chunk_length_s, chunk_context_s)
+        _check_frames(self.config, frames)
         if frames.acoustic_frames is None and num_quantizers > 1:
             raise ValueError(
                 f"`frames` were encoded with `num_quantizers=1`, which leaves nothing to make {num_quantizers} "
@@ -1765,6 +1780,29 @@ def _check_features(config: FlexiCodecConfig, input_features: Tensor) -> None:
         raise ValueError(
             f"`input_features` must have the shape (batch_size, num_features, {feature_size}), "
             f"got {tuple(input_features.shape)}."
+        )
+
+
+def _check_frames(config: FlexiCodecConfig, frames: Any) -> None:
+    if not isinstance(frames, FlexiCodecFramesOutput):
+        raise TypeError(f"`frames` must be the output of `encode_frames`, got {type(frames).__name__}.")
+    for name, value in frames._asdict().items():
+        if name != "acoustic_frames" or value is not None:
+            _check_tensor(f"frames.{name}", value)
+    semantic, acoustic, num_frames = frames
+    size = config.semantic_model_config.hidden_size
+    shape = tuple(semantic.shape[:2])
+    is_shaped = semantic.ndim == 3 and semantic.shape[2] == size and 0 not in shape
+    if not is_shaped or (acoustic is not None and tuple(acoustic.shape) != (*shape, config.hidden_size)):
+        raise ValueError(
+            f"`frames` must have semantic frames (batch_size, num_frames, {size}) and acoustic ones (batch_size, "
+            f"num_frames, {config.hidden_size}), got {tuple(semantic.shape)} and "
+            f"{None if acoustic is None else tuple(acoustic.shape)}."
+        )
+    if num_frames.dtype not in _INTEGERS or tuple(num_frames.shape) != shape[:1]:
+        raise ValueError(
+            f"`frames.num_frames` must be integers of the shape (batch_size,) = {shape[:1]}, got {num_frames.dtype} "
+            f"of {tuple(num_frames.shape)}."
         )
 
 
