@@ -102,8 +102,10 @@ def run_reconstruct(args: argparse.Namespace) -> int:
     settings = _settings(args, config)
 
     def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip | AudioFile]) -> list[Result]:
-        (encoded,) = _encode(runner, clips, settings)
-        return [encoded] if isinstance(encoded, Exception) else _decode(runner, [encoded[0]])
+        results: list[Result] = []
+        for encoded in _encode(runner, clips, settings):
+            results += [encoded] if isinstance(encoded, Exception) else _decode(runner, [encoded[0]])
+        return results
 
     work = _Work(args)
     work.todo = [Job(args.input, args.output)]
