@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, False, [], argparse.SUPPRESS) and "(default" not in action.help
-        return f"{action.help} (default: %(default)s)" if has_default else action.help
+        text = action.help or ""
+        has_default = action.default not in (None, False, [], [None], argparse.SUPPRESS) and "(default" not in text
+        return f"{text} (default: %(default)s)" if has_default else text
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return {int: "N", positive_int: "N", float: "X", cosine: "X", not_negative: "S", positive_seconds: "S"}.get(

@@ -405,7 +405,7 @@ def _described(folder: Path, file: str, given: _Columns, on_bad_row: Callable[[s
     if rows and audio is None and not {given.text, *TEXT_NAMES} & {*columns}:
         raise DataError(f"{folder / file}: {_nothing_in(columns)}")
     for row in rows:
-        for column in {audio, "reference_audio"} & {*row}:
+        for column in [name for name in row if name in (audio, "reference_audio")]:
             path = row.pop(column) or None
             if not isinstance(path, str | None):
                 raise DataError(f"{folder / file}: the column {column!r} does not hold paths, but {str(path)[:40]!a}.")
@@ -478,7 +478,7 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
     # Transcripts in TSV files have quotation marks that quote nothing.
     tabs = path.suffix.lower() == ".tsv"
     delimiter, quoting = ("\t", csv.QUOTE_NONE) if tabs else (",", csv.QUOTE_MINIMAL)
-    table = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    table = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[call-overload]
     try:
         header = [name for name in table.fieldnames or [] if name]
         if len(set(header)) < len(header):
