@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -210,8 +210,7 @@ def _decode(runner: CodecRunner, tokens: Sequence[Tokens]) -> list[Result]:
     ]
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What to read, and the file to make of it."""
 
     source: Path | TokenSource

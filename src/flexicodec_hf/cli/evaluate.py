@@ -161,25 +161,20 @@ def _evaluator(args: argparse.Namespace, measures: list[str], device: str) -> Ev
 
 
 def _codec_methods(args: argparse.Namespace, device: str) -> list[Method]:
-    import torch
-
-    from ..cpu_flexicodec import optimize_for_cpu
+    from ..data.runner import CodecRunner
     from ..evaluation.methods import CodecReconstruction
-    from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
-    from ..modeling_flexicodec import FlexiCodecModel
 
     load_codec_config(args.model)  # its errors say what is wrong with another kind of model
     with loading(args.model):
-        codec = FlexiCodecModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
-        feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(args.model)
-    if device == "cpu":
-        codec = optimize_for_cpu(codec)
+        runner = CodecRunner.from_pretrained(args.model, device, args.dtype)
     rates: list[dict[str, Any]] = [{"merging_threshold": value} for value in args.merging_thresholds]
     rates += [{"target_frame_rate": value} for value in args.target_frame_rates]
     rates += [{"fixed_frame_rate": value} for value in args.fixed_frame_rates]
     chunk_length_s = args.chunk_length_s or None
     return [
-        CodecReconstruction(codec, feature_extractor, **rate, num_quantizers=number, chunk_length_s=chunk_length_s)
+        CodecReconstruction(
+            runner.codec, runner.feature_extractor, **rate, num_quantizers=number, chunk_length_s=chunk_length_s
+        )
         for rate, number in itertools.product(rates or [{}], args.num_quantizers)
     ]
 

@@ -41,12 +41,7 @@ class RateSetting:
 def rate_settings(
     config: FlexiCodecConfig, merging_thresholds: Iterable[float] = (), target_frame_rates: Iterable[float] = ()
 ) -> list[RateSetting]:
-    """
-    The settings for these numbers; the model's own threshold if there are none.
-
-    Raises:
-        DataError: A number is out of its range, or there twice.
-    """
+    """The settings for these numbers, each in its range and there once; the model's own threshold for none."""
     lowest = config.frame_rate / config.max_frames_per_token
     settings: list[RateSetting] = []
     for name, values, low, high in (
@@ -101,28 +96,15 @@ class CodecRunner:
         self, clips: Sequence[AudioClip | AudioFile], rates: Sequence[RateSetting], num_quantizers: int | None = None
     ) -> list[list[Tokens] | Exception]:
         """
-        Encode clips. The encoders run once for all rates, except for an [`AudioFile`] that is processed in chunks.
-
-        Args:
-            clips: At the sampling rate of the codec. Only an [`AudioFile`] is never in memory as a whole.
-            rates: How to merge frames.
-            num_quantizers: Codebooks to keep; all by default.
-
-        Returns:
-            For each clip the tokens at each rate, or what went wrong.
+        For each clip the tokens at each rate, or what went wrong. The encoders run once for all rates, except for an
+        [`AudioFile`] in chunks, which is never in memory as a whole. Clips are at the sampling rate of the codec.
         """
         return self._run(clips, lambda clip: 0, lambda batch: self._encode_batch(batch, rates, num_quantizers))
 
     def decode(self, tokens: Sequence[Tokens]) -> list[Iterable[np.ndarray] | Exception]:
         """
-        Decode tokens.
-
-        Args:
-            tokens: Of any numbers of codebooks.
-
-        Returns:
-            For each item the parts `(num_samples,)` of a waveform that is as long as the clip was, or what went
-            wrong. Those of an item in chunks are made, and raise their errors, as they are asked for.
+        For each item the parts `(num_samples,)` of a waveform that is as long as the clip was, or what went wrong.
+        Those of an item in chunks are made, and raise their errors, as they are asked for.
         """
         return self._run(tokens, lambda item: len(item.audio_codes), self._decode_batch)
 

@@ -66,6 +66,8 @@ class Corpus:
 
     def write(self, stream: int, block: int, table: pa.Table, summary: dict[str, Any]) -> None:
         """Write a shard, complete or not at all."""
+        # A manifest is outdated: a shard was deleted to be made again.
+        (self.directory / "manifest.json").unlink(missing_ok=True)
         metadata = json.dumps({"settings": self.settings, "summary": summary})
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: metadata})
         with (
