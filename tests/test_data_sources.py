@@ -241,6 +241,13 @@ def test_saved_datasets(tmp_path):
     assert len(decode_audio(dataset[1]["audio"], 16_000)) == 32_000
 
 
+def test_a_column_can_be_text_and_id(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
+    for streaming in (False, True):
+        [row] = load_speech(tmp_path / "texts.jsonl", id_column="text", streaming=streaming)
+        assert (row["id"], row["text"]) == ("one", "one")
+
+
 def test_the_columns_of_any_dataset_get_the_usual_names():
     stream = IterableDataset.from_generator(lambda: iter([{"wav": str(CLIP), "txt": "a", "__key__": 3}]))
     [row] = standard_columns(stream)
@@ -263,6 +270,7 @@ def test_sources_that_cannot_be_loaded(tmp_path):
         ("other.csv", "speaker,words\na,b\n"),
         ("one.csv", "file_name,text\na.wav,b\n"),
         ("nested.jsonl", '{"audio": {"array": [1, 2]}}\n'),
+        ("texts.jsonl", '{"text": ["one", "two"]}\n'),
         ("empty.tar", ""),
         ("cut.tar", "\0" * 300),
         ("text.parquet", "PAR1 and more"),
@@ -281,6 +289,7 @@ def test_sources_that_cannot_be_loaded(tmp_path):
         ("one.csv", {"text_column": "words"}, "there is no column 'words' among"),
         ("one.csv", {"audio_column": "wav"}, r"there is no column 'wav' among \['file_name', 'text'\]"),
         ("nested.jsonl", {}, "the column 'audio' does not hold paths"),
+        ("texts.jsonl", {}, "the column 'text' does not hold strings or numbers, as `text` needs"),
         ("gone.csv", {}, "there is no such file"),
         ("gone.wav", {}, "there is no such file"),
         ("nothing/here", {}, "cannot be loaded"),

@@ -215,6 +215,9 @@ def standard_columns(
     }
     if roles["audio"] is None and roles["text"] is None:
         raise DataError(_nothing_in(features))
+    for role in ("text", "id"):
+        if not isinstance(features.get(roles[role]), Value | None):
+            raise DataError(f"the column {roles[role]!r} does not hold strings or numbers, as `{role}` needs.")
     # The new columns, and what each is made of. One whose name is taken makes room.
     columns: dict[str, str | None] = {}
     for name in features:
@@ -299,6 +302,8 @@ def _converted(table: Table, columns: Mapping[str, str | None], features: Featur
         elif column not in features:
             outer, _, field = column.partition(".")
             made[name] = pc.struct_field(table[outer].combine_chunks(), [field])
+        elif name in ("text", "id") and name != column:  # which may have another role, too
+            made[name] = table[column]
     sources = [f"new {name}" if name in made else column for name, column in columns.items()]
     if made:
         new = InMemoryTable.from_pydict({f"new {name}": column for name, column in made.items()})
