@@ -23,7 +23,7 @@ from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import CheckpointError, convert_codec
 from flexicodec_hf.data.files import DataError, only_run
-from flexicodec_hf.training import teacher
+from flexicodec_hf.training import batches, teacher
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 
 
@@ -164,7 +164,7 @@ def test_semantic_encoder_learns_from_a_teacher(run, data, whisper, monkeypatch,
     rows[2]["text"] = None
     (tmp_path / "speech").mkdir()
     (tmp_path / "speech" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(teacher, "CLIPS_PER_FILE", 3)
+    monkeypatch.setattr(batches, "CLIPS_PER_FILE", 3)
     options = (*SEMANTIC_OPTIONS, "--do_eval", "--dropout", 0, "--dataset", tmp_path / "speech")
     options += ("--teacher", "whisper", "--teacher_cache", tmp_path / "states")
     options += ("--similarity_rates", 0.91, 8.3, 0.86, 6.25)
