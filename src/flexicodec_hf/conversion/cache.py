@@ -62,9 +62,10 @@ def converted_release(
         version = hashlib.sha256(str([fingerprint(file) for file in files]).encode()).hexdigest()[:40]
     else:
         source = str(source)
-        version = revision = _released_commit(source, revision, hub)
-        if version is None:
+        revision = _released_commit(source, revision, hub)
+        if revision is None:
             return None
+        version = revision
     return _convert_once(source, version, text_to_speech, revision, force_download, **hub)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,8 @@ class ReleasedFiles:
             CheckpointError: A file could not be found.
         """
 
-        fetch_own = partial(fetch, repo, revision=revision, **options)
+        def fetch_own(filename: str) -> Path:
+            return fetch(repo, filename, revision, **options)
 
         def fetch_other(other: str, filename: str) -> Path:
             here = Path(repo) / filename

@@ -99,14 +99,14 @@ def convert_release(
     """
     options = {"dtype": dtype, "allow_partial": allow_partial}
     codec_options = options | {"semantic": files.semantic}
-    parts = (
+    parts: list[tuple[Any, ...]] = [
         ("codec", ".", convert.convert_codec, files.codec, "codec_config", codec_options),
         ("autoregressive model", "tts/ar", convert.convert_ar, files.ar, "ar_config", options),
         ("Voicebox model", "tts/voicebox", convert.convert_voicebox, files.nar, "nar_config", options),
         ("vocoder", "tts/vocoder", convert.convert_vocoder, files.vocoder, "vocoder_config", options),
         ("TTS codec", "tts/codec", convert.convert_codec, files.find_tts_codec(), "tts_codec_config", codec_options),
-    )
-    parts = tuple(part for part in parts if part[3] is not None)
+    ]
+    parts = [part for part in parts if part[3] is not None]
     results = {place: title for title, place, *_ in parts}
     if files.is_whole:
         if "tts/codec" not in results:
@@ -137,9 +137,8 @@ def convert_release(
                 except CheckpointError as error:
                     raise CheckpointError(str(error).replace("`config`", f"`{config_name}`")) from error
             if files.is_whole:
-                assemble(
-                    output_dir, done, {p.name: p for p in (done / TTS_DIR).glob("[!.]*")}, tokenizer, voices, dtype
-                )
+                folders = {part.name: part for part in (done / TTS_DIR).glob("[!.]*")}
+                assemble(output_dir, done, folders, tokenizer, voices, dtype)
             else:
                 if tokenizer is not None:
                     tokenizer.save_pretrained(done / "tts" / "ar")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -23,7 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from ..audio_flexicodec import resample
 from ..data.sources import decode_audio
-from ..modeling_flexicodec import FlexiCodecEncoderOutput, FlexiCodecModel
+from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import IGNORE_INDEX, FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 from ..text_flexicodec import encode_text
@@ -134,17 +135,18 @@ class SpeechEncoder:
 
     def _encode(
         self, batch: Mapping[str, Tensor], thresholds: Sequence[float | Tensor]
-    ) -> tuple[list[FlexiCodecEncoderOutput], dict[str, Tensor]]:
+    ) -> tuple[list[Any], dict[str, Tensor]]:
         """Semantic tokens at each of the thresholds, and the frames that are asked for."""
         inputs = {name: batch[name] for name in CODEC_INPUTS}
         frames = self.codec.encode_frames(**inputs, num_quantizers=None if self.latents else 1)
         encoded = [self.codec.quantize_frames(frames, 1, threshold) for threshold in thresholds]
-        wanted = {}
+        wanted: dict[str, Any] = {}
         if self.semantic_frames:
             positions = torch.arange(frames.semantic_frames.shape[1], device=frames.num_frames.device)
             wanted["semantic_frames"] = frames.semantic_frames * (positions < frames.num_frames[:, None])[..., None]
         if self.latents:
-            wanted["latents"] = self.codec.quantize_frames(frames, merging_threshold=1.0).latents.mT.float()
+            unmerged: Any = self.codec.quantize_frames(frames, merging_threshold=1.0)
+            wanted["latents"] = unmerged.latents.mT.float()
         return encoded, wanted
 
     @torch.no_grad()
@@ -156,7 +158,7 @@ class SpeechEncoder:
         """
         configs = (self.codec.config.to_json_string(), self.feature_extractor.to_json_string())
         weights = {name: tensor.cpu() for name, tensor in self.codec.state_dict().items()}
-        settings = (weights, *configs, self.thresholds, self.semantic_frames, self.latents)
+        settings = Hasher.hash((weights, *configs, self.thresholds, self.semantic_frames, self.latents))
         rows = List(List(Value("int32")))
         names = [name for name in ("semantic_frames", "latents") if getattr(self, name)]
         features = {"codes": rows, "token_lengths": rows, "length": Value("int32")}
@@ -170,10 +172,9 @@ class SpeechEncoder:
         encoded, frames = self._encode(inputs, self.thresholds)
         new: dict[str, list[Any]] = {"codes": [], "token_lengths": []}
         for item in range(len(waveforms)):
-            used = [output.audio_codes_mask[item] for output in encoded]
-            outputs = list(zip(encoded, used, strict=True))
-            new["codes"].append([output.audio_codes[item, 0, mask].tolist() for output, mask in outputs])
-            new["token_lengths"].append([output.token_lengths[item, mask].tolist() for output, mask in outputs])
+            masks = [(output, output.audio_codes_mask[item]) for output in encoded]
+            new["codes"].append([output.audio_codes[item, 0, mask].tolist() for output, mask in masks])
+            new["token_lengths"].append([output.token_lengths[item, mask].tolist() for output, mask in masks])
         new["length"] = [sum(lengths[0]) for lengths in new["token_lengths"]]
         for name, values in frames.items():
             items = zip(values.half().cpu(), new["length"], strict=True)
