@@ -26,8 +26,9 @@ from flexicodec_hf import (
 )
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import convert_ar, convert_codec, convert_vocoder, convert_voicebox
+from flexicodec_hf.conversion.cache import converted_release
 from flexicodec_hf.conversion.tables import VOICEBOX
-from hub_server import hub_server
+from hub_server import hub_server, use_hub
 from whisper_files import write_tokenizer_json
 
 
@@ -263,3 +264,13 @@ def released_hub(raw_release):
         for file, repo in elsewhere.items():
             hub.add(repo, raw_release, file)
         yield hub
+
+
+@pytest.fixture(scope="session")
+def released_home(released_hub, tmp_path_factory):
+    """Caches after the whole system was loaded by its id once."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_hub(monkeypatch, released_hub.url, home)
+        converted_release("jiaqili3/flexicodec")
+    return home
