@@ -33,7 +33,8 @@ from whisper_files import write_tokenizer_json
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+    torch.set_num_threads(1)  # the workers share the cores,
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
 
 # Golden values are those of a CPU; by default, cuDNN reads only 10 bits of what it convolves.
 torch.backends.cudnn.allow_tf32 = False

@@ -85,6 +85,7 @@ save_file({name: torch.from_numpy(one["audio"]) for name, one in spoken.items()}
 
 
 def run(script, *arguments, home):
+    # Threads that wait for each other take more time than such small models.
     environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
