@@ -270,6 +270,29 @@ def random_utterances(model, device="cpu", batch_size=4):
     )
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_training_takes_the_same_positions_as_a_lookup_of_distances(device, attention):
+    """Whole sequences with gradients shift a matrix instead."""
+    model = tiny_model(device)
+    model.set_attn_implementation(attention)
+    inputs = random_utterances(model, device)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert_close(model(**inputs).logits, expected.cpu())
+    decoder = model.model.decoder
+    positions = torch.arange(7, device=device)
+    distances = (positions[:, None] - positions).clamp(min=0)
+    mask = (positions[:, None] >= positions)[None, None]
+    gradients = []
+    for choice in (None, distances):
+        decoder.zero_grad()
+        embeds = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        decoder.run_layers(embeds, decoder.relative_keys(9), choice, mask).square().sum().backward()
+        gradients.append(torch.cat([embeds.grad.flatten(), *(p.grad.flatten() for p in decoder.parameters())]).cpu())
+    assert_close(gradients[0], gradients[1], atol=1e-3)
+    assert gradients[0].norm() > 1
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(device):
     gradients = []
     for checkpointing in (False, True):

@@ -774,6 +774,17 @@ def _item_mse(prediction: Tensor, target: Tensor, token_mask: Tensor | None) -> 
     return (error * token_mask).sum(dim=1) / token_mask.sum(dim=1)
 
 
+class FlexiCodecSnake1d(Snake1d):
+    """DAC's activation, with one kernel less, and in float16 without the infinite reciprocal of a small alpha."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        values, alpha = hidden_states, self.alpha
+        if values.dtype == torch.float16:
+            values, alpha = values.float(), alpha.float()
+        waves = (alpha * values).sin().square()
+        return torch.addcmul(values, (alpha + 1e-9).reciprocal(), waves).to(hidden_states.dtype)
+
+
 class FlexiCodecResidualUnitsMixin:
     """The residual units of DAC's blocks, exact in padded batches.
 
@@ -785,6 +796,12 @@ class FlexiCodecResidualUnitsMixin:
     res_unit1: nn.Module
     res_unit2: nn.Module
     res_unit3: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if type(module) is Snake1d:
+                module.__class__ = FlexiCodecSnake1d
 
     def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         """
@@ -832,7 +849,7 @@ class FlexiCodecAcousticEncoder(nn.Module):
         self.hop_length = config.hop_length
         self.conv1 = nn.Conv1d(1, size, kernel_size=7, padding=3)
         self.block = nn.ModuleList(FlexiCodecEncoderBlock(config, ratio, i + 1) for i, ratio in enumerate(ratios))
-        self.snake1 = Snake1d(size * 2 ** len(ratios))
+        self.snake1 = FlexiCodecSnake1d(size * 2 ** len(ratios))
         self.conv2 = nn.Conv1d(size * 2 ** len(ratios), config.hidden_size, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -885,7 +902,7 @@ class FlexiCodecAcousticDecoder(nn.Module):
         size, ratios = config.decoder_hidden_size, config.upsampling_ratios
         self.conv1 = nn.Conv1d(config.hidden_size, size, kernel_size=7, padding=3)
         self.block = nn.ModuleList(FlexiCodecDecoderBlock(config, ratio, i) for i, ratio in enumerate(ratios))
-        self.snake1 = Snake1d(size // 2 ** len(ratios))
+        self.snake1 = FlexiCodecSnake1d(size // 2 ** len(ratios))
         self.conv2 = nn.Conv1d(size // 2 ** len(ratios), 1, kernel_size=7, padding=3)
 
     def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -1561,9 +1578,29 @@ def _run_semantic_encoder(
         features = torch.cat([queries.to(features.dtype).expand(len(features), -1, -1), features], dim=1)
         lengths = num_features.device[rows].clamp(max=window.stop) - window.start + len(queries)
         mask = _length_mask(lengths, features.shape[1], features.device)
-        return encoder(features, mask).last_hidden_state[:, len(queries) :]
+        is_padded = int(num_features.host[rows].min()) < window.stop
+        return _encoder_states(encoder, features, mask, is_padded)[:, len(queries) :]
 
     return run_in_windows(run, num_features.host, chunk)
+
+
+def _encoder_states(encoder: Any, features: Tensor, mask: Tensor, is_padded: bool) -> Tensor:
+    """
+    `encoder(features, mask).last_hidden_state`. It would look for padding in the mask, for which the host
+    waits, and turn the mask into numbers in each layer.
+    """
+    # TODO: call the encoder once it does neither.
+    states = features.to(encoder.layers[0].input_layernorm.weight.dtype)
+    attention_mask = None
+    if is_padded:
+        attention_mask = create_bidirectional_mask(
+            config=encoder.config, inputs_embeds=states, attention_mask=mask, allow_is_bidirectional_skip=False
+        )
+    states = states * encoder.scaling + encoder.position_embeddings(states)
+    mask = mask.to(states.dtype)
+    for layer in encoder.layers:
+        states = layer(states, attention_mask, mask)
+    return states
 
 
 def _quantize_in_chunks(
