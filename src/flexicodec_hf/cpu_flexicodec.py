@@ -204,7 +204,8 @@ class _Snake1d(FlexiCodecSnake1d):
     """Snake activation with one temporary tensor instead of four, where autograd needs none of them."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not _is_plain_cpu(hidden_states, self.alpha):
+        is_plain = _is_plain_cpu(hidden_states, self.alpha) and hidden_states.dtype != torch.float16
+        if torch.is_grad_enabled() or not is_plain:
             return super().forward(hidden_states)
         waves = (hidden_states * self.alpha).sin_().square_()
         return torch.addcmul(hidden_states, (self.alpha + 1e-9).reciprocal(), waves, out=waves)

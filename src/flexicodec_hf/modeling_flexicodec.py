@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
 from transformers.models.dac.modeling_dac import (
     DacDecoderBlock,
     DacEncoderBlock,
     Snake1d,
 )
+from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
+from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder, FunAsrNanoFSMN
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -719,9 +721,8 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
             The quantized vectors `(batch_size, num_tokens, hidden_size)`, the codes `(batch_size,
             num_quantizers, num_tokens)`, and the commitment and codebook losses.
         """
-        quantized = torch.zeros_like(hidden_states)
         commitment_loss = codebook_loss = hidden_states.new_zeros((), dtype=torch.float32)
-        residual, codes = hidden_states, []
+        residual, outputs, codes = hidden_states, [], []
         quantizers = self.quantizers[:num_quantizers] if isinstance(num_quantizers, int) else self.quantizers
         directions, squared_norms = self._directions(quantizers)
         for i, quantizer in enumerate(quantizers):
@@ -734,19 +735,19 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
             if isinstance(num_quantizers, Tensor):
                 used = (i < num_quantizers).to(output.dtype)
                 output = output * used[:, None, None]
-            quantized = quantized + output
+            outputs.append(output)
             if not with_losses:
                 continue
             commitment_loss = commitment_loss + (_item_mse(projected, entries.detach(), token_mask) * used).mean()
             codebook_loss = codebook_loss + (_item_mse(entries, projected.detach(), token_mask) * used).mean()
         if not codes:
             return (
-                quantized,
+                torch.zeros_like(hidden_states),
                 hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], dtype=torch.long),
                 commitment_loss,
                 codebook_loss,
             )
-        return quantized, torch.stack(codes, dim=1), commitment_loss, codebook_loss
+        return torch.stack(outputs).sum(dim=0), torch.stack(codes, dim=1), commitment_loss, codebook_loss
 
     def _directions(self, quantizers: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The entries of all codebooks as unit vectors, and their squared norms, at once: a fifth of the kernels."""
@@ -775,14 +776,13 @@ def _item_mse(prediction: Tensor, target: Tensor, token_mask: Tensor | None) -> 
 
 
 class FlexiCodecSnake1d(Snake1d):
-    """DAC's activation, with one kernel less, and in float16 without the infinite reciprocal of a small alpha."""
+    """DAC's activation. Not in float16, where the reciprocal of a small `alpha` is infinite."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        values, alpha = hidden_states, self.alpha
-        if values.dtype == torch.float16:
-            values, alpha = values.float(), alpha.float()
-        waves = (alpha * values).sin().square()
-        return torch.addcmul(values, (alpha + 1e-9).reciprocal(), waves).to(hidden_states.dtype)
+        if hidden_states.dtype != torch.float16:
+            return super().forward(hidden_states)
+        values, alpha = hidden_states.float(), self.alpha.float()
+        return (values + (alpha + 1e-9).reciprocal() * (alpha * values).sin().square()).half()
 
 
 class FlexiCodecResidualUnitsMixin:
@@ -936,6 +936,52 @@ def _zero_past_end(hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
     return hidden_states * (positions < lengths[:, None, None])
 
 
+class FlexiCodecFSMN(FunAsrNanoFSMN):
+    """The memory block of the semantic encoder. Its convolution pads, and it needs no mask without padding."""
+
+    def forward(self, hidden_states: Tensor, input_features_mask: Tensor | None) -> Tensor:
+        if input_features_mask is not None:
+            hidden_states = hidden_states * input_features_mask[..., None]
+        return self.conv(self.pad(hidden_states.transpose(1, 2))).transpose(1, 2) + hidden_states
+
+
+class FlexiCodecSemanticEncoder(FunAsrNanoEncoder):
+    """
+    SenseVoice's encoder, which is told that nothing is padding. The one of transformers looks into the
+    mask: the host waits for it.
+    """
+
+    def __init__(self, config: FunAsrNanoEncoderConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            fsmn = layer.self_attn.fsmn
+            fsmn.__class__ = FlexiCodecFSMN
+            left, right = fsmn.pad.padding
+            if left == right:
+                fsmn.conv.padding, fsmn.pad = (left,), nn.Identity()
+
+    def forward(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> BaseModelOutput:
+        """
+        Args:
+            input_features: `(batch_size, num_features, input_size)`.
+            input_features_mask: `(batch_size, num_features)`, `None` when nothing is padding.
+        """
+        hidden_states = input_features.to(self.layers[0].input_layernorm.weight.dtype)
+        attention_mask = None
+        if input_features_mask is not None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=input_features_mask,
+                allow_is_bidirectional_skip=False,
+            )
+            input_features_mask = input_features_mask.to(hidden_states.dtype)
+        hidden_states = hidden_states * self.scaling + self.position_embeddings(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, input_features_mask)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
 class FlexiCodecSemanticQuantizer(nn.Module):
     """Tokens of the semantic stream: ConvNeXt layers, finite scalar quantization, ConvNeXt layers back."""
 
@@ -1080,7 +1126,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     def __init__(self, config: FlexiCodecConfig):
         super().__init__(config)
         semantic_config = config.semantic_model_config
-        self.semantic_encoder = AutoModel.from_config(semantic_config)
+        self.semantic_encoder = FlexiCodecSemanticEncoder._from_config(semantic_config)
         self.semantic_query_embedding = nn.Embedding(config.num_semantic_queries, semantic_config.input_size)
         self.semantic_query_ids = nn.Buffer(torch.tensor(config.semantic_query_ids), persistent=False)
         self.acoustic_encoder = FlexiCodecAcousticEncoder(config)
@@ -1577,30 +1623,12 @@ def _run_semantic_encoder(
         features = input_features[rows, window]
         features = torch.cat([queries.to(features.dtype).expand(len(features), -1, -1), features], dim=1)
         lengths = num_features.device[rows].clamp(max=window.stop) - window.start + len(queries)
-        mask = _length_mask(lengths, features.shape[1], features.device)
-        is_padded = int(num_features.host[rows].min()) < window.stop
-        return _encoder_states(encoder, features, mask, is_padded)[:, len(queries) :]
+        mask = None
+        if int(num_features.host[rows].min()) < window.stop:
+            mask = _length_mask(lengths, features.shape[1], features.device)
+        return encoder(features, mask).last_hidden_state[:, len(queries) :]
 
     return run_in_windows(run, num_features.host, chunk)
-
-
-def _encoder_states(encoder: Any, features: Tensor, mask: Tensor, is_padded: bool) -> Tensor:
-    """
-    `encoder(features, mask).last_hidden_state`. It would look for padding in the mask, for which the host
-    waits, and turn the mask into numbers in each layer.
-    """
-    # TODO: call the encoder once it does neither.
-    states = features.to(encoder.layers[0].input_layernorm.weight.dtype)
-    attention_mask = None
-    if is_padded:
-        attention_mask = create_bidirectional_mask(
-            config=encoder.config, inputs_embeds=states, attention_mask=mask, allow_is_bidirectional_skip=False
-        )
-    states = states * encoder.scaling + encoder.position_embeddings(states)
-    mask = mask.to(states.dtype)
-    for layer in encoder.layers:
-        states = layer(states, attention_mask, mask)
-    return states
 
 
 def _quantize_in_chunks(
