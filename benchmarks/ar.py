@@ -160,8 +160,9 @@ def main() -> None:
     base, expected = None, None
     if reference is None or arguments.loop or arguments.small:
         print("without the reference: `flexicodec` is not installed, or this is not about it")
-        size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2} if arguments.small else {}
-        model = FlexiCodecARForConditionalGeneration(FlexiCodecARConfig(**size)).eval()
+        size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = FlexiCodecARConfig(text_encoder_config=size, **size) if arguments.small else FlexiCodecARConfig()
+        model = FlexiCodecARForConditionalGeneration(config).eval()
     else:
         theirs = reference.build_ar(reference.AR_FULL, seed=0)
         ids = prompt(1)

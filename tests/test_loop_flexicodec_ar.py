@@ -7,7 +7,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.generation.streamers import BaseStreamer
 
+from conftest import assert_close
 from counting import OnDevice, Waits
+from flexicodec_hf import FlexiCodecForTextToSpeech, FlexiCodecTTSProcessor
 from flexicodec_hf.generation_flexicodec_ar import DurationStreamer
 from test_generation_flexicodec_ar import prompts
 from test_modeling_flexicodec_ar import tiny_model
@@ -132,7 +134,7 @@ def test_requests_join_and_leave_a_running_batch_with_the_results_of_a_lone_one(
 def test_a_request_that_is_taken_out_leaves_the_others_alone(device):
     model = tiny_model(device)
     inputs = prompts(model, device)
-    loop = model.make_loop(num_streams=2, max_length=64, **GREEDY | {"min_new_tokens": 21})
+    loop = model.make_loop(num_streams=2, max_length=64, block_size=8, **GREEDY | {"min_new_tokens": 21})
     first, second = (loop.add(**row_of(inputs, row)) for row in (0, 1))
     assert loop.advance() == [] and len(first.codes[0]) == 9
     loop.remove(first)
@@ -148,13 +150,12 @@ def test_a_request_that_is_taken_out_leaves_the_others_alone(device):
 
 def test_the_host_waits_once_for_a_block_of_tokens(device):
     model = tiny_model(device)
-    loop = model.make_loop(num_streams=2, max_length=64, **SAMPLED | {"min_new_tokens": 21})
+    loop = model.make_loop(num_streams=2, max_length=64, block_size=8, **SAMPLED | {"min_new_tokens": 21})
     loop.add(**prompts(model, device), generator=seeded(1, 2))
     for holder in (loop, loop.cache):
         for name, value in vars(holder).items():
             if isinstance(value, torch.Tensor):
                 setattr(holder, name, value.as_subclass(OnDevice))
-    loop.device = torch.device("meta")  # where looking costs nothing, the loop looks after each token
     loop._draw = lambda: None
     with Waits() as waits:
         loop.advance()
@@ -165,7 +166,7 @@ def test_a_recorded_step_is_replayed_with_the_same_tokens(device):
     """As a CUDA graph does: nothing of Python runs again, and what the kernels read and write stays in its place."""
     model = tiny_model(device)
     inputs = prompts(model, device, batch_size=3)
-    loop = model.make_loop(num_streams=3, max_length=64, **SAMPLED)
+    loop = model.make_loop(num_streams=3, max_length=64, block_size=8, **SAMPLED)
     nothing = torch.zeros(())
     graph = make_fx(lambda _: loop._step())(nothing)
     loop._run_step = lambda: graph(nothing)
@@ -230,6 +231,17 @@ def test_a_streamer_gets_what_it_gets_from_generate(device, most):
     kinds = [kind for kind, _ in streamers[0].calls]
     assert kinds.count("end") == 1 and (kinds.count("ids") == 22) == (most == 21)
     assert kinds.count("durations") == kinds.count("ids") - (1 if most == 21 else 2)
+
+
+def test_the_whole_system_speaks_the_same_with_the_loop(tts_repository, device):
+    model = FlexiCodecForTextToSpeech.from_pretrained(tts_repository, subfolder="tts").to(device)
+    processor = FlexiCodecTTSProcessor.from_pretrained(tts_repository)
+    inputs = processor(["Hello there.", "And so on, and so forth."])
+    settings = {"seed": [1, 2], "duration_top_k": 3, "max_new_tokens": 20, "return_dict_in_generate": True}
+    expected, output = (model.generate(**inputs, **settings, **loop) for loop in ({}, {"static_loop": True}))
+    for name in ("audio_codes", "token_lengths"):
+        assert torch.equal(output[name], expected[name])
+    assert_close(output.audio, expected.audio.cpu())
 
 
 class Stopper(BaseStreamer):

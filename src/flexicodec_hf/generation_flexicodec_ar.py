@@ -509,11 +509,11 @@ class FlexiCodecARGenerationMixin(DurationMixin):
                 `min_new_tokens` and `max_new_tokens` apply too; the stricter limit wins.
             static_loop (`bool`, *optional*, defaults to `False`):
                 Runs the whole loop on the device, as a CUDA graph on an NVIDIA GPU: see
-                [`FlexiCodecARLoop`]. Same tokens and durations (with PyTorch's global generator,
-                other ones of the same distribution), several times as fast on a GPU. A streamer gets 8
-                tokens at a time. There are no scores, no beams, and only those processors that look at
-                nothing but scores: temperature, top-k, top-p, ... Buffers and graph are kept for the
-                next call, with one number of rows and one set of settings.
+                [`FlexiCodecARLoop`]. Same tokens and durations (with PyTorch's global generator, other
+                ones of the same distribution). A streamer gets 8 tokens at a time on a GPU. There are no
+                scores, no beams, and only those processors that look at nothing but scores:
+                temperature, top-k, top-p, ... Buffers and graph are kept for the next call with the
+                same settings and a similar size.
             compile_config (`CompileConfig`, *optional*):
                 Compiles the step, also on a CPU. Needs `cache_implementation="static"`.
 
@@ -558,15 +558,18 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             **kwargs,
         )
 
-    def make_loop(self, num_streams: int, max_length: int, block_size: int = 8, **settings: Any) -> FlexiCodecARLoop:
+    def make_loop(
+        self, num_streams: int, max_length: int, block_size: int | None = None, **settings: Any
+    ) -> FlexiCodecARLoop:
         """
         A loop that serves many requests at once, which join and leave it: see [`FlexiCodecARLoop`].
 
         Args:
             num_streams (`int`): Rows that can run at once.
             max_length (`int`): Ids of a prompt and its new tokens at most, rounded up to 256.
-            block_size (`int`, *optional*, defaults to 8):
-                Tokens of each stream between two looks of the host.
+            block_size (`int`, *optional*):
+                Tokens of each stream between two looks of the host. Defaults to 8, and on a CPU, where
+                looking costs nothing, to 1.
             settings:
                 Those of `generate` for all requests: `do_sample`, `temperature`, `top_k`,
                 `max_new_tokens`, ...
@@ -589,7 +592,7 @@ class FlexiCodecARGenerationMixin(DurationMixin):
         return self._merge_settings(generation_config, DURATION_DEFAULTS | LIMIT_DEFAULTS | LOOP_DEFAULTS, kwargs)
 
     def _make_loop(
-        self, config: GenerationConfig, num_streams: int, max_length: int, block_size: int = 8
+        self, config: GenerationConfig, num_streams: int, max_length: int, block_size: int | None = None
     ) -> FlexiCodecARLoop:
         complete, _ = self._prepare_generation_config(config)
         complete._eos_token_tensor = None  # the loop itself counts towards the minimum
@@ -607,6 +610,7 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             raise ValueError(f"The static loop does not support {', '.join(unsupported)}: generate without it.")
         durations = DurationSampler.from_config(config, 0, None)
         duration_processors = durations.processors if durations.do_sample else None
+        block_size = block_size or (1 if self.device.type == "cpu" else 8)
         return FlexiCodecARLoop(
             self, config, processors, duration_processors, num_streams, _in_blocks(max_length), block_size
         )
