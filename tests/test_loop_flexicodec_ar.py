@@ -293,3 +293,6 @@ def test_a_loop_tells_what_does_not_fit(device):
     assert loop.num_free == 2
     with pytest.raises(ValueError, match="unknown settings: topk"):
         model.make_loop(num_streams=1, max_length=64, topk=3)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="some are offloaded: load the model without `device_map`"):
+        loop._record()

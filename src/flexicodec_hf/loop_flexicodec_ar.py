@@ -366,6 +366,11 @@ class FlexiCodecARLoop:
 
     def _record(self) -> Callable[[], None]:
         """The step as a CUDA graph. Nothing runs yet, so the steps that warm up change nothing that counts."""
+        if any(weight.is_meta for weight in self.model.parameters()):
+            raise ValueError(
+                "A CUDA graph needs the weights on the device, and some are offloaded: load the model without "
+                "`device_map`, or generate without `static_loop`."
+            )
         with torch.cuda.device(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -375,7 +380,8 @@ class FlexiCodecARLoop:
                     self._step()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()
         return graph.replay
 
