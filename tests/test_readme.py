@@ -28,6 +28,7 @@ PAGES = (
     "docs/codec.md",
     "docs/conversion.md",
     "docs/corpora.md",
+    "docs/gpu.md",
     "docs/language_models.md",
     "docs/migration.md",
     "docs/tts.md",
