@@ -26,6 +26,12 @@ def add_commands(commands: Any) -> None:
         metavar="DIR",
         help="recordings to try on the page, each with a .txt file beside it that says its words",
     )
+    parser.add_argument(
+        "--whisper",
+        metavar="ID_OR_DIR",
+        help="a Whisper in CTranslate2's format, such as Systran/faster-whisper-base, to show the words of a "
+        "recording in its picture (needs the package ctranslate2)",
+    )
     add_model_arguments(parser)
     parser.set_defaults(run=run_app, parser=parser)
 
@@ -56,4 +62,9 @@ def build(args: argparse.Namespace) -> Any:
             raise CommandError(f"{args.clips} holds no .flac, .wav or .mp3 files.")
         for clip in clips:
             text_beside(clip)
-    return build_page(*load_codec_and_speaker(args), clips)
+    aligner = None
+    if args.whisper is not None:
+        from ..serving.words import load_aligner
+
+        aligner = load_aligner(args.whisper)
+    return build_page(*load_codec_and_speaker(args), clips, aligner)

@@ -85,17 +85,23 @@ class CodecRunner:
         codec: On the device and in the type to run in.
         feature_extractor: The codec's.
         chunk_length_s: Clips longer than twice this are processed in chunks of so many seconds; 0 never does.
+        show_progress: Whether a terminal shows how far such a clip is.
 
     Attributes:
         processing_seconds: Time spent in `encode` and `decode`.
     """
 
     def __init__(
-        self, codec: FlexiCodecModel, feature_extractor: FlexiCodecFeatureExtractor, chunk_length_s: float = 30.0
+        self,
+        codec: FlexiCodecModel,
+        feature_extractor: FlexiCodecFeatureExtractor,
+        chunk_length_s: float = 30.0,
+        show_progress: bool = True,
     ):
         self.codec = codec
         self.feature_extractor = feature_extractor
         self.chunk_length_s = chunk_length_s
+        self.show_progress = show_progress
         self.config = codec.config
         self.processing_seconds = 0.0
 
@@ -175,6 +181,9 @@ class CodecRunner:
         half = len(batch) // 2
         return self._in_halves(batch[:half], process) + self._in_halves(batch[half:], process)
 
+    def _progress(self, seconds: float) -> tqdm:
+        return tqdm(total=round(seconds), unit="s", leave=False, disable=None if self.show_progress else True)
+
     def _out_of_memory(self) -> DataError:
         return DataError(f"out of memory on {self.codec.device}: pass a smaller `chunk_length_s`.")
 
@@ -210,7 +219,7 @@ class CodecRunner:
         self, clip: AudioFile, rate: RateSetting, num_quantizers: int | None, chunk_length_s: float
     ) -> Tokens:
         blocks, found = [], 0.0
-        with _progress(clip.seconds) as progress:
+        with self._progress(clip.seconds) as progress:
             for block in encode_blocks(
                 self.codec,
                 self.feature_extractor,
@@ -272,7 +281,7 @@ class CodecRunner:
         parts = _with_length((part.float().cpu().numpy() for part in waveform), tokens.num_samples)
         start = time.perf_counter()
         try:
-            with _progress(tokens.seconds) as progress:
+            with self._progress(tokens.seconds) as progress:
                 for part in parts:
                     self.processing_seconds += time.perf_counter() - start
                     yield part
@@ -280,10 +289,6 @@ class CodecRunner:
                     start = time.perf_counter()
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
-
-
-def _progress(seconds: float) -> tqdm:
-    return tqdm(total=round(seconds), unit="s", leave=False, disable=None)
 
 
 def _with_length(waveform: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
