@@ -1,6 +1,6 @@
 """Text to speech beside other systems on a CPU: time to first audio, real-time factor, gaps, and memory.
 
-    python benchmarks/tts_peers.py [--systems fast tiny kokoro piper reference] [--threads 2]
+    python benchmarks/tts_peers.py [--systems fast tiny kokoro piper reference] [--sentences 5] [--threads 2]
 
 The same sentences and threads for all, each system in a process of its own, one after the other.
 Before it is timed, it speaks the first sentence once.
@@ -167,12 +167,12 @@ SYSTEMS: dict[str, Callable[[int], Speaker]] = {
 }
 
 
-def measure_system(name: str, threads: int) -> None:
+def measure_system(name: str, threads: int, sentences: list[str]) -> None:
     """Print the figures of a system as JSON."""
     speaker = SYSTEMS[name](threads)
     process = Path("/proc/self")
     (process / "clear_refs").write_text("5")  # the most memory, from here on
-    rows = [measure(speaker(text)) for text in [SENTENCES[0], *SENTENCES]][1:]
+    rows = [measure(speaker(text)) for text in [sentences[0], *sentences]][1:]
     peak = next(line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM"))
     print(json.dumps({"rows": rows, "memory": int(peak.split()[1]) / 2**20}))
 
@@ -180,16 +180,22 @@ def measure_system(name: str, threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--sentences", type=int, default=len(SENTENCES), help="the first so many, from short to long")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    sentences = SENTENCES[: arguments.sentences]
     if arguments.measure:
-        return measure_system(arguments.measure, arguments.threads)
-    seconds = [len(text) / CHARACTERS_PER_SECOND for text in SENTENCES]
-    print(f"{len(seconds)} sentences of {min(seconds):.1f} to {max(seconds):.1f} s, {arguments.threads} threads")
+        return measure_system(arguments.measure, arguments.threads, sentences)
+    seconds = [len(text) / CHARACTERS_PER_SECOND for text in sentences]
+    print(
+        f"{len(seconds)} sentences of {min(seconds):.1f} to {max(seconds):.1f} s, {arguments.threads} threads: "
+        "50 % / 90 % / most"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     for name in arguments.systems:
-        command = [sys.executable, __file__, "--measure", name, "--threads", str(arguments.threads)]
+        command = [sys.executable, __file__, "--measure", name]
+        command += ["--threads", str(arguments.threads), "--sentences", str(arguments.sentences)]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
             print(f"{name:10} | not measured: {run.stderr.strip().splitlines()[-1]}", flush=True)

@@ -26,6 +26,9 @@ MAX_TEXT_LENGTH = 1000
 RECORDING = "the recording below"
 INVENTED = "one that the model invents"
 
+# On a narrow screen, the picture is moved sideways: its words stay readable.
+STYLE = "<style>#tokens { overflow-x: auto } #tokens img { min-width: 44rem; max-width: none }</style>"
+
 Sound = tuple[int, np.ndarray]
 
 
@@ -119,6 +122,7 @@ def _codec_tab(runner: CodecRunner, clips: list[Path], aligner: Aligner | None) 
             said = gr.Markdown(elem_id="codec-said")
             original = gr.Audio(label="Original", interactive=False)
             reconstruction = gr.Audio(label="From its tokens", interactive=False, elem_id="reconstruction")
+    gr.HTML(STYLE, padding=False)
     picture = gr.Plot(show_label=False, elem_id="tokens")
     _on_click(button, reconstruct, [source, text, rate, number], [original, reconstruction, picture, said])
 
