@@ -275,7 +275,7 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
                 seed returns.
             streamer_kwargs (`dict`, *optional*):
                 Lengths of the chunks, see [`FlexiCodecAudioStreamer`]: `first_chunk_s`,
-                `chunk_growth`, `max_chunk_s`, `lookahead_s`; and `max_waiting`, 8 by default.
+                `chunk_growth`, `max_chunk_s`, `lookahead_s`, `prompt_s`; and `max_waiting`, 8 by default.
             kwargs:
                 The arguments of a call, without `batch_size`. In a model without voices, the first
                 piece has the voice that the model invents, and the others imitate it.
