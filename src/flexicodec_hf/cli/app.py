@@ -23,7 +23,9 @@ def add_commands(commands: Any) -> None:
     add("--port", type=int, default=7860, help="port to listen at")
     text = "recordings to try on the page, each with a .txt file beside it that says its words"
     add("--clips", type=Path, metavar="DIR", help=text)
-    text = "a Whisper in CTranslate2's format, such as Systran/faster-whisper-base, to show the words of a recording in "
+    text = (
+        "a Whisper in CTranslate2's format, such as Systran/faster-whisper-base, to show the words of a recording in "
+    )
     add("--whisper", metavar="ID_OR_DIR", help=text + "its picture (needs the package ctranslate2)")
     add_model_arguments(parser)
     parser.set_defaults(run=run_app, parser=parser)
