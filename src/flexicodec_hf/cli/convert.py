@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.cache import install_release
     from ..conversion.checkpoint import CheckpointError
     from ..conversion.download import ReleasedFiles
-    from ..conversion.repository import Progress, convert_release, push, write_card
+    from ..conversion.repository import convert_release, push, write_card
 
     try:
         if args.into_cache:
@@ -110,18 +110,16 @@ def run(args: argparse.Namespace) -> int:
             _fetch(args, files)
         if voices and not files.is_whole:
             usage_error(args, "argument --voice: goes with the whole text-to-speech system, such as from --repo")
-        with Progress(args.output_dir, args.overwrite) as progress:
-            dtype = getattr(torch, args.dtype)
-            convert_release(files, args.output_dir, progress, voices, dtype, args.allow_partial)
-            if files.codec is not None:
-                write_card(args.output_dir, "tts" if files.is_whole else "codec", args.overwrite)
-            if files.nar is not None and not files.is_whole:
-                write_card(args.output_dir / "tts" / "voicebox", "voicebox", args.overwrite)
-            if args.push_to_hub is not None:
-                if not any(args.output_dir.rglob("*.safetensors")):
-                    raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
-                print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
-            progress.finish()
+        dtype = getattr(torch, args.dtype)
+        convert_release(files, args.output_dir, voices, dtype, args.allow_partial, args.overwrite)
+        if files.codec is not None:
+            write_card(args.output_dir, "tts" if files.is_whole else "codec", args.overwrite)
+        if files.nar is not None and not files.is_whole:
+            write_card(args.output_dir / "tts" / "voicebox", "voicebox", args.overwrite)
+        if args.push_to_hub is not None:
+            if not any(args.output_dir.rglob("*.safetensors")):
+                raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
+            print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
     except CheckpointError as error:
         raise CommandError(_with_options(str(error))) from error
     return 0

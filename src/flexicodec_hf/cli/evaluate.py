@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..evaluation.methods import Method
     from ..evaluation.run import Evaluator
 
-_MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "mos", "dnsmos", "stability")
+_MEASURES = ("wer", "pesq", "stoi", "mcd", "speaker", "mos", "stability")
 # What decides the results: all results in a directory have the same.
 _SETTINGS = (
     *("task", "model", "data", *DATASET_SETTINGS),
@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
     add_chunk_argument(codec)
 
     add = parser.add_argument_group("measures").add_argument
-    text = "default: pesq, stoi, mcd and mel (of the codec), wer with --asr, speaker with --speaker-model"
+    text = "default: pesq, stoi and mcd (of the codec), wer with --asr, speaker with --speaker-model"
     add("--measures", nargs="+", choices=_MEASURES, help=text)
     text = "recognizer for error rates: an `automatic-speech-recognition` model, or one in CTranslate2's format"
     add("--asr", metavar="ID_OR_DIR", help=text)
@@ -113,14 +113,14 @@ def run_evaluate(args: argparse.Namespace) -> int:
             dataset = dataset.take(size)
         evaluator = _evaluator(args, measures, device)
         methods = (_codec_methods if args.task == "codec" else _speaking_methods)(args, device)
-        if {"wer", "mos", "dnsmos"} & set(measures):
+        if {"wer", "mos"} & set(measures):
             methods.insert(0, Original())
         settings = {name: getattr(args, name) for name in _SETTINGS}
         report = evaluate(dataset, methods, evaluator, args.output_dir, settings, on_error=report_error)
         report = replace(report, failed=[*unusable, *report.failed])
         if state.is_main_process:
             if args.per_clip:
-                print(report.table_of_clips(), end="\n\n")
+                print(report.table(per_clip=True), end="\n\n")
             print(report.table())
             if report.failed:
                 print(f"\n{len(report.failed)} failed")
@@ -135,11 +135,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def _measures(args: argparse.Namespace) -> list[str]:
     if args.measures is None:
-        measures = ["pesq", "stoi", "mcd", "mel"] if args.task == "codec" else []
+        measures = ["pesq", "stoi", "mcd"] if args.task == "codec" else []
         measures += ["wer"] if args.asr else []
         measures += ["speaker"] if args.speaker_model else []
         if not measures:
-            usage_error(args, "nothing to measure: pass --asr, --speaker-model or --measures dnsmos")
+            usage_error(args, "nothing to measure: pass --asr, --speaker-model or --measures mos")
         return measures
     for measure, option, value in (("wer", "--asr", args.asr), ("speaker", "--speaker-model", args.speaker_model)):
         if measure in args.measures and value is None:

@@ -70,14 +70,20 @@ class CodecRunner:
         codec: On the device and in the type to run in.
         feature_extractor: The codec's.
         chunk_length_s: Clips longer than twice this are processed in chunks of so many seconds; 0 never does.
+        show_progress: Whether a terminal shows how far such a clip is.
     """
 
     def __init__(
-        self, codec: FlexiCodecModel, feature_extractor: FlexiCodecFeatureExtractor, chunk_length_s: float = 30.0
+        self,
+        codec: FlexiCodecModel,
+        feature_extractor: FlexiCodecFeatureExtractor,
+        chunk_length_s: float = 30.0,
+        show_progress: bool = True,
     ):
         self.codec = codec
         self.feature_extractor = feature_extractor
         self.chunk_length_s = chunk_length_s
+        self.show_progress = show_progress
         self.config = codec.config
 
     @classmethod
@@ -141,6 +147,9 @@ class CodecRunner:
         half = len(batch) // 2
         return self._in_halves(batch[:half], process) + self._in_halves(batch[half:], process)
 
+    def _progress(self, seconds: float) -> tqdm:
+        return tqdm(total=round(seconds), unit="s", leave=False, disable=None if self.show_progress else True)
+
     def _out_of_memory(self) -> DataError:
         return DataError(f"out of memory on {self.codec.device}: pass a smaller `chunk_length_s`.")
 
@@ -176,7 +185,7 @@ class CodecRunner:
         self, clip: AudioFile, rate: RateSetting, num_quantizers: int | None, chunk_length_s: float
     ) -> Tokens:
         blocks, found = [], 0.0
-        with _progress(clip.seconds) as progress:
+        with self._progress(clip.seconds) as progress:
             for block in encode_blocks(
                 self.codec,
                 self.feature_extractor,
@@ -237,16 +246,12 @@ class CodecRunner:
         waveform = decode_blocks(self.codec, [block], chunk_length_s)
         parts = _with_length((part.float().cpu().numpy() for part in waveform), tokens.num_samples)
         try:
-            with _progress(tokens.seconds) as progress:
+            with self._progress(tokens.seconds) as progress:
                 for part in parts:
                     yield part
                     progress.update(round(len(part) / tokens.sampling_rate, 2))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
-
-
-def _progress(seconds: float) -> tqdm:
-    return tqdm(total=round(seconds), unit="s", leave=False, disable=None)
 
 
 def _with_length(waveform: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
