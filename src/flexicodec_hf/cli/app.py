@@ -25,8 +25,9 @@ def add_commands(commands: Any) -> None:
     add("--clips", type=Path, metavar="DIR", help=text)
     text = (
         "a Whisper in CTranslate2's format, such as Systran/faster-whisper-base, to show the words of a recording in "
+        "its picture (needs the package ctranslate2)"
     )
-    add("--whisper", metavar="ID_OR_DIR", help=text + "its picture (needs the package ctranslate2)")
+    add("--whisper", metavar="ID_OR_DIR", help=text)
     add_model_arguments(parser)
     parser.set_defaults(run=run_app, parser=parser)
 
