@@ -664,6 +664,35 @@ def test_half_precision_stays_near(codec_dir, codec, golden, device, dtype):
     assert (audio_values - expected).norm() / expected.norm() < 0.05
 
 
+@torch.no_grad()
+def test_float16_bears_an_alpha_that_is_nearly_0(codec, device):
+    snake = copy.deepcopy(codec.acoustic_encoder.snake1)
+    values = torch.randn(1, snake.alpha.shape[1], 50, device=device)
+    for alpha in (0.0, 1e-7, 1e-3, 1.0):
+        snake.float().alpha.fill_(alpha)
+        expected = snake(values)
+        assert_close(snake.half()(values.half()).float(), expected.cpu(), atol=2e-2)
+        if device == "cpu":
+            fast = optimize_for_cpu(copy.deepcopy(snake))
+            assert torch.equal(fast(values.half()), snake(values.half()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel_size", [11, 4])
+def test_the_semantic_encoder_is_that_of_transformers_to_the_bit(device, kernel_size):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    config = FlexiCodecConfig(semantic_model_config=sizes | {"fsmn_kernel_size": kernel_size})
+    ours = FlexiCodecModel(config).semantic_encoder.eval().to(device)
+    theirs = AutoModel.from_config(config.semantic_model_config).eval().to(device)
+    theirs.load_state_dict(ours.state_dict())
+    features = torch.randn(2, 20, 560, device=device)
+    for lengths in ([20, 20], [20, 13]):
+        mask = torch.arange(20, device=device) < torch.tensor(lengths, device=device)[:, None]
+        expected = theirs(features, mask).last_hidden_state
+        padded = lengths[1] < 20
+        assert torch.equal(ours(features, mask if padded else None).last_hidden_state, expected)
+
+
 def test_gradient_checkpointing_changes_nothing(load, golden, device):
     inputs = clip(golden, "codec_tiny", device)
     gradients = []

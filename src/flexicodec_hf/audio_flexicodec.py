@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import struct
 import sys
@@ -250,7 +251,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
 
 @contextmanager
 def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
-    if file is None and not path.exists():
+    if file is None and not os.path.exists(path):  # of an impossible name, `Path.exists` raises
         raise AudioError(f"{path}: there is no such file.")
     if file is None and path.is_dir():
         raise AudioError(f"{path}: this is a directory; pass its files.")

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedAudioTokenizerBase
 from transformers.models.dac.modeling_dac import (
     DacDecoderBlock,
     DacEncoderBlock,
     Snake1d,
 )
+from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
+from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder, FunAsrNanoFSMN
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -731,9 +733,8 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
             The quantized vectors `(batch_size, num_tokens, hidden_size)`, the codes `(batch_size,
             num_quantizers, num_tokens)`, and the commitment and codebook losses.
         """
-        quantized = torch.zeros_like(hidden_states)
         commitment_loss = codebook_loss = hidden_states.new_zeros((), dtype=torch.float32)
-        residual, codes = hidden_states, []
+        residual, outputs, codes = hidden_states, [], []
         quantizers = self.quantizers[:num_quantizers] if isinstance(num_quantizers, int) else self.quantizers
         directions, squared_norms = self._directions(quantizers)
         for i, quantizer in enumerate(quantizers):
@@ -746,19 +747,19 @@ class FlexiCodecResidualVectorQuantizer(nn.Module):
             if isinstance(num_quantizers, Tensor):
                 used = (i < num_quantizers).to(output.dtype)
                 output = output * used[:, None, None]
-            quantized = quantized + output
+            outputs.append(output)
             if not with_losses:
                 continue
             commitment_loss = commitment_loss + (_item_mse(projected, entries.detach(), token_mask) * used).mean()
             codebook_loss = codebook_loss + (_item_mse(entries, projected.detach(), token_mask) * used).mean()
         if not codes:
             return (
-                quantized,
+                torch.zeros_like(hidden_states),
                 hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], dtype=torch.long),
                 commitment_loss,
                 codebook_loss,
             )
-        return quantized, torch.stack(codes, dim=1), commitment_loss, codebook_loss
+        return torch.stack(outputs).sum(dim=0), torch.stack(codes, dim=1), commitment_loss, codebook_loss
 
     def _directions(self, quantizers: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The entries of all codebooks as unit vectors, and their squared norms, at once: a fifth of the kernels."""
@@ -786,6 +787,16 @@ def _item_mse(prediction: Tensor, target: Tensor, token_mask: Tensor | None) -> 
     return (error * token_mask).sum(dim=1) / token_mask.sum(dim=1)
 
 
+class FlexiCodecSnake1d(Snake1d):
+    """DAC's activation. Not in float16, where the reciprocal of a small `alpha` is infinite."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != torch.float16:
+            return super().forward(hidden_states)
+        values, alpha = hidden_states.float(), self.alpha.float()
+        return (values + (alpha + 1e-9).reciprocal() * (alpha * values).sin().square()).half()
+
+
 class FlexiCodecResidualUnitsMixin:
     """The residual units of DAC's blocks, exact in padded batches.
 
@@ -797,6 +808,12 @@ class FlexiCodecResidualUnitsMixin:
     res_unit1: nn.Module
     res_unit2: nn.Module
     res_unit3: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if type(module) is Snake1d:
+                module.__class__ = FlexiCodecSnake1d
 
     def residual_units(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         """
@@ -844,7 +861,7 @@ class FlexiCodecAcousticEncoder(nn.Module):
         self.hop_length = config.hop_length
         self.conv1 = nn.Conv1d(1, size, kernel_size=7, padding=3)
         self.block = nn.ModuleList(FlexiCodecEncoderBlock(config, ratio, i + 1) for i, ratio in enumerate(ratios))
-        self.snake1 = Snake1d(size * 2 ** len(ratios))
+        self.snake1 = FlexiCodecSnake1d(size * 2 ** len(ratios))
         self.conv2 = nn.Conv1d(size * 2 ** len(ratios), config.hidden_size, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -897,7 +914,7 @@ class FlexiCodecAcousticDecoder(nn.Module):
         size, ratios = config.decoder_hidden_size, config.upsampling_ratios
         self.conv1 = nn.Conv1d(config.hidden_size, size, kernel_size=7, padding=3)
         self.block = nn.ModuleList(FlexiCodecDecoderBlock(config, ratio, i) for i, ratio in enumerate(ratios))
-        self.snake1 = Snake1d(size // 2 ** len(ratios))
+        self.snake1 = FlexiCodecSnake1d(size // 2 ** len(ratios))
         self.conv2 = nn.Conv1d(size // 2 ** len(ratios), 1, kernel_size=7, padding=3)
 
     def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -929,6 +946,52 @@ def _zero_past_end(hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         return hidden_states
     positions = torch.arange(hidden_states.shape[-1], device=hidden_states.device)
     return hidden_states * (positions < lengths[:, None, None])
+
+
+class FlexiCodecFSMN(FunAsrNanoFSMN):
+    """The memory block of the semantic encoder. Its convolution pads, and it needs no mask without padding."""
+
+    def forward(self, hidden_states: Tensor, input_features_mask: Tensor | None) -> Tensor:
+        if input_features_mask is not None:
+            hidden_states = hidden_states * input_features_mask[..., None]
+        return self.conv(self.pad(hidden_states.transpose(1, 2))).transpose(1, 2) + hidden_states
+
+
+class FlexiCodecSemanticEncoder(FunAsrNanoEncoder):
+    """
+    SenseVoice's encoder, which is told that nothing is padding. The one of transformers looks into the
+    mask: the host waits for it.
+    """
+
+    def __init__(self, config: FunAsrNanoEncoderConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            fsmn = layer.self_attn.fsmn
+            fsmn.__class__ = FlexiCodecFSMN
+            left, right = fsmn.pad.padding
+            if left == right:
+                fsmn.conv.padding, fsmn.pad = (left,), nn.Identity()
+
+    def forward(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> BaseModelOutput:
+        """
+        Args:
+            input_features: `(batch_size, num_features, input_size)`.
+            input_features_mask: `(batch_size, num_features)`, `None` when nothing is padding.
+        """
+        hidden_states = input_features.to(self.layers[0].input_layernorm.weight.dtype)
+        attention_mask = None
+        if input_features_mask is not None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=input_features_mask,
+                allow_is_bidirectional_skip=False,
+            )
+            input_features_mask = input_features_mask.to(hidden_states.dtype)
+        hidden_states = hidden_states * self.scaling + self.position_embeddings(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, input_features_mask)
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 class FlexiCodecSemanticQuantizer(nn.Module):
@@ -1075,7 +1138,7 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     def __init__(self, config: FlexiCodecConfig):
         super().__init__(config)
         semantic_config = config.semantic_model_config
-        self.semantic_encoder = AutoModel.from_config(semantic_config)
+        self.semantic_encoder = FlexiCodecSemanticEncoder._from_config(semantic_config)
         self.semantic_query_embedding = nn.Embedding(config.num_semantic_queries, semantic_config.input_size)
         self.semantic_query_ids = nn.Buffer(torch.tensor(config.semantic_query_ids), persistent=False)
         self.acoustic_encoder = FlexiCodecAcousticEncoder(config)
@@ -1588,7 +1651,9 @@ def _run_semantic_encoder(
         features = input_features[rows, window]
         features = torch.cat([queries.to(features.dtype).expand(len(features), -1, -1), features], dim=1)
         lengths = num_features.device[rows].clamp(max=window.stop) - window.start + len(queries)
-        mask = _length_mask(lengths, features.shape[1], features.device)
+        mask = None
+        if int(num_features.host[rows].min()) < window.stop:
+            mask = _length_mask(lengths, features.shape[1], features.device)
         return encoder(features, mask).last_hidden_state[:, len(queries) :]
 
     return run_in_windows(run, num_features.host, chunk, whole_length=limit)
