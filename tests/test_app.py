@@ -158,6 +158,7 @@ def test_a_recording_goes_to_tokens_and_back(page):
     assert "2 channels averaged; resampled from 44100 to 16000 Hz" in said.inner_text()
     assert heard(page, "reconstruction") == (pytest.approx(5.3, abs=0.01), 16_000)
     page.locator("#tokens img").wait_for()
+    assert page.locator("#tokens img").bounding_box()["x"] >= page.locator("#tokens").bounding_box()["x"]
 
 
 def test_errors_are_words(page):

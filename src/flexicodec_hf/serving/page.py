@@ -27,7 +27,11 @@ RECORDING = "the recording below"
 INVENTED = "one that the model invents"
 
 # On a narrow screen, the picture is moved sideways: its words stay readable.
-STYLE = "<style>#tokens { overflow-x: auto } #tokens img { min-width: 44rem; max-width: none }</style>"
+STYLE = """<style>@media (max-width: 48rem) {
+  #tokens { overflow-x: auto }
+  #tokens * { justify-content: flex-start; align-items: flex-start }
+  #tokens img { width: 44rem; max-width: none }
+}</style>"""
 
 Sound = tuple[int, np.ndarray]
 
