@@ -67,6 +67,7 @@ def codec(codec_dir):
         (FlexiCodecARConfig, {"text_encoder_config": 0}, "`text_encoder_config` must be a dictionary"),
         (FlexiCodecTTSConfig, {"codec_config": "x"}, "`codec_config` must be a dictionary"),
         (FlexiCodecTTSConfig, {"voices": None}, "`voices` must be a list"),
+        (FlexiCodecTTSConfig, {"voices": 10**6}, "`voices` must be a list of names, got 1000000"),
         (FlexiCodecConfig, {"dtype": ""}, "FlexiCodecConfig has a wrong entry: .*torch"),
         (FlexiCodecConfig, {"torch_dtype": "x"}, "FlexiCodecConfig has a wrong entry: .*'x'"),
         (FlexiCodecARConfig, {"dtype": math.inf}, "`dtype` must be a type of PyTorch, .* got inf"),

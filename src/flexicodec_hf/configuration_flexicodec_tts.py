@@ -79,8 +79,8 @@ class FlexiCodecTTSConfig(CheckedConfigMixin, PreTrainedConfig):
                 setattr(self, name, config_class(**value))
             elif not isinstance(value, config_class | None):
                 raise ValueError(f"`{name}` must be a dictionary, got {value!r}.")
-        if self.voices is None:
-            raise ValueError("`voices` must be a list of names, got None.")
+        if not isinstance(self.voices, (list, tuple)):
+            raise ValueError(f"`voices` must be a list of names, got {self.voices!r}.")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
