@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..data.files import atomic_directory
+from .cpu import optimize_for_cpu_training
 from .discriminators import Discriminators
 from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from .samples import write_samples
@@ -113,6 +114,8 @@ class GANTrainer(SpeechTrainer, ABC):
         size = args.train_batch_size * args.world_size
         if isinstance(train_dataset, Dataset) and len(train_dataset) < size:
             raise ValueError(f"There are {len(train_dataset)} clips to train on, fewer than a batch, {size}.")
+        if args.device.type == "cpu":
+            optimize_for_cpu_training(model)
         super().__init__(
             GAN(model, args),
             args,
@@ -156,12 +159,11 @@ class GANTrainer(SpeechTrainer, ABC):
     def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """The adversarial and the feature matching loss of `fake`, without gradients for the discriminators."""
         self.model.discriminators.requires_grad_(False)
-        scores, features = self.model(waveforms=torch.cat([real, fake]))
+        with torch.no_grad():
+            _, reals = self.model(waveforms=real)
+        scores, fakes = self.model(waveforms=fake)
         self.model.discriminators.requires_grad_(True)
-        reals, fakes = zip(
-            *(zip(*(layer.chunk(2) for layer in layers), strict=True) for layers in features), strict=True
-        )
-        return adversarial_loss([score.chunk(2)[1] for score in scores]), feature_matching_loss(reals, fakes)
+        return adversarial_loss(scores), feature_matching_loss(reals, fakes)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self.accelerator.clip_grad_norm_(self.model.generator.parameters(), self.args.max_grad_norm)
