@@ -1,5 +1,6 @@
-"""Text to speech while it is generated, at full size with random weights: time to first audio, real-time
-factor, and gaps, as percentiles over sentences.
+"""Text to speech at full size with random weights: the real-time factor of a sentence of 5 s that is made at
+once; and of sentences that are heard while they are made, time to first audio, real-time factor, and gaps, as
+percentiles.
 
     python benchmarks/tts.py [--modes codec voicebox fast] [--dtype int8] [--sentences 5]
 
@@ -11,8 +12,10 @@ or two frames each. The voice is 3 s long, and its text has 40 ids.
 import argparse
 import threading
 import time
+from collections.abc import Iterator
 
 import torch
+from listening import measure, summary
 
 from flexicodec_hf import (
     FlexiCodecAudioStreamer,
@@ -51,26 +54,34 @@ def build(dtype: torch.dtype) -> FlexiCodecForTextToSpeech:
     return model
 
 
-def listen(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> tuple[float, float, float]:
-    """Time to first audio, real-time factor, and the longest gap of a sentence."""
+def sentence(seconds: float) -> dict[str, object]:
+    """Arguments of `generate` for about so many seconds of speech."""
     tokens = round(seconds * 8.3)
-    ids = torch.randint(0, 50000, (1, round(seconds * 15)), generator=torch.Generator().manual_seed(1))
-    streamer = FlexiCodecAudioStreamer()
-    limits = {"min_new_tokens": tokens, "max_new_tokens": tokens, "merging_threshold": THRESHOLD, "seed": 0}
-    thread = threading.Thread(
-        target=model.generate, args=(ids,), kwargs={"streamer": streamer, **limits, **options}, daemon=True
-    )
+    return {
+        "input_ids": torch.randint(0, 50000, (1, round(seconds * 15)), generator=torch.Generator().manual_seed(1)),
+        "min_new_tokens": tokens,
+        "max_new_tokens": tokens,
+        "merging_threshold": THRESHOLD,
+        "seed": 0,
+    }
+
+
+def whole(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> float:
+    """Real-time factor of a sentence that is made at once."""
     start = time.perf_counter()
+    output = model.generate(**sentence(seconds), return_dict_in_generate=True, **options)
+    return (time.perf_counter() - start) * int(output.sampling_rate[0]) / output.audio.shape[-1]
+
+
+def chunks(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> Iterator[float]:
+    """Speak a sentence: the seconds of each chunk, as it comes."""
+    streamer = FlexiCodecAudioStreamer()
+    thread = threading.Thread(
+        target=model.generate, kwargs={"streamer": streamer, **sentence(seconds), **options}, daemon=True
+    )
     thread.start()
-    first = played = gap = spoken = 0.0
     for chunk in streamer:
-        now = time.perf_counter() - start
-        first = first or now
-        gap = max(gap, now - played) if played else 0.0
-        length = len(chunk) / streamer.sampling_rate
-        played = max(now, played) + length
-        spoken += length
-    return first, (time.perf_counter() - start) / spoken, gap
+        yield len(chunk) / streamer.sampling_rate
 
 
 def main() -> None:
@@ -85,21 +96,18 @@ def main() -> None:
     model = build(torch.bfloat16 if is_int8 else getattr(torch, arguments.dtype))
     optimize_for_cpu(model, dtype="int8" if is_int8 else None)
     for mode in arguments.modes:
-        listen(model, 2, **MODES[mode])  # warms up
+        whole(model, 2, **MODES[mode])  # warms up
+    for mode in arguments.modes:
+        factor = min(whole(model, 5, **MODES[mode]) for _ in range(2))
+        print(f"{mode:10} | at once, 5 s: real-time factor {factor:.2f}", flush=True)
     lengths = torch.linspace(2, 10, arguments.sentences).tolist()
     results: dict[str, list[tuple[float, float, float]]] = {mode: [] for mode in arguments.modes}
     for length in lengths:  # modes take turns
         for mode in arguments.modes:
-            results[mode].append(listen(model, length, **MODES[mode]))
+            results[mode].append(measure(chunks(model, length, **MODES[mode])))
     print(f"{arguments.sentences} sentences, {arguments.dtype}: 50 % / 90 % / most")
     for mode, rows in results.items():
-        line = f"{mode:10}"
-        for name, values in zip(
-            ("first audio, s", "real-time factor", "longest gap, s"), zip(*rows, strict=True), strict=True
-        ):
-            quantiles = torch.tensor(values).quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
-            line += f" | {name} " + " / ".join(f"{value:.2f}" for value in quantiles)
-        print(line, flush=True)
+        print(f"{mode:10}{summary(rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from flexicodec_hf import (
 TEXT = "Hello there, all of you."
 LONG = "The first of the sentences is here. A second one follows it at once, and is longer."
 LENGTHS = {"min_new_tokens": 30, "max_new_tokens": 30}
+NUM_PROMPT = 12  # codec frames
 SMALL = {"first_chunk_s": 0.3, "max_chunk_s": 0.6}
 
 
@@ -166,17 +167,22 @@ def test_the_voicebox_continues_what_was_spoken_before(model, processor, monkeyp
     monkeypatch.setattr(
         model.voicebox, "sample", lambda *args, **kwargs: calls.append(kwargs) or sample(*args, **kwargs)
     )
-    _, output = stream(model, processor(TEXT), FlexiCodecAudioStreamer(**SMALL), voice="anna")
-    voice, factor = model.voices["anna"].mel, model.voicebox.config.upsample_factor
-    for call in calls:
-        prompt = call["prompt_mel"][0].cpu()
-        assert torch.equal(prompt[: factor * (len(voice) // factor)], voice[: factor * (len(voice) // factor)])
-    spoken = [call["prompt_mel"].shape[1] - len(voice) for call in calls]
-    assert spoken[0] == 0 and spoken[1] > 0 and max(spoken) <= 3.0 * 50 + factor
+    streamer = FlexiCodecAudioStreamer(**SMALL, prompt_s=0.08 * NUM_PROMPT)
+    chunks, output = stream(model, processor(TEXT), streamer, voice="anna")
+    voice, factor = model.voices["anna"], model.voicebox.config.upsample_factor
     codes = output["audio_codes"][0, 0].repeat_interleave(output["token_lengths"][0])
-    second = calls[1]["prompt_codes"][0].cpu()
-    said = len(second) - len(voice) // factor
-    assert torch.equal(second[-said:], codes[:said])
+    of_voice = voice.tokens_at(0.91)[0].repeat_interleave(voice.tokens_at(0.91)[1])
+    length = min(len(of_voice), len(voice.mel) // factor)
+    begins = np.cumsum([len(chunk) for chunk in chunks[:-1]]) // round(0.08 * streamer.sampling_rate)
+    assert len(calls) > 4
+    for call, begin in zip(calls[1:], begins.tolist(), strict=True):
+        prompt, mel = call["prompt_codes"][0].cpu(), call["prompt_mel"][0].cpu()
+        spoken = min(begin, NUM_PROMPT - min(length, max(NUM_PROMPT - begin, NUM_PROMPT // 2)))
+        said = len(prompt) - spoken
+        assert len(prompt) * factor == len(mel) and len(prompt) <= NUM_PROMPT
+        assert torch.equal(prompt[said:], codes[begin - spoken : begin])
+        assert torch.equal(prompt[:said], of_voice[length - said : length])
+        assert torch.equal(mel[: said * factor], voice.mel[(length - said) * factor : length * factor])
 
 
 @pytest.mark.parametrize("use_nar", [True, False])
@@ -276,7 +282,9 @@ def test_an_error_is_raised_where_the_audio_is_awaited(model, processor):
         ({"first_chunk_s": 0}, "`first_chunk_s` must be at least 0.08"),
         ({"chunk_growth": 0.5}, "`chunk_growth` must be at least 1"),
         ({"first_chunk_s": 5.0}, "`max_chunk_s` must be at least 5.0, got 4.0"),
+        ({"prompt_s": 0}, "`prompt_s` must be at least 0.16"),
         ({"max_waiting": 0}, "`max_waiting` must be at least 1"),
+        ({"timeout": "1"}, "`timeout` must be at least 0.0, got '1'"),
     ],
 )
 def test_settings_are_checked(options, message):

@@ -52,6 +52,9 @@ class FlexiCodecAudioStreamer(BaseStreamer):
             Seconds of a chunk at most.
         lookahead_s (`float`, *optional*, defaults to 0.16):
             Seconds of speech after a chunk that must be known before it is made.
+        prompt_s (`float`, *optional*, defaults to 3.0):
+            Seconds of speech that the Voicebox continues, and pays for in each chunk: what was
+            spoken last, and the end of the voice, which keeps half of them.
         max_waiting (`int`, *optional*):
             Chunks that may wait for the consumer before the generation does. By default it never
             waits.
@@ -85,6 +88,7 @@ class FlexiCodecAudioStreamer(BaseStreamer):
         chunk_growth: float = 1.5,
         max_chunk_s: float = 4.0,
         lookahead_s: float = 0.16,
+        prompt_s: float = 3.0,
         max_waiting: int | None = None,
         timeout: float | None = None,
     ):
@@ -93,15 +97,17 @@ class FlexiCodecAudioStreamer(BaseStreamer):
             ("chunk_growth", chunk_growth, 1.0),
             ("max_chunk_s", max_chunk_s, first_chunk_s),
             ("lookahead_s", lookahead_s, 0.0),
+            ("prompt_s", prompt_s, 0.16),
             ("max_waiting", max_waiting, 1),
             ("timeout", timeout, 0.0),
         ):
-            if value is not None and not value >= low:
-                raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+            if value is not None and not (isinstance(value, (int, float)) and value >= low):
+                raise ValueError(f"`{name}` must be at least {low}, got {value!r}.")
         self.first_chunk_s = first_chunk_s
         self.chunk_growth = chunk_growth
         self.max_chunk_s = max_chunk_s
         self.lookahead_s = lookahead_s
+        self.prompt_s = prompt_s
         self.max_waiting = max_waiting
         self.timeout = timeout
         self.closed = False
@@ -220,6 +226,7 @@ class SpeechStream(DurationStreamer):
         # One frame to fade into the next chunk, and those that give it context.
         self._num_held = 1 + round(streamer.lookahead_s * frame_rate)
         self._num_context = round(_CONTEXT_S * frame_rate)
+        self._num_prompt = round(streamer.prompt_s * frame_rate)
         streamer.sampling_rate = sampling_rate = (model if use_nar else model.codec).config.sampling_rate
         self._hop_length = round(sampling_rate / frame_rate)
         self._crossfader = Crossfader(round(_FADE_S * sampling_rate))
@@ -311,20 +318,21 @@ class SpeechStream(DurationStreamer):
         return first, self.model._mel_to_audio(window, mask).audio_values[0, 0]
 
     def _prompt(self) -> dict[str, Tensor]:
-        """What the Voicebox imitates: the voice, and what was spoken last."""
-        threshold = self.settings.merging_threshold
-        if self._mel is None:
-            return {} if self.voice is None else self.model._voicebox_prompt([self.voice], threshold)
-        factor = self.model.voicebox.config.upsample_factor
+        """What the Voicebox continues: the end of the voice, and what was spoken last."""
+        threshold, factor = self.settings.merging_threshold, self.model.voicebox.config.upsample_factor
         spoken = _frame_codes(*self.tokens(0, self._spoken))
-        codes, mels = [spoken[-self._num_context :]], [self._mel[-self._num_context * factor :].cpu()]
-        if self.voice is not None and (mel := self.voice.mel) is not None:
-            of_voice = _frame_codes(*self.voice.tokens_at(threshold))
-            num_frames = min(len(of_voice), len(mel) // factor)
-            codes.insert(0, of_voice[:num_frames])
-            mels.insert(0, mel[: num_frames * factor])
-        joined = torch.cat(codes)
-        prompt = FlexiCodecVoice({threshold: (joined, torch.ones_like(joined))}, torch.cat(mels))
+        mel = torch.zeros(0, self.model.voicebox.config.num_mel_bins) if self._mel is None else self._mel.cpu()
+        voice, voice_mel = spoken[:0], mel[:0]
+        if self.voice is not None and self.voice.mel is not None:
+            voice, voice_mel = _frame_codes(*self.voice.tokens_at(threshold)), self.voice.mel
+        length = min(len(voice), len(voice_mel) // factor)
+        if not len(spoken) and length <= self._num_prompt:
+            return {} if self.voice is None else self.model._voicebox_prompt([self.voice], threshold)
+        num_voice = min(length, max(self._num_prompt - len(spoken), self._num_prompt // 2))
+        num_spoken = min(len(spoken), self._num_prompt - num_voice)
+        codes = torch.cat([voice[length - num_voice : length], spoken[len(spoken) - num_spoken :]])
+        mels = [voice_mel[(length - num_voice) * factor : length * factor], mel[len(mel) - num_spoken * factor :]]
+        prompt = FlexiCodecVoice({threshold: (codes, torch.ones_like(codes))}, torch.cat(mels))
         return self.model._voicebox_prompt([prompt], threshold)
 
 
