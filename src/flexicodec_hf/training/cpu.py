@@ -95,6 +95,3 @@ _FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose1d: _ConvTranspose1d,
     Snake1d: _Snake1d,
 }
-
-
-__all__ = ["optimize_for_cpu_training"]
