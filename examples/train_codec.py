@@ -104,9 +104,26 @@ def new_codec(config: FlexiCodecConfig, semantic_encoder: str) -> FlexiCodecMode
     for module in codec.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)):
             module.reset_parameters()
+    start_codebooks(codec)
     codec.semantic_encoder.load_state_dict(recognizer.encoder.state_dict())
     codec.semantic_query_embedding.load_state_dict(recognizer.query_embedding.state_dict())
     return codec
+
+
+@torch.no_grad()
+def start_codebooks(codec: FlexiCodecModel) -> None:
+    """
+    Let each codebook begin with directions of its own and entries as large as the latents soon are.
+    Smaller ones take thousands of steps to grow, in which the residuals explode.
+    """
+    quantizers, size = codec.acoustic_quantizer.quantizers, codec.config.codebook_dim
+    directions = torch.empty(len(quantizers) * size, codec.config.hidden_size)
+    for quantizer, rows in zip(quantizers, nn.init.orthogonal_(directions).split(size), strict=True):
+        quantizer.in_proj.weight.copy_(rows)
+        quantizer.out_proj.weight.copy_(rows.T)
+        nn.init.zeros_(quantizer.in_proj.bias)
+        nn.init.zeros_(quantizer.out_proj.bias)
+        nn.init.normal_(quantizer.codebook.weight, std=0.5)
 
 
 def load_codec(model_args: ModelArguments) -> FlexiCodecModel:

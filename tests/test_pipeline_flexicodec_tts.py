@@ -231,6 +231,44 @@ def test_a_voice_that_cannot_be_invented_is_a_warning(tts, monkeypatch, caplog):
     assert "first piece of the text cannot serve as one: Too short." in caplog.text
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_speech_that_is_too_short_for_its_text_is_a_warning(tts, caplog, monkeypatch, streamed):
+    monkeypatch.setattr(logging.getLogger("flexicodec_hf"), "propagate", True)
+
+    def warnings(text, num_tokens):
+        caplog.clear()
+        options = {"seed": 0, "generate_kwargs": FAST | {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens}}
+        if streamed:
+            list(tts.stream(text, **options))
+        else:
+            tts(text, **options)
+        return [record.getMessage() for record in caplog.records if "too short" in record.getMessage()]
+
+    assert not warnings(TEXT, 60)
+    (message,) = warnings(PIECES[1] * 4, 2)
+    assert "for the 144 letters of 'A second one follows" in message and "..." in message
+
+
+def test_a_stream_that_was_left_is_not_too_short(tts, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flexicodec_hf"), "propagate", True)
+    options = {"streamer_kwargs": {"max_waiting": 1}, "generate_kwargs": {"min_new_tokens": 60, "max_new_tokens": 60}}
+    for _ in tts.stream(PIECES[1] * 4, seed=0, **options):
+        break
+    assert "too short" not in caplog.text
+
+
+def test_a_voice_for_a_model_that_cannot_imitate_is_a_warning(tts, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flexicodec_hf"), "propagate", True)
+    voice = tts.model.voices["anna"]
+    speak(tts, voice=voice)
+    assert "Voicebox" not in caplog.text
+    monkeypatch.setitem(tts.model._modules, "voicebox", None)
+    speak(tts, voice="anna")
+    assert "Voicebox" not in caplog.text
+    speak(tts, voice=voice)
+    assert "no Voicebox, which imitates voices" in caplog.text and "'anna', 'ben'" in caplog.text
+
+
 def test_without_the_voicebox_the_codec_speaks(tts):
     speech = tts(TEXT, seed=0, generate_kwargs={**FAST, "use_nar": False})
     assert speech["sampling_rate"] == 16_000 and len(speech["audio"]) > 1_000

@@ -15,10 +15,13 @@ from transformers import TrainerState
 from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoEncoderConfig
 
 from conftest import AUDIO, assert_close
+from flexicodec_hf import FlexiCodecConfig
 from flexicodec_hf.data.files import DataError
 from flexicodec_hf.data.sources import decode_audio, load_speech
+from flexicodec_hf.modeling_flexicodec import FlexiCodecAcousticDecoder, FlexiCodecAcousticEncoder
 from flexicodec_hf.training import teacher
 from flexicodec_hf.training.batches import EpochSampler, random_crop, with_seeds
+from flexicodec_hf.training.cpu import optimize_for_cpu_training
 from flexicodec_hf.training.discriminators import Discriminators, PeriodDiscriminator
 from flexicodec_hf.training.gan import MovingAverage
 from flexicodec_hf.training.losses import (
@@ -218,6 +221,32 @@ def test_mel_loss_is_finite_in_silence(device):
     silence = torch.zeros(1, 1, 4000, device=device, requires_grad=True)
     loss(silence, torch.randn(1, 1, 4000, device=device)).backward()
     assert torch.isfinite(silence.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_for_training_on_a_cpu_change_nothing_but_the_time(dtype):
+    torch.manual_seed(0)
+    config = FlexiCodecConfig(hidden_size=16, encoder_hidden_size=4, decoder_hidden_size=64)
+    model = torch.nn.Sequential(FlexiCodecAcousticEncoder(config), FlexiCodecAcousticDecoder(config))
+    for name, parameter in model.named_parameters():
+        if name.endswith("alpha"):  # all 1 in a new model
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+    waveforms, weights = torch.randn(2, 1, 12_800), torch.randn(2, 1, 12_784)
+
+    def results():
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model(waveforms).float()
+        (output * weights).sum().backward()
+        return output.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    expected, names = results(), list(model.state_dict())
+    plain = {type(module) for module in model.modules()}
+    assert optimize_for_cpu_training(model) is model
+    assert list(model.state_dict()) == names and len(plain & {type(module) for module in model.modules()}) < len(plain)
+    for value, expectation in zip(results(), expected, strict=True):
+        error = torch.linalg.norm(value - expectation) / torch.linalg.norm(expectation)
+        assert error < (1e-5 if dtype == torch.float32 else 0.1)
 
 
 def test_adversarial_losses_by_hand(device):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser
 
 from conftest import AUDIO, assert_close
-from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
+from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel, FlexiCodecVocoderModel
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import CheckpointError, convert_codec
 from flexicodec_hf.data.files import DataError, only_run
@@ -226,6 +227,17 @@ def test_codec_hears_other_voices(run, codec, codec_options, tmp_path):
 
 def test_a_new_codec_does_not_say_where_its_encoder_was(codec, semantic_encoder):
     assert str(semantic_encoder[0]) not in (codec[0] / "config.json").read_text()
+
+
+def test_the_codebooks_of_a_new_codec_leave_less_from_row_to_row(run, semantic_encoder):
+    recipe = importlib.import_module("train_codec")
+    config = FlexiCodecConfig(**CODEC | {"hidden_size": 64, "num_quantizers": 5, "codebook_size": 256})
+    quantizer = recipe.new_codec(config, semantic_encoder[0]).acoustic_quantizer
+    latents, left = 0.5 * torch.randn(1, 200, 64), []
+    for num_quantizers in range(5):
+        quantized, *_ = quantizer(latents, num_quantizers, None)
+        left.append((latents - quantized).square().mean().item())
+    assert all(less < more - 0.005 for more, less in pairwise(left))
 
 
 def test_a_codec_can_be_tuned_without_changing_its_tokens(run, codec, tmp_path):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from textwrap import shorten
 from typing import Any, TypedDict
 
 import numpy as np
@@ -35,6 +36,8 @@ from .voice_flexicodec import FlexiCodecVoice
 logger = logging.get_logger(__name__)
 
 CROSSFADE_S = 0.05
+# Nobody speaks faster: with more letters a second, words are missing.
+_MAX_LETTERS_PER_S = 40
 
 
 class SpeechChunk(TypedDict):
@@ -391,6 +394,12 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         sampling_rate: int | None,
         language: str | None,
     ) -> str | FlexiCodecVoice | None:
+        if self.model.voicebox is None and (reference_audio is not None or isinstance(voice, FlexiCodecVoice)):
+            logger.warning(
+                "This model has no Voicebox, which imitates voices: the speech will not sound like the one that was "
+                "given, and may lack words. The model's own voices are "
+                f"{', '.join(map(repr, self.model.voices)) or 'none'}."
+            )
         if reference_audio is None and reference_text is None:
             return voice
         if reference_audio is None or reference_text is None:
@@ -539,6 +548,10 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         rates = output.sampling_rate.tolist()
         if len(waveforms) != (1 if isinstance(is_last, bool) else len(is_last)):
             raise ValueError("`num_return_sequences` must be 1: this pipeline joins pieces to one waveform.")
+        if not getattr((generate_kwargs or {}).get("streamer"), "closed", False):  # nobody left early
+            texts = [text] if isinstance(is_last, bool) else text
+            for spoken, waveform, rate in zip(texts, waveforms, rates, strict=True):
+                _check_duration(spoken, len(waveform) / rate)
         if isinstance(is_last, bool):
             return {"audio": waveforms[0], "sampling_rate": rates[0], "text": text, "is_last": is_last}
         return {"audio": waveforms, "sampling_rate": rates, "text": text, "is_last": is_last}
@@ -553,6 +566,15 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         return AudioOutput(audio=np.concatenate(audio), sampling_rate=sampling_rate)
 
     # ******** end of FlexiCodec specific ********
+
+
+def _check_duration(text: str, seconds: float) -> None:
+    letters = sum(map(str.isalpha, text))
+    if 0 < seconds < letters / _MAX_LETTERS_PER_S:
+        logger.warning(
+            f"The speech is {seconds:.2f} s long, too short for the {letters} letters of "
+            f"{shorten(text, 80, placeholder=' ...')!r}: words are missing. Try another `seed` or another voice."
+        )
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.hf_argparser import HfArg
 
 from ..data.files import atomic_directory
+from .cpu import optimize_for_cpu_training
 from .discriminators import Discriminators
 from .losses import MultiScaleMelLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from .samples import write_samples
@@ -114,6 +115,8 @@ class GANTrainer(SpeechTrainer, ABC):
         size = args.train_batch_size * args.world_size
         if isinstance(train_dataset, Dataset) and len(train_dataset) < size:
             raise ValueError(f"There are {len(train_dataset)} clips to train on, fewer than a batch, {size}.")
+        if args.device.type == "cpu":
+            optimize_for_cpu_training(model)
         super().__init__(
             GAN(model, args),
             args,
