@@ -7,6 +7,9 @@ limit is printed. If the PyPI package `flexicodec` is installed (see README.md h
 same weights. On a CPU, ours runs with `optimize_for_cpu`.
 
     python benchmarks/ar.py --dtype float32 bfloat16 --streams 1 8
+
+`--loop` measures the loop on the device (`static_loop`) beside the stock one, and requests of different
+lengths that join and leave it beside whole batches of them.
 """
 
 import argparse
@@ -90,6 +93,52 @@ def time_ours(
     return min(seconds), first
 
 
+@torch.inference_mode()
+def time_loop(
+    model: FlexiCodecARForConditionalGeneration, streams: int, tokens: int, repeats: int, cache: str
+) -> dict[str, float]:
+    """Tokens per second of each way, best of some rounds, in which they take turns."""
+    inputs = model.build_inputs(**prompt(streams), merging_threshold=THRESHOLD)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    one = {name: tensor[:1] for name, tensor in inputs.items()}
+    # Three times as many requests as streams, of half to one and a half times the tokens.
+    lengths = [tokens // 2 + tokens * (7 * index % 11) // 10 for index in range(3 * streams)]
+    arguments = {"do_sample": False, "max_token_text_ratio": 1000}
+
+    def batch(length: int, **how: object) -> None:
+        model.generate(**inputs, **arguments, min_new_tokens=length, max_new_tokens=length, **how)
+
+    def batches() -> None:
+        for start in range(0, len(lengths), streams):
+            batch(max(lengths[start : start + streams]), cache_implementation=cache)
+
+    loop = model.make_loop(streams, inputs["input_ids"].shape[1] + max(lengths), **arguments)
+
+    def joining() -> None:
+        waiting = list(lengths)
+        while waiting or loop.num_running:
+            while waiting and loop.num_free:
+                length = waiting.pop(0)
+                loop.add(**one, min_new_tokens=length, max_new_tokens=length)
+            loop.advance()
+
+    ways = {
+        "stock loop": (lambda: batch(tokens, cache_implementation=cache), streams * tokens),
+        "static loop": (lambda: batch(tokens, static_loop=True), streams * tokens),
+        "mixed lengths, in batches": (batches, sum(lengths)),
+        "mixed lengths, joining": (joining, sum(lengths)),
+    }
+    best = dict.fromkeys(ways, 0.0)
+    for _ in range(1 + repeats):  # the first round makes buffers, and records
+        for name, (run, count) in ways.items():
+            start = time.perf_counter()
+            run()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            best[name] = max(best[name], count / (time.perf_counter() - start))
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "int8"], default=["float32", "bfloat16"])
@@ -98,6 +147,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="calls of ours, of which the fastest counts")
     parser.add_argument("--cache", choices=["dynamic", "static"], default="static")
     parser.add_argument("--compile", action="store_true", help="compile the step, with the weights laid out for it")
+    parser.add_argument("--loop", action="store_true", help="the loop on the device, instead of the reference")
+    parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="of ours; the reference stays on the CPU"
@@ -107,9 +158,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     base, expected = None, None
-    if reference is None:
-        print("flexicodec is not installed: without the reference")
-        model = FlexiCodecARForConditionalGeneration(FlexiCodecARConfig()).eval()
+    if reference is None or arguments.loop or arguments.small:
+        print("without the reference: `flexicodec` is not installed, or this is not about it")
+        size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = FlexiCodecARConfig(text_encoder_config=size, **size) if arguments.small else FlexiCodecARConfig()
+        model = FlexiCodecARForConditionalGeneration(config).eval()
     else:
         theirs = reference.build_ar(reference.AR_FULL, seed=0)
         ids = prompt(1)
@@ -137,6 +190,11 @@ def main() -> None:
         else:
             model = model.to(getattr(torch, dtype))
         for streams in arguments.streams:
+            if arguments.loop:
+                rates = time_loop(model, streams, arguments.tokens, arguments.repeats, arguments.cache)
+                shown = " | ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+                print(f"{dtype:9} {streams} stream(s), tokens/s: {shown}", flush=True)
+                continue
             speed = bandwidth(arguments.device)
             seconds, tokens = time_ours(
                 model, streams, arguments.tokens, arguments.repeats, arguments.cache, arguments.compile

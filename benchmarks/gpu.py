@@ -23,7 +23,8 @@ import transformers
 
 HERE = Path(__file__).parent
 TESTS = ["test_modeling_flexicodec_vocoder", "test_modeling_flexicodec", "test_generation_flexicodec_ar"]
-TESTS += ["test_modeling_flexicodec_voicebox", "test_modeling_flexicodec_tts", "test_modeling_flexicodec_ar"]
+TESTS += ["test_loop_flexicodec_ar", "test_modeling_flexicodec_voicebox", "test_modeling_flexicodec_tts"]
+TESTS += ["test_modeling_flexicodec_ar"]
 
 
 def jobs(device: str, small: bool) -> dict[str, list[str]]:
@@ -38,6 +39,7 @@ def jobs(device: str, small: bool) -> dict[str, list[str]]:
         "codec": ["codec.py", "--device", device, "--no-memory", "--batch-sizes", *batches, "--rounds", "1"]
         + short[0] * small,
         "ar": [*ar, "--streams", *streams, "--repeats", "1"],
+        "ar_loop": [*ar, "--streams", *streams, "--repeats", "1", "--loop"],
         "ar_compiled": [*ar, "--streams", "1", "--repeats", "1", "--compile"],
         "voicebox_and_vocoder": ["nar.py", "--device", device, "--repeats", "1"] + short[1] * small,
     }

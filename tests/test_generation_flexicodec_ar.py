@@ -163,6 +163,24 @@ class StopAfter(StoppingCriteria):
         return input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] >= self.length, dtype=torch.bool)
 
 
+def test_a_static_cache_ends_with_the_limit_of_the_text(device):
+    model = tiny_model(device)
+    inputs = prompts(model, device)
+    start = inputs["input_ids"].shape[1]
+    for settings, limit in (
+        ({"max_new_tokens": 2048, "max_token_text_ratio": 2.0}, 14),
+        ({"max_new_tokens": None, "max_length": 700, "max_token_text_ratio": 50.0}, 350),
+    ):
+        arguments = {"min_new_tokens": 1, "cache_implementation": "static"} | settings
+        output = generate(model, inputs, **arguments)
+        assert output.sequences.shape[1] <= start + limit
+        places = output[CACHE].layers[0].keys.shape[2]
+        assert places % 256 == 0 and start + limit <= places < start + limit + 256
+        model._previous_max_cache_length = -1  # transformers keeps the longest of a model
+        stock = generate(model, inputs, **arguments | {"cache_implementation": "dynamic"})
+        assert torch.equal(output.sequences, stock.sequences)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_the_last_token_has_its_duration_however_generation_stops(device, arguments):
     model = tiny_model(device)
@@ -342,11 +360,11 @@ def test_stock_processors(device, processor):
     assert all(scores.shape == (2, model.config.vocab_size) for scores in output.scores)
 
 
-def test_repetition_penalty_sees_the_prompt():
+def test_repetition_penalty_sees_the_prompt(device):
     """Text ids lie beyond the scores' width; speech ids in the prompt must count all the same."""
     inner = RepetitionPenaltyLogitsProcessor(2.0)
     processor = PromptVocabularyLogitsProcessor(inner, input_vocab_size=9)
-    scores = processor(torch.tensor([[8, 1]]), torch.tensor([[1.0, 1.0, 1.0]]))
+    scores = processor(torch.tensor([[8, 1]], device=device), torch.tensor([[1.0, 1.0, 1.0]], device=device))
     assert scores.tolist() == [[1.0, 0.5, 1.0]]
 
 

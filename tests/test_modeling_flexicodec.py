@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForAudioTokenization
 
 from conftest import assert_close
-from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel, optimize_for_cpu
+from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel, modeling_flexicodec, optimize_for_cpu
 from flexicodec_hf.conversion.checkpoint import SourceCheckpoint
 from flexicodec_hf.conversion.tables import CODEC
 from flexicodec_hf.modeling_flexicodec import FlexiCodecTransformerLayer, frame_to_token, mean_by_token
@@ -465,21 +465,48 @@ def test_token_lengths_alone_tell_the_padding(codec, device):
 
 
 @torch.no_grad()
-def test_chunks_with_full_context_equal_the_whole(codec, device):
-    singles, batch = noise_batch(device, [16_000 * 7, 16_000 * 4 + 77, 900])
+@pytest.mark.parametrize("is_short, context", [(True, 2.16), (True, 60), (False, 60)])
+def test_chunks_equal_the_whole(codec, device, monkeypatch, is_short, context):
+    """Up to what the semantic encoder takes in one piece; with a context as long as the recording, beyond it too."""
+    _, batch = noise_batch(device, [16_000 * 7, 16_000 * 4 + 77, 900])
+    chunks = {"chunk_length_s": 2, "chunk_context_s": context}
     whole = codec.encode(**batch, merging_threshold=0.9)
-    chunked = codec.encode(**batch, merging_threshold=0.9, chunk_length_s=2, chunk_context_s=60)
+    decoded = codec.decode(**whole)
+    if not is_short:
+        forget_what_is_whole(monkeypatch)
+    chunked = codec.encode(**batch, merging_threshold=0.9, **chunks)
     assert torch.equal(whole.token_lengths, chunked.token_lengths)
     assert torch.equal(whole.audio_codes, chunked.audio_codes)
     assert_close(chunked.latents, whole.latents.cpu(), atol=1e-5)
-    assert_close(
-        codec.decode(**whole, chunk_length_s=2, chunk_context_s=60).audio_values,
-        codec.decode(**whole).audio_values.cpu(),
-        atol=1e-5,
+    assert_close(codec.decode(**whole, **chunks).audio_values, decoded.audio_values.cpu(), atol=1e-5)
+
+
+def forget_what_is_whole(monkeypatch):
+    """The attention always sees a chunk with its context, as in recordings of more than ten minutes."""
+    monkeypatch.setattr(modeling_flexicodec, "_whole_frames", lambda config: 0)
+    run = modeling_flexicodec.run_in_windows
+    monkeypatch.setattr(
+        modeling_flexicodec, "run_in_windows", lambda *args, whole_length=0, **options: run(*args, **options)
     )
-    alone = codec.encode(**singles[0], merging_threshold=0.9, chunk_length_s=2)
-    batched = codec.encode(**batch, merging_threshold=0.9, chunk_length_s=2)
-    assert torch.equal(alone.audio_codes[0], batched.audio_codes[0])
+
+
+@torch.no_grad()
+def test_long_and_short_items_of_a_batch_are_in_chunks_as_alone(load, device):
+    model = copy.deepcopy(load("codec_tiny", device))
+    model.config.semantic_model_config.max_position_embeddings = 110  # the first is long
+    singles, batch = noise_batch(device, [16_000 * 7, 16_000 * 4 + 77, 900])
+    chunks = {"chunk_length_s": 2, "chunk_context_s": 2.16}
+    batched = model.encode(**batch, merging_threshold=0.9, **chunks)
+    decoded = model.decode(**batched, **chunks)
+    for item, single in enumerate(singles):
+        options = chunks if item == 0 else {}
+        alone = model.encode(**single, merging_threshold=0.9, **options)
+        num_tokens = alone.token_lengths.shape[1]
+        assert torch.equal(alone.token_lengths[0], batched.token_lengths[item, :num_tokens])
+        assert torch.equal(alone.audio_codes[0], batched.audio_codes[item, :, :num_tokens])
+        waveform = model.decode(**alone, **chunks).audio_values[0, 0]
+        assert_close(decoded.audio_values[item, 0, : len(waveform)], waveform.cpu(), atol=1e-5)
+        assert not decoded.audio_values[item, 0, len(waveform) :].any()
 
 
 @torch.no_grad()
@@ -635,6 +662,35 @@ def test_half_precision_stays_near(codec_dir, codec, golden, device, dtype):
     audio_values = half.decode(**encoded).audio_values.float()
     expected = codec.decode(**encoded).audio_values
     assert (audio_values - expected).norm() / expected.norm() < 0.05
+
+
+@torch.no_grad()
+def test_float16_bears_an_alpha_that_is_nearly_0(codec, device):
+    snake = copy.deepcopy(codec.acoustic_encoder.snake1)
+    values = torch.randn(1, snake.alpha.shape[1], 50, device=device)
+    for alpha in (0.0, 1e-7, 1e-3, 1.0):
+        snake.float().alpha.fill_(alpha)
+        expected = snake(values)
+        assert_close(snake.half()(values.half()).float(), expected.cpu(), atol=2e-2)
+        if device == "cpu":
+            fast = optimize_for_cpu(copy.deepcopy(snake))
+            assert torch.equal(fast(values.half()), snake(values.half()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel_size", [11, 4])
+def test_the_semantic_encoder_is_that_of_transformers_to_the_bit(device, kernel_size):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    config = FlexiCodecConfig(semantic_model_config=sizes | {"fsmn_kernel_size": kernel_size})
+    ours = FlexiCodecModel(config).semantic_encoder.eval().to(device)
+    theirs = AutoModel.from_config(config.semantic_model_config).eval().to(device)
+    theirs.load_state_dict(ours.state_dict())
+    features = torch.randn(2, 20, 560, device=device)
+    for lengths in ([20, 20], [20, 13]):
+        mask = torch.arange(20, device=device) < torch.tensor(lengths, device=device)[:, None]
+        expected = theirs(features, mask).last_hidden_state
+        padded = lengths[1] < 20
+        assert torch.equal(ours(features, mask if padded else None).last_hidden_state, expected)
 
 
 def test_gradient_checkpointing_changes_nothing(load, golden, device):

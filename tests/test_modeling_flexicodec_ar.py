@@ -74,7 +74,7 @@ def test_teacher_forced_parity(golden, fixture_model, device, attention, merging
     model.set_attn_implementation("sdpa")
 
 
-def test_stages_parity(golden, fixture_model):
+def test_stages_parity(golden, fixture_model, device):
     """Where the numbers come from: each block of both stacks, on the reference's own inputs."""
     fixture = golden("ar")
     seen = {}
@@ -82,12 +82,13 @@ def test_stages_parity(golden, fixture_model):
     def keep(name):
         return lambda _module, _args, output: seen.__setitem__(name, output)
 
-    model = fixture_model.to("cpu").model
+    model = fixture_model.to(device).model
     named = {"text_layer": model.text_encoder.transformer.layers[0], "text": model.text_encoder}
     named |= {f"layer{i}": layer for i, layer in enumerate(model.decoder.layers)} | {"norm": model.decoder.norm}
     hooks = [module.register_forward_hook(keep(name)) for name, module in named.items()]
     with torch.no_grad():
-        model(**{k: v for k, v in fixture_inputs(fixture_model, fixture, 0.86).items() if "labels" not in k})
+        inputs = fixture_inputs(fixture_model, fixture, 0.86)
+        model(**{k: v.to(device) for k, v in inputs.items() if "labels" not in k})
     for hook in hooks:
         hook.remove()
     text_lengths, speech_lengths = fixture["in/text_token_len"], fixture["in/speech_token_len"]
@@ -130,15 +131,18 @@ def test_right_padding_is_as_good_as_left_in_training(device):
         assert_close(model(**padded).logits[:, :-3], model(**inputs).logits.cpu(), atol=1e-5)
 
 
-def test_layout_of_the_stream():
-    model = tiny_model()
+def test_layout_of_the_stream(device):
+    model = tiny_model(device)
     config = model.config
+    text_and_codes = (
+        [[3, 4, 9], [5, 9, 9]],
+        [[1, 1, 0], [1, 0, 0]],
+        [[7, 8], [6, -1]],
+        [[2, 5], [4, -1]],
+        [[1, 1], [1, 0]],
+    )
     inputs = model.build_inputs(
-        torch.tensor([[3, 4, 9], [5, 9, 9]]),
-        torch.tensor([[1, 1, 0], [1, 0, 0]]),
-        torch.tensor([[7, 8], [6, -1]]),
-        torch.tensor([[2, 5], [4, -1]]),
-        torch.tensor([[1, 1], [1, 0]]),
+        *(torch.tensor(values, device=device) for values in text_and_codes),
         merging_threshold=0.91,
         return_labels=True,
     )
@@ -179,10 +183,12 @@ def test_each_item_can_have_its_threshold(thresholds, device):
         ({"merging_threshold": [0.86, 0.91]}, "`merging_threshold` holds 2 values for 1 texts"),
     ],
 )
-def test_inputs_are_checked(changes, message):
+def test_inputs_are_checked(changes, message, device):
     arguments = {"text_ids": torch.tensor([[1]]), "codes": torch.tensor([[1]]), "token_lengths": torch.tensor([[1]])}
+    arguments |= changes
+    there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        tiny_model().build_inputs(**(arguments | changes))
+        tiny_model(device).build_inputs(**there)
 
 
 def test_config_checks_heads_and_survives_a_round_trip(tmp_path):
@@ -268,6 +274,29 @@ def random_utterances(model, device="cpu", batch_size=4):
     return model.build_inputs(
         draw(0, 40, 6), None, draw(0, 50, 5), draw(1, 9, 5), merging_threshold=0.86, return_labels=True
     )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_training_takes_the_same_positions_as_a_lookup_of_distances(device, attention):
+    """Whole sequences with gradients shift a matrix instead."""
+    model = tiny_model(device)
+    model.set_attn_implementation(attention)
+    inputs = random_utterances(model, device)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert_close(model(**inputs).logits, expected.cpu())
+    decoder = model.model.decoder
+    positions = torch.arange(7, device=device)
+    distances = (positions[:, None] - positions).clamp(min=0)
+    mask = (positions[:, None] >= positions)[None, None]
+    gradients = []
+    for choice in (None, distances):
+        decoder.zero_grad()
+        embeds = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        decoder.run_layers(embeds, decoder.relative_keys(9), choice, mask).square().sum().backward()
+        gradients.append(torch.cat([embeds.grad.flatten(), *(p.grad.flatten() for p in decoder.parameters())]).cpu())
+    assert_close(gradients[0], gradients[1], atol=1e-3)
+    assert gradients[0].norm() > 1
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(device):

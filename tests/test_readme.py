@@ -28,6 +28,7 @@ PAGES = (
     "docs/codec.md",
     "docs/conversion.md",
     "docs/corpora.md",
+    "docs/gpu.md",
     "docs/language_models.md",
     "docs/migration.md",
     "docs/tts.md",
@@ -134,7 +135,7 @@ def test_model_cards_have_valid_metadata(page, task):
     # Written and read again, nothing changes: no field that the Hub would read differently.
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     sections = re.findall(r"^## (.+)$", card.text, flags=re.MULTILINE)
-    assert {"What it is for", "Limits", "Risks", "Published results", "Citation"} <= set(sections)
+    assert {"What it is for", "Limits", "Risks", "Published results", "Licenses", "Citation"} <= set(sections)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -13,10 +13,14 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.dac.modeling_dac import Snake1d
 
 from .chunking_flexicodec import Chunk, windows
-from .modeling_flexicodec import FlexiCodecDecoderBlock, FlexiCodecEncoderBlock, FlexiCodecResidualUnitsMixin
+from .modeling_flexicodec import (
+    FlexiCodecDecoderBlock,
+    FlexiCodecEncoderBlock,
+    FlexiCodecResidualUnitsMixin,
+    FlexiCodecSnake1d,
+)
 from .modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration, FlexiCodecARLayer
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxLayer
 
@@ -196,11 +200,12 @@ class _DepthwiseConv1d(nn.Conv1d):
         return F.conv2d(image, weight, self.bias, padding=padding, groups=self.groups).squeeze(2)
 
 
-class _Snake1d(Snake1d):
+class _Snake1d(FlexiCodecSnake1d):
     """Snake activation with one temporary tensor instead of four, where autograd needs none of them."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not _is_plain_cpu(hidden_states, self.alpha):
+        is_plain = _is_plain_cpu(hidden_states, self.alpha) and hidden_states.dtype != torch.float16
+        if torch.is_grad_enabled() or not is_plain:
             return super().forward(hidden_states)
         waves = (hidden_states * self.alpha).sin_().square_()
         return torch.addcmul(hidden_states, (self.alpha + 1e-9).reciprocal(), waves, out=waves)
@@ -238,7 +243,7 @@ class _DecoderBlock(_TiledResidualUnits, FlexiCodecDecoderBlock):
 _FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: _Linear,
     nn.Conv1d: _DepthwiseConv1d,
-    Snake1d: _Snake1d,
+    FlexiCodecSnake1d: _Snake1d,
     FlexiCodecEncoderBlock: _EncoderBlock,
     FlexiCodecDecoderBlock: _DecoderBlock,
 }

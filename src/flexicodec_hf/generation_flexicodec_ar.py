@@ -30,11 +30,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerationConfig,
     GenerationMixin,
+    LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -54,20 +56,30 @@ from transformers.utils import ModelOutput
 
 from .compatibility_flexicodec import CACHE
 from .configuration_flexicodec_ar import FlexiCodecARConfig
+from .loop_flexicodec_ar import FlexiCodecARLoop, FlexiCodecARRequest, RowSampler
 
 
 # Used where neither the call nor a generation config gives a value.
 DURATION_DEFAULTS = {"duration_temperature": 1.0, "duration_top_k": 1}
 # The reference's limit: flexicodec 0.1.2, ar_tts/modeling_artts.py, line 460.
 LIMIT_DEFAULTS = {"min_token_text_ratio": 0.0, "max_token_text_ratio": 20.0}
+LOOP_DEFAULTS = {"static_loop": False}
+
+# Settings that need the host at each step.
+_NOT_IN_LOOP = (
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "stop_strings",
+    "max_time",
+    "compile_config",
+)
 
 # Marks the duration of a token that was generated but not yet read by the model.
 _UNKNOWN = -1
-# Random numbers that a generator draws at once: the host waits for each transfer to the device.
-_DRAWS = 8
-# Relative keys are projected for a multiple of this length, so a growing sequence needs few
-# projections.
-_KEY_BLOCK = 256
+# Keys and their places are reserved in multiples of this length, so that few sizes occur.
+_LENGTH_BLOCK = 256
 
 
 @dataclass
@@ -104,37 +116,6 @@ class DurationStreamer(BaseStreamer):
         Called when the model has read a token, with its duration in codec frames `(batch_size,)`.
         """
         raise NotImplementedError
-
-
-@dataclass
-class RowSampler:
-    """
-    Draws for each row of a batch with the row's own generator, so that one row's draws never affect
-    another row.
-    """
-
-    generators: torch.Generator | list[torch.Generator]
-    numbers: list[Tensor] = field(default_factory=list)
-
-    def draw(self, scores: Tensor) -> Tensor:
-        """An index for each row `(num_rows,)` from scores `(num_rows, num_choices)`."""
-        if not self.numbers:
-            self.numbers = list(self._draw_numbers(len(scores)).to(scores.device))
-        cumulative = F.softmax(scores.float(), dim=-1).cumsum(dim=-1)
-        reached = self.numbers.pop(0)[:, None] * cumulative[:, -1:]
-        return (cumulative < reached).sum(dim=-1)
-
-    def _draw_numbers(self, num_rows: int) -> Tensor:
-        """Numbers for the next draws `(num_draws, num_rows)`, in (0, 1]: a choice of probability 0 is never drawn."""
-        generators = self.generators
-        if not isinstance(generators, list):
-            numbers = torch.rand(_DRAWS, num_rows, generator=generators, device=generators.device)
-            return 1 - numbers
-        if len(generators) != num_rows:
-            raise ValueError(
-                f"`generator` holds {len(generators)} generators for {num_rows} rows: pass one, or one for each."
-            )
-        return 1 - torch.stack([torch.rand(_DRAWS, generator=one, device=one.device) for one in generators], dim=1)
 
 
 @dataclass
@@ -268,13 +249,7 @@ class DurationMixin(GenerationMixin):
         """
         config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS, kwargs)
         input_ids = self._prompt_ids(inputs, kwargs)
-        if kwargs.get("token_lengths") is None:
-            if self.is_code(input_ids).any():
-                raise ValueError(
-                    "The prompt holds speech tokens but `token_lengths` is missing: pass the codec frames of each of "
-                    "them, and 0 elsewhere."
-                )
-            kwargs["token_lengths"] = torch.zeros_like(input_ids)
+        kwargs["token_lengths"] = self._prompt_durations(input_ids, kwargs.get("token_lengths"))
         row_sampler = None if generator is None else RowSampler(generator)
         sampler = DurationSampler.from_config(config, input_ids.shape[1], row_sampler)
         if isinstance(kwargs.get("streamer"), DurationStreamer):
@@ -301,6 +276,14 @@ class DurationMixin(GenerationMixin):
         if input_ids is None:
             raise ValueError("`inputs` is missing: pass the ids of a prompt.")
         return input_ids
+
+    def _prompt_durations(self, input_ids: Tensor, token_lengths: Tensor | None) -> Tensor:
+        if token_lengths is None and self.is_code(input_ids).any():
+            raise ValueError(
+                "The prompt holds speech tokens but `token_lengths` is missing: pass the codec frames of each of "
+                "them, and 0 elsewhere."
+            )
+        return torch.zeros_like(input_ids) if token_lengths is None else token_lengths
 
     def _add_durations(self, output: GenerateDecoderOnlyOutput, sampler: DurationSampler) -> FlexiCodecGenerateOutput:
         is_code = self.is_code(output.sequences)
@@ -385,14 +368,17 @@ class RelativeKeys:
     of at each step.
     """
 
-    def __init__(self, project: Callable[[int, torch.device], Tensor]):
-        self.project = project
+    def __init__(self, project: Callable[[int, torch.device], Tensor], is_static: bool):
+        self.project, self.is_static = project, is_static
         self.keys: Tensor | None = None
 
     def __call__(self, length: int, device: torch.device) -> Tensor:
         """Keys for at least `length` positions."""
         if self.keys is None or self.keys.shape[2] < length:
-            self.keys = self.project(_KEY_BLOCK * math.ceil(length / _KEY_BLOCK), device)
+            self.keys = self.project(_in_blocks(length), device)
+            if self.is_static:
+                # They do not move either: a CUDA graph would copy what may.
+                torch._dynamo.mark_static_address(self.keys)
         return self.keys
 
 
@@ -442,20 +428,30 @@ class MaxSpeechCriteria(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= self.max_new_tokens.to(input_ids.device)
 
 
-# Processors that look only at scores. All others may look them up by the ids of the prompt.
-_PROMPT_FREE = (
+# Processors that look only at scores.
+_SCORE_WARPERS = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
+    LogitNormalization,
     MinPLogitsWarper,
-    MinSpeechLogitsProcessor,
-    RowSamplingLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+# Processors that look at scores and the number of tokens. All others may look scores up by the ids of
+# the prompt.
+_PROMPT_FREE = (
+    *_SCORE_WARPERS,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinSpeechLogitsProcessor,
+    RowSamplingLogitsProcessor,
+)
+
+
+def _in_blocks(length: int) -> int:
+    return _LENGTH_BLOCK * math.ceil(length / _LENGTH_BLOCK)
 
 
 class FlexiCodecARGenerationMixin(DurationMixin):
@@ -511,6 +507,13 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             min_token_text_ratio, max_token_text_ratio (`float`, *optional*, default to 0 and 20):
                 Limits on the new tokens of a row, as a ratio to its text ids (rounded down).
                 `min_new_tokens` and `max_new_tokens` apply too; the stricter limit wins.
+            static_loop (`bool`, *optional*, defaults to `False`):
+                Runs the whole loop on the device, as a CUDA graph on an NVIDIA GPU: see
+                [`FlexiCodecARLoop`]. Same tokens and durations (with PyTorch's global generator, other
+                ones of the same distribution). A streamer gets 8 tokens at a time on a GPU. There are no
+                scores, no beams, and only those processors that look at nothing but scores:
+                temperature, top-k, top-p, ... Buffers and graph are kept for the next call with the
+                same settings and a similar size.
             compile_config (`CompileConfig`, *optional*):
                 Compiles the step, also on a CPU. Needs `cache_implementation="static"`.
 
@@ -523,22 +526,20 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             ValueError: The prompt is missing, holds speech tokens without `token_lengths`, the
                 ratios contradict each other, or the generation mode is not supported.
         """
-        # A generation config may hold the ids of the text's tokenizer, which mean codes here: `Trainer`
-        # writes them into it.
-        layout = self.default_generation_config(self.config)
-        kwargs = {name: getattr(layout, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} | kwargs
-        config, kwargs = self._merge_settings(generation_config, DURATION_DEFAULTS | LIMIT_DEFAULTS, kwargs)
+        config, kwargs = self._merge_all_settings(generation_config, kwargs)
         prompt_ids = self._prompt_ids(inputs, kwargs)
+        if config.static_loop:
+            return self._generate_in_loop(config, generator, **(kwargs | {"input_ids": prompt_ids}))
         prompt_length = prompt_ids.shape[1]
-        fewest, most = self._limits(config, prompt_ids)
-        if config.max_new_tokens is None and config.max_length is None:
-            # A row without text has no limit of its own; 20 is the default of transformers.
-            longest = int(most.max())
-            config.max_new_tokens = longest if longest < torch.iinfo(torch.long).max else 20
-        if "static" in (config.cache_implementation or ""):
+        num_copies = config.num_return_sequences or 1
+        fewest, most = (limit.repeat_interleave(num_copies) for limit in self._limits(config, prompt_ids))
+        longest = int(most.max())
+        config.max_new_tokens, config.max_length = longest, None
+        is_static = "static" in (config.cache_implementation or "")
+        if is_static:
             # The stock loop leaves no room for the last token, which is read for its duration.
-            longest = config.max_length if config.max_new_tokens is None else prompt_length + config.max_new_tokens
-            config.max_cache_len = max(longest, config.max_cache_len or 0)
+            length = _in_blocks(prompt_length + longest)
+            config.max_cache_len = max(length, config.max_cache_len or 0)
         if config.compile_config is not None:
             config.compile_config = copy.copy(config.compile_config)
             config.compile_config._compile_all_devices = True
@@ -553,12 +554,137 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             generator,
             logits_processor=processors,
             stopping_criteria=criteria,
-            key_source=RelativeKeys(self.model.decoder.relative_keys),
+            key_source=RelativeKeys(self.model.decoder.relative_keys, is_static),
             **kwargs,
         )
 
+    def make_loop(
+        self, num_streams: int, max_length: int, block_size: int | None = None, **settings: Any
+    ) -> FlexiCodecARLoop:
+        """
+        A loop that serves many requests at once, which join and leave it: see [`FlexiCodecARLoop`].
+
+        Args:
+            num_streams (`int`): Rows that can run at once.
+            max_length (`int`): Ids of a prompt and its new tokens at most, rounded up to 256.
+            block_size (`int`, *optional*):
+                Tokens of each stream between two looks of the host. Defaults to 8, and on a CPU, where
+                looking costs nothing, to 1.
+            settings:
+                Those of `generate` for all requests: `do_sample`, `temperature`, `top_k`,
+                `max_new_tokens`, ...
+
+        Raises:
+            ValueError: A setting is unknown, or `static_loop` of `generate` does not support it.
+        """
+        config, unknown = self._merge_all_settings(None, settings)
+        if unknown:
+            raise ValueError(f"`make_loop` got unknown settings: {', '.join(sorted(unknown))}.")
+        return self._make_loop(config, num_streams, max_length, block_size)
+
+    def _merge_all_settings(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        # A generation config may hold the ids of the text's tokenizer, which mean codes here: `Trainer`
+        # writes them into it.
+        layout = self.default_generation_config(self.config)
+        kwargs = {name: getattr(layout, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} | kwargs
+        return self._merge_settings(generation_config, DURATION_DEFAULTS | LIMIT_DEFAULTS | LOOP_DEFAULTS, kwargs)
+
+    def _make_loop(
+        self, config: GenerationConfig, num_streams: int, max_length: int, block_size: int | None = None
+    ) -> FlexiCodecARLoop:
+        complete, _ = self._prepare_generation_config(config)
+        complete._eos_token_tensor = None  # the loop itself counts towards the minimum
+        processors = GenerationMixin._get_logits_processor(
+            self, generation_config=complete, input_ids_seq_length=1, device=self.device
+        )
+        expected = {"use_cache": (True,), "cache_implementation": (None, "static")}
+        expected["eos_token_id"] = (self.config.end_token_id,)
+        unsupported = [name for name in _NOT_IN_LOOP if getattr(complete, name, None)]
+        unsupported += [name for name, values in expected.items() if getattr(complete, name) not in values]
+        unsupported += [type(one).__name__ for one in processors if not isinstance(one, _SCORE_WARPERS)]
+        mode = complete.get_generation_mode()
+        unsupported += [] if mode in self._supported_generation_modes else [f"the generation mode {mode.value}"]
+        if unsupported:
+            raise ValueError(f"The static loop does not support {', '.join(unsupported)}: generate without it.")
+        durations = DurationSampler.from_config(config, 0, None)
+        duration_processors = durations.processors if durations.do_sample else None
+        block_size = block_size or (1 if self.device.type == "cpu" else 8)
+        return FlexiCodecARLoop(
+            self, config, processors, duration_processors, num_streams, _in_blocks(max_length), block_size
+        )
+
+    def _generate_in_loop(
+        self,
+        config: GenerationConfig,
+        generator: torch.Generator | list[torch.Generator] | None,
+        input_ids: Tensor,
+        token_lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> FlexiCodecGenerateOutput | Tensor:
+        if unsupported := [name for name, value in kwargs.items() if value is not None]:
+            raise ValueError(f"The static loop does not support {', '.join(unsupported)}: generate without it.")
+        durations = self._prompt_durations(input_ids, token_lengths)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        needed = _in_blocks(int((mask.sum(dim=1) + self._limits(config, input_ids)[1].to(mask.device)).max()))
+        num_copies = config.num_return_sequences or 1
+        input_ids, durations, mask = (one.repeat_interleave(num_copies, dim=0) for one in (input_ids, durations, mask))
+
+        # The loop of the call before serves this one, too, if it fits. It is not shared meanwhile.
+        loop = self.__dict__.pop("_kept_loop", None)
+        if loop is not None and loop.fits(config, len(input_ids), needed):
+            loop.refresh()
+        else:
+            del loop
+            loop = self._make_loop(config, len(input_ids), needed)
+        request = loop.add(input_ids, durations, mask, generator)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        new_ids = input_ids[:, :0].cpu()
+        is_over = False
+        while not is_over:
+            is_over = request in loop.advance()
+            num_told = new_ids.shape[1]
+            new_ids, new_durations = self._loop_tokens(request)
+            if streamer is not None:
+                self._tell(streamer, new_ids, new_durations, num_told)
+        if streamer is not None:
+            streamer.end()
+            if isinstance(streamer, DurationStreamer) and not all(request.has_ended):
+                streamer.put_durations(new_durations[:, -1])
+        self._kept_loop = loop
+        sequences = torch.cat([input_ids, new_ids.to(input_ids.device)], dim=1)
+        durations = torch.cat([durations, new_durations.to(durations.device)], dim=1)
+        if not config.return_dict_in_generate:
+            return sequences
+        return FlexiCodecGenerateOutput(sequences=sequences, token_lengths=durations)
+
+    def _loop_tokens(self, request: FlexiCodecARRequest) -> tuple[Tensor, Tensor]:
+        """New ids and their durations, both `(batch_size, num_new_ids)`, as in a generated sequence."""
+        ends = [[self.config.end_token_id] * has_ended for has_ended in request.has_ended]
+        rows = [torch.tensor(codes + end) for codes, end in zip(request.codes, ends, strict=True)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.config.padding_token_id)
+        durations = torch.zeros_like(ids)
+        for row, values in enumerate(request.token_lengths):
+            durations[row, : len(values)] = torch.tensor(values, dtype=torch.long)
+        return ids, durations
+
+    @staticmethod
+    def _tell(streamer: BaseStreamer, ids: Tensor, durations: Tensor, num_told: int) -> None:
+        """Give a streamer the ids after the first `num_told`, and the durations before them, as a stock loop does."""
+        for column in range(num_told, ids.shape[1]):
+            if isinstance(streamer, DurationStreamer) and column > 0:
+                streamer.put_durations(durations[:, column - 1])
+            streamer.put(ids[:, column])
+
     def _limits(self, config: GenerationConfig, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Fewest and most new tokens of each row, `(batch_size,)`."""
+        """
+        Of each row, `(batch_size,)`: the fewest new tokens by the length of its text, and the most by all
+        settings.
+        """
         lowest, highest = config.min_token_text_ratio, config.max_token_text_ratio
         for name, ratio in (("min_token_text_ratio", lowest), ("max_token_text_ratio", highest)):
             if not isinstance(ratio, int | float):
@@ -567,10 +693,18 @@ class FlexiCodecARGenerationMixin(DurationMixin):
             raise ValueError(
                 f"`min_token_text_ratio` is {lowest}, above `max_token_text_ratio`, which is {highest}: lower it."
             )
+        prompt_length, ceiling = prompt_ids.shape[1], config.max_new_tokens
+        if ceiling is None and config.max_length is not None:
+            ceiling = config.max_length - prompt_length
+        if ceiling is not None and ceiling < 1:
+            raise ValueError(
+                f"There is no room for new tokens: the prompt has {prompt_length} ids, `max_length` is "
+                f"{config.max_length} and `max_new_tokens` {config.max_new_tokens}. Raise one of them."
+            )
         text_lengths = (prompt_ids >= self.config.text_token_offset).sum(dim=1)
-        text_lengths = text_lengths.repeat_interleave(config.num_return_sequences or 1)
-        most = (text_lengths * highest).long().masked_fill(text_lengths == 0, torch.iinfo(torch.long).max)
-        return (text_lengths * lowest).long(), most
+        # A row without text has no limit of its own; 20 is the default of transformers.
+        most = (text_lengths * highest).long().masked_fill(text_lengths == 0, 20 if ceiling is None else ceiling)
+        return (text_lengths * lowest).long(), most.clamp(min=1, max=ceiling)
 
     def prepare_inputs_for_generation(
         self,

@@ -119,7 +119,7 @@ class FlexiCodecARAttention(nn.Module):
         self,
         hidden_states: Tensor,
         relative_keys: Tensor,
-        distances: Tensor,
+        distances: Tensor | None,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -149,15 +149,22 @@ class FlexiCodecARAttention(nn.Module):
         )
         return self.o_proj(output.flatten(2)), weights
 
-    def _position_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
+    def _position_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor | None) -> Tensor:
         # One product per head for all rows of the batch, which share the relative keys. Then each
         # pair of positions takes the score of its distance. Keys beyond the longest distance take
         # part too: on a CPU, a slice of bfloat16 keys would be copied first.
         batch_size, num_heads, length, head_dim = query.shape
         rows = (query * self.scaling).transpose(0, 1).reshape(num_heads, batch_size * length, head_dim)
+        if distances is None:
+            relative_keys = relative_keys[:, :length].flip(1)
         scores = torch.matmul(relative_keys, rows.transpose(1, 2))
         scores = scores.view(num_heads, -1, batch_size, length).permute(2, 0, 3, 1)
-        return scores.gather(-1, distances.expand(batch_size, num_heads, -1, -1))
+        if distances is not None:
+            return scores.gather(-1, distances.expand(batch_size, num_heads, -1, -1))
+        # From the largest distance to 0. With a column more, each row of the matrix begins one
+        # distance earlier in the same memory, read as rows of `length`.
+        shifted = F.pad(scores, (0, 1)).flatten(2)[..., length - 1 :]
+        return shifted[..., : length * length].unflatten(2, (length, length))
 
     def _split_heads(self, states: Tensor) -> Tensor:
         return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
@@ -176,7 +183,7 @@ class FlexiCodecARLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: Tensor, relative_keys: Tensor, distances: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, relative_keys: Tensor, distances: Tensor | None, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attn(self.self_attn_norm(hidden_states), relative_keys, distances, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         expanded = self.dropout(self.activation(self.fc1(self.mlp_norm(hidden_states))))
@@ -210,6 +217,11 @@ class FlexiCodecARTransformer(nn.Module):
         if cache is not None:
             offset = cache.get_seq_length()
             key_length, _ = cache.get_mask_sizes(length, 0)
+        # A whole mask is taken as it is. Otherwise transformers looks for padding in it, and each token
+        # waits for the device.
+        is_whole = attention_mask is not None and tuple(attention_mask.shape[1:]) == (key_length,)
+        if is_whole and length == 1 and inputs_embeds.device.type != "cpu":
+            attention_mask = attention_mask[:, None, None].bool()  # type: ignore[index]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -218,10 +230,37 @@ class FlexiCodecARTransformer(nn.Module):
         )
         if relative_keys is None:
             relative_keys = self.relative_keys(key_length, inputs_embeds.device)
-        positions = torch.arange(key_length, device=inputs_embeds.device)
-        # Keys after the query have no distance; the mask hides them.
-        distances = ((positions[:length] + offset)[:, None] - positions).clamp(min=0)
+        # The gradient of distances that are looked up would be a scatter, which is slow.
+        distances = None
+        if not (torch.is_grad_enabled() and key_length == length):
+            positions = torch.arange(key_length, device=inputs_embeds.device)
+            # Keys after the query have no distance; the mask hides them.
+            distances = ((positions[:length] + offset)[:, None] - positions).clamp(min=0)
+        return self.run_layers(inputs_embeds, relative_keys, distances, mask, cache, **kwargs)
 
+    def run_layers(
+        self,
+        inputs_embeds: Tensor,
+        relative_keys: Tensor,
+        distances: Tensor | None,
+        mask: Tensor | None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """
+        The layers alone, when it is known who attends to whom.
+
+        Args:
+            inputs_embeds: `(batch_size, length, hidden_size)`.
+            relative_keys: `(num_layers, num_heads, n, head_dim)`, see `relative_keys`.
+            distances: From each query to each key, `(length, key_length)`, or of each item `(batch_size,
+                1, length, key_length)`; below `n`. `None` for whole sequences.
+            mask: `(batch_size, 1, length, key_length)`, `True` where a query attends.
+            cache: Its `update(key, value, layer_index)` gives all keys and values.
+
+        Returns:
+            `(batch_size, length, hidden_size)`.
+        """
         # The reference scales the embeddings: flexicodec 0.1.2,
         # ar_tts/utils/transformer/embedding.py, line 218.
         hidden_states = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))

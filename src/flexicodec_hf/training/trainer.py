@@ -102,6 +102,8 @@ class SpeechTrainingArguments(TrainingArguments):
         # Each process reads a stream and takes its share: batches of one process could not be cut
         # up for the others.
         self.accelerator_config.dispatch_batches = False
+        # From pinned memory, batches go to a GPU while it computes.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.should_log:
             logging.set_verbosity_info()
 
