@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -337,47 +336,51 @@ def test_a_run_that_was_killed_while_it_saved_is_repaired(run, codec, codec_opti
         assert torch.equal(weight, weights[name]), name
 
 
-STEP_5 = ("--max_steps", 5, "--learning_rate", 0.001)
+# Forks before it trains: one interpreter is started for all runs.
+KILLED_RUNS = """
+import json, os, signal, sys
+import torch, train_codec
+import flexicodec_hf.training.gan as gan
 
+def train(moment, arguments):
+    def hook(event, places):
+        if event == "os.rename" and os.fspath(places[1]).endswith(moment):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-@pytest.fixture(scope="module")
-def continued_codec(run, codec, codec_options, tmp_path_factory):
-    """`codec` after one more step: its folder, and what was logged."""
-    folder = tmp_path_factory.mktemp("continued") / "codec"
-    shutil.copytree(codec[0], folder)
-    return folder, run("train_codec", folder, *codec_options, *STEP_5)
+    save = gan.GANTrainer._save
+    gan.GANTrainer._save = lambda self, *args: (sys.addaudithook(hook), save(self, *args))
+    train_codec.main(arguments)
 
-
-@pytest.mark.parametrize("moment", ["checkpoint-5", "codec/model.safetensors"])
-def test_a_run_killed_at_a_rename_of_its_last_save_is_repaired(
-    run, data, codec, continued_codec, codec_options, tmp_path, moment
-):
-    folder, options = tmp_path / "codec", (*codec_options, *STEP_5)
-    shutil.copytree(codec[0], folder)
-    script = f"""
-import os, signal, sys
-def hook(event, arguments):
-    if event == "os.rename" and os.fspath(arguments[1]).endswith({moment!r}):
-        os.kill(os.getpid(), signal.SIGKILL)
-import torch
-torch.set_num_threads({torch.get_num_threads()})
-import train_codec, flexicodec_hf.training.gan as gan
-save = gan.GANTrainer._save
-gan.GANTrainer._save = lambda self, *args: (sys.addaudithook(hook), save(self, *args))
-train_codec.main(sys.argv[1:])
+for moment, arguments in json.loads(sys.argv[1]):
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(int(sys.argv[2]))
+        train(moment, arguments)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, moment
 """
-    arguments = [str(argument) for argument in (*common(data, folder), *options)]
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], cwd=EXAMPLES, timeout=300)
-    assert killed.returncode == -signal.SIGKILL
 
-    weights, before = folder / "model.safetensors", load_file(codec[0] / "model.safetensors")
-    assert all(torch.equal(weight, before[name]) for name, weight in load_file(weights).items())
 
-    assert steps(run("train_codec", folder, *options)) == steps(continued_codec[1])
-    expected = load_file(continued_codec[0] / "model.safetensors")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process to kill")
+def test_a_run_killed_at_a_rename_of_its_last_save_is_repaired(run, data, codec, codec_options, tmp_path):
+    options = (*codec_options, "--max_steps", 5, "--learning_rate", 0.001)
+    whole, *folders = (tmp_path / name / "codec" for name in ("whole", "checkpoint", "model"))
+    for folder in (whole, *folders):
+        shutil.copytree(codec[0], folder)
+    expected_steps = steps(run("train_codec", whole, *options))
+    expected, before = (load_file(folder / "model.safetensors") for folder in (whole, codec[0]))
     assert not all(torch.equal(weight, before[name]) for name, weight in expected.items())
-    assert all(torch.equal(weight, expected[name]) for name, weight in load_file(weights).items())
-    assert not list(folder.rglob(".*"))
+
+    arguments = [[str(argument) for argument in (*common(data, folder), *options)] for folder in folders]
+    moments = list(zip(("checkpoint-5", "codec/model.safetensors"), arguments, strict=True))
+    command = [sys.executable, "-c", KILLED_RUNS, json.dumps(moments), str(torch.get_num_threads())]
+    subprocess.run(command, cwd=EXAMPLES, timeout=300, check=True)
+    for folder in folders:
+        weights = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+        assert steps(run("train_codec", folder, *options)) == expected_steps
+        weights = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+        assert not list(folder.rglob(".*"))
 
 
 def test_too_few_clips_for_a_batch_are_refused(run, codec_options, tmp_path):
