@@ -1,20 +1,17 @@
 """Throughput of `tokenize_corpus` beside a plain loop over files, with the same random weights in
 the same run.
 
-    python benchmarks/corpus.py [--clips 128] [--merging-thresholds 1.0 0.91 0.86] [--threads 2] \
-        [--processes 2]
+    python benchmarks/corpus.py [--clips 128] [--merging-thresholds 1.0 0.91 0.86] [--threads 2]
 
-The plain loop encodes one file at a time, once for each threshold, with all threads.
-`tokenize_corpus` runs in one process with all threads, and in several that share them. The codec is
-half as deep as the released one in every part (`--full`: as deep). Times exclude the loading of the
-model; rows that differ from those of the loop are counted. CPU seconds are the sum over threads and
-processes: compare these, with `--threads 1 --processes 1`, on a machine that is not quiet.
+The plain loop encodes one file at a time, once for each threshold. The codec is half as deep as the
+released one in every part (`--full`: as deep). Times exclude the loading of the model; rows that
+differ from those of the loop are counted. CPU seconds are the sum over threads: compare these, with
+`--threads 1`, on a machine that is not quiet.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -77,28 +74,6 @@ def plain_loop(
     return tokens
 
 
-def work(rank: int, arguments: argparse.Namespace, work_folder: str, output: str, ready: Any, cpu_times: Any) -> None:
-    torch.set_num_threads(max(arguments.threads // arguments.processes, 1))
-    folder = Path(work_folder)
-    codec, feature_extractor = load(folder / "codec", arguments.dtype)
-    ready.wait()
-    start = time.process_time()
-    tokenize_corpus(
-        load_speech(folder / "clips"),
-        output,
-        codec,
-        feature_extractor,
-        merging_thresholds=arguments.merging_thresholds,
-        batch_seconds=arguments.batch_seconds,
-        clips_per_shard=arguments.clips // arguments.processes,
-        num_workers=1,
-        rank=rank,
-        world_size=arguments.processes,
-    )
-    cpu_times.put(time.process_time() - start)
-    ready.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=128)
@@ -106,7 +81,6 @@ def main() -> None:
     parser.add_argument("--batch-seconds", type=float, default=60.0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--full", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -130,46 +104,25 @@ def main() -> None:
         base, cpu_base = time.perf_counter() - start, time.process_time() - cpu_start
         print(f"{'plain loop':14}{base:8.1f} s {cpu_base:8.1f} CPU s", flush=True)
 
-        def report(name: str, took: float, cpu: float, output: Path) -> None:
-            tables = [pq.read_table(path).to_pylist() for path in sorted((output / "data").glob("*.parquet"))]
-            rows = {(row["id"], row["merging_threshold"]): row["audio_codes"] for table in tables for row in table}
-            differ = sum(rows[key] != codes for key, codes in expected.items())
-            print(
-                f"{name:14}{took:8.1f} s {cpu:8.1f} CPU s   {base / took:.2f} times the loop "
-                f"({cpu_base / cpu:.2f} by CPU), {seconds / took:.1f} x real time; "
-                f"{differ} of {len(rows)} rows differ",
-                flush=True,
-            )
-
         codec, feature_extractor = load(folder / "codec", arguments.dtype)
         start, cpu_start = time.perf_counter(), time.process_time()
         tokenize_corpus(
             load_speech(folder / "clips"),
-            folder / "one",
+            folder / "tokens",
             codec,
             feature_extractor,
             merging_thresholds=arguments.merging_thresholds,
             batch_seconds=arguments.batch_seconds,
         )
-        report("one process", time.perf_counter() - start, time.process_time() - cpu_start, folder / "one")
-        if arguments.processes == 1:
-            return
-
-        context = multiprocessing.get_context("spawn")
-        ready, cpu_times = context.Barrier(arguments.processes + 1), context.SimpleQueue()
-        processes = [
-            context.Process(target=work, args=(rank, arguments, temporary, str(folder / "several"), ready, cpu_times))
-            for rank in range(arguments.processes)
-        ]
-        for process in processes:
-            process.start()
-        ready.wait()
-        start = time.perf_counter()
-        ready.wait()
-        took = time.perf_counter() - start
-        for process in processes:
-            process.join()
-        report(f"{arguments.processes} processes", took, sum(cpu_times.get() for _ in processes), folder / "several")
+        took, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+        table = pq.read_table(folder / "tokens" / "data").to_pylist()
+        rows = {(row["id"], row["merging_threshold"]): row["audio_codes"] for row in table}
+        differ = sum(rows[key] != codes for key, codes in expected.items())
+        print(
+            f"{'tokenize':14}{took:8.1f} s {cpu:8.1f} CPU s   {base / took:.2f} times the loop "
+            f"({cpu_base / cpu:.2f} by CPU), {seconds / took:.1f} x real time; {differ} of {len(rows)} rows differ",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

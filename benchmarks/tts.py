@@ -12,8 +12,10 @@ or two frames each. The voice is 3 s long, and its text has 40 ids.
 import argparse
 import threading
 import time
+from collections.abc import Iterator
 
 import torch
+from listening import measure, summary
 
 from flexicodec_hf import (
     FlexiCodecAudioStreamer,
@@ -71,23 +73,15 @@ def whole(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> float:
     return (time.perf_counter() - start) * int(output.sampling_rate[0]) / output.audio.shape[-1]
 
 
-def listen(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> tuple[float, float, float]:
-    """Time to first audio, real-time factor, and the longest gap of a sentence."""
+def chunks(model: FlexiCodecForTextToSpeech, seconds: float, **options) -> Iterator[float]:
+    """Speak a sentence: the seconds of each chunk, as it comes."""
     streamer = FlexiCodecAudioStreamer()
     thread = threading.Thread(
         target=model.generate, kwargs={"streamer": streamer, **sentence(seconds), **options}, daemon=True
     )
-    start = time.perf_counter()
     thread.start()
-    first = played = gap = spoken = 0.0
     for chunk in streamer:
-        now = time.perf_counter() - start
-        first = first or now
-        gap = max(gap, now - played) if played else 0.0
-        length = len(chunk) / streamer.sampling_rate
-        played = max(now, played) + length
-        spoken += length
-    return first, (time.perf_counter() - start) / spoken, gap
+        yield len(chunk) / streamer.sampling_rate
 
 
 def main() -> None:
@@ -110,16 +104,10 @@ def main() -> None:
     results: dict[str, list[tuple[float, float, float]]] = {mode: [] for mode in arguments.modes}
     for length in lengths:  # modes take turns
         for mode in arguments.modes:
-            results[mode].append(listen(model, length, **MODES[mode]))
+            results[mode].append(measure(chunks(model, length, **MODES[mode])))
     print(f"{arguments.sentences} sentences, {arguments.dtype}: 50 % / 90 % / most")
     for mode, rows in results.items():
-        line = f"{mode:10}"
-        for name, values in zip(
-            ("first audio, s", "real-time factor", "longest gap, s"), zip(*rows, strict=True), strict=True
-        ):
-            quantiles = torch.tensor(values).quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
-            line += f" | {name} " + " / ".join(f"{value:.2f}" for value in quantiles)
-        print(line, flush=True)
+        print(f"{mode:10}{summary(rows)}", flush=True)
 
 
 if __name__ == "__main__":

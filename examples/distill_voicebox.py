@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = teacher.to(training_args.device)
     latents = teacher.config.predicts_latent
     encoder = SpeechEncoder(codec, feature_extractor, model_args.merging_thresholds, latents=latents)
-    train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args, training_args)
+    train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args)
     mel_feature_extractor = None if latents else AutoFeatureExtractor.from_pretrained(model_args.teacher)
     batches = DistillationBatches(teacher, encoder, model_args)
     trainer = TTSTrainer(

@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(model_args, codec, tokenizer)
     thresholds = model.config.merging_thresholds or [codec.config.merging_threshold]
     encoder = SpeechEncoder(codec, feature_extractor, thresholds)
-    train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args, training_args)
+    train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args)
 
     speaker = Speaker(model_args, tokenizer, codec)
     samples = SpeechSamples(speaker, codec.config.sampling_rate, model_args.sample_steps)

@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(model_args, codec, lambda: encoder.latent_statistics(train_dataset))
     encoder.semantic_frames = model.config.repa_layer_index is not None
     encoder.latents = model.config.predicts_latent
-    train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args, training_args)
+    train_dataset, eval_dataset = cache_splits(encoder, train_dataset, eval_dataset, data_args)
 
     mel_feature_extractor = None
     if not model.config.predicts_latent:

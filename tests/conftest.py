@@ -3,6 +3,10 @@ import os
 import shutil
 from pathlib import Path
 
+
+# Before any import that reads it. No test needs the network: those of the Hub have a server of their own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 import yaml
@@ -22,13 +26,15 @@ from flexicodec_hf import (
 )
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import convert_ar, convert_codec, convert_vocoder, convert_voicebox
+from flexicodec_hf.conversion.cache import converted_release
 from flexicodec_hf.conversion.tables import VOICEBOX
-from hub_server import hub_server
+from hub_server import hub_server, use_hub
 from whisper_files import write_tokenizer_json
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+    torch.set_num_threads(1)  # the workers share the cores,
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
 
 # Golden values are those of a CPU; by default, cuDNN reads only 10 bits of what it convolves.
 torch.backends.cudnn.allow_tf32 = False
@@ -226,6 +232,7 @@ def raw_release(release, tmp_path_factory):
     for name, rows in (("speech_embedding.weight", 512), ("llm_decoder.weight", 513), ("llm_decoder.bias", 513)):
         shape = (rows, *artts[f"transformer_lm.{name}"].shape[1:])
         artts[f"transformer_lm.{name}"] = 0.1 * torch.randn(shape, generator=generator)
+    artts["transformer_lm.llm_decoder.bias"][-1] += 5  # random weights do not know when to end
     save_file(artts, folder / "artts.safetensors")
     config = FlexiCodecVoiceboxConfig(
         codebook_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=7, num_attention_heads=1,
@@ -258,3 +265,13 @@ def released_hub(raw_release):
         for file, repo in elsewhere.items():
             hub.add(repo, raw_release, file)
         yield hub
+
+
+@pytest.fixture(scope="session")
+def released_home(released_hub, tmp_path_factory):
+    """Caches after the whole system was loaded by its id once."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_hub(monkeypatch, released_hub.url, home)
+        converted_release("jiaqili3/flexicodec")
+    return home

@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 
+import numpy as np
 import pytest
 import soundfile
 from huggingface_hub import SpaceCard
@@ -25,6 +26,10 @@ def test_the_space_starts_the_app(monkeypatch):
     parser = argparse.ArgumentParser()
     app.add_commands(parser.add_subparsers())
     args = parser.parse_args(called[0])
+    assert args.whisper is None
+    monkeypatch.setenv("WHISPER", "somebody/whisper")
+    runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
+    assert parser.parse_args(called[1]).whisper == "somebody/whisper"
     assert args.model == "somebody/flexicodec" and args.host == "0.0.0.0" and args.port == 7860
     clips = list(args.clips.glob("*.flac"))
     assert clips and all(clip.with_suffix(".txt").read_text().strip() for clip in clips)
@@ -43,13 +48,52 @@ def test_clips_without_their_words_are_refused(tmp_path, capsys):
     assert "what it says is needed" in capsys.readouterr().err
 
 
+def build(*arguments):
+    parser = argparse.ArgumentParser()
+    app.add_commands(parser.add_subparsers())
+    return app.build(parser.parse_args(["app", "--device=cpu", *arguments]))
+
+
+@pytest.mark.parametrize("has_whisper", [False, True])
+def test_words_are_asked_for_if_something_finds_them(has_whisper, codec_dir, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the extra [app]")
+    monkeypatch.setattr("flexicodec_hf.serving.words.load_aligner", lambda model: {"a/whisper": align}[model])
+    page = build(f"--model={codec_dir()}", *["--whisper=a/whisper"] * has_whisper)
+    (field,) = (block for block in page.blocks.values() if block.elem_id == "codec-text")
+    assert field.visible == has_whisper
+
+
+def test_the_picture_has_the_words_where_they_are_spoken():
+    pytest.importorskip("gradio", reason="needs the extra [app]")
+    from flexicodec_hf.serving.page import _picture
+
+    waveform = np.zeros(32_000, dtype=np.float32)
+    words = align(waveform, "Good morning")
+    above, below = _picture(waveform, waveform, 16_000, np.array([0.0, 0.5]), words).axes
+    (labels,) = above.child_axes
+    assert [label.get_text() for label in labels.get_xticklabels()] == ["Good", "morning"]
+    assert labels.get_xticks().tolist() == [0.5, 1.5] and not below.child_axes
+    above, _ = _picture(waveform, waveform, 16_000, np.array([0.0, 0.5]), []).axes
+    assert not above.child_axes
+
+
+def align(waveform, text):
+    """Words of even length."""
+    from flexicodec_hf.serving.words import Word
+
+    if text == "Nothing of this.":
+        raise ValueError("Words that are not there.")
+    seconds, words = len(waveform) / 16_000, text.split()
+    return [Word(word, i * seconds / len(words), (i + 1) * seconds / len(words)) for i, word in enumerate(words)]
+
+
 @pytest.fixture(scope="module")
 def url(tts_repository):
     pytest.importorskip("gradio", reason="needs the extra [app]")
-    parser = argparse.ArgumentParser()
-    app.add_commands(parser.add_subparsers())
     clips = SPACE / "clips"
-    page = app.build(parser.parse_args(["app", f"--model={tts_repository}", f"--clips={clips}", "--device=cpu"]))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("flexicodec_hf.serving.words.load_aligner", lambda model: align)
+        page = build(f"--model={tts_repository}", f"--clips={clips}", "--whisper=a/whisper")
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(clips)], server_name="127.0.0.1")
     yield url
     page.close()
@@ -103,6 +147,10 @@ def press(page, name):
 
 def test_a_recording_goes_to_tokens_and_back(page):
     upload(page, "codec-source", AUDIO / "stereo_44k.flac")
+    page.locator("#codec-text textarea").fill("Nothing of this.")
+    press(page, "To tokens and back")
+    page.get_by_text("Words that are not there.").wait_for()
+    page.locator("#codec-text textarea").fill("I did not know what she said.")
     press(page, "To tokens and back")
     said = page.locator("#codec-said").get_by_text("a second")
     said.wait_for()

@@ -212,13 +212,13 @@ def test_a_length_that_the_writer_did_not_know_is_no_end_that_is_missing(tmp_pat
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 0])
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 0, 1, 10**9])
 def test_rates_that_are_no_rates_are_refused(rate):
-    with pytest.raises(AudioError, match=f"`target_rate` must be a positive number of hertz, got {rate}"):
+    with pytest.raises(AudioError, match=f"`target_rate` must be a number of hertz from 1000 to 1000000, got {rate}"):
         resample(np.zeros(100, dtype=np.float32), RATE, rate)
-    with pytest.raises(AudioError, match="`source_rate` must be a positive number"):
+    with pytest.raises(AudioError, match="`source_rate` must be a number of hertz"):
         resample(np.zeros(100, dtype=np.float32), rate, RATE)
-    with pytest.raises(AudioError, match="`sampling_rate` must be a positive number"):
+    with pytest.raises(AudioError, match="`sampling_rate` must be a number of hertz"):
         read_audio(AUDIO / "silence_2s.wav", rate)
 
 

@@ -109,7 +109,7 @@ tts = pipeline("text-to-speech", model="mine", trust_remote_code=True)
 assert codec.config.hidden_size == 192
 np.save("spoken.npy", tts("Good morning.", generate_kwargs={{"seed": 0}})["audio"])
 """
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

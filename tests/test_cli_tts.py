@@ -27,8 +27,7 @@ from transformers import (
 import flexicodec_hf
 from conftest import AUDIO, WITHOUT_PACKAGE
 from flexicodec_hf.cli import main
-from flexicodec_hf.conversion.checkpoint import CheckpointError
-from flexicodec_hf.conversion.repository import RECORD, Progress
+from flexicodec_hf.data.files import only_run
 from whisper_files import write_tokenizer_json
 
 
@@ -199,7 +198,7 @@ def test_an_interrupted_conversion_goes_on(released, tmp_path, capsys, monkeypat
     interrupt("vocoder", KeyboardInterrupt)
     assert convert(released, "-o", out) == 130
     assert done == ["codec", "ar", "voicebox"]
-    assert (out / RECORD).exists() and not (out / "tts" / "config.json").exists()
+    assert [path.name for path in out.iterdir()] == [".conversion"]
 
     done.clear()
     interrupt("", KeyboardInterrupt)
@@ -213,21 +212,19 @@ def test_an_interrupted_conversion_goes_on(released, tmp_path, capsys, monkeypat
     monkeypatch.setattr(save, half)
     assert convert(released, "-o", out) == 130
     assert done == ["vocoder", "codec"]
-    assert not list(out.rglob(".incomplete-*")) and not (out / "tts" / "config.json").exists()
+    assert [path.name for path in out.iterdir()] == [".conversion"]
 
-    # Another run is not this one, and one that fails leaves what there is.
-    before = (out / "model.safetensors").read_bytes()
-    assert convert(released, "-o", out, "--codec", released[2] / "vocos_emilia.safetensors", "--overwrite") == 1
-    assert (out / "model.safetensors").read_bytes() == before
-    capsys.readouterr()
-    assert convert(released, "-o", out, "--dtype", "bfloat16") == 1
-    assert "model.safetensors exists: pass --overwrite" in capsys.readouterr().err
+    # Another run is not this one.
+    assert convert(released, "-o", out, "--codec", released[2] / "vocos_emilia.safetensors") == 1
+    done.clear()
+    assert convert(released, "-o", out, "--dtype", "bfloat16") == 130
+    assert done == ["codec", "ar", "voicebox", "vocoder", "codec"]
 
     done.clear()
     monkeypatch.setattr(save, saved)
     assert convert(released, "-o", out) == 0
-    assert done == [] and "done before" in capsys.readouterr().out
-    assert not (out / RECORD).exists()
+    assert done == [] and "vocoder: converted before the interruption" in capsys.readouterr().out
+    assert not list(out.rglob(".*"))
     _, loading = AutoModelForTextToWaveform.from_pretrained(out, output_loading_info=True)
     assert not any(loading.values())
 
@@ -252,7 +249,7 @@ np.save(output, tts(text, language="de", seed=0, max_piece_length=20, generate_k
 def test_the_pipeline_works_without_the_package(converted, tmp_path):
     out, text = converted[0], "Das ist ein Satz. Das ist noch ein Satz."
     arguments = [str(out), text, str(tmp_path / "audio.npy")]
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
     )
@@ -312,10 +309,8 @@ def test_what_the_whole_system_needs(released, release, clip, tmp_path, capsys):
     assert model.codec.num_parameters() > 0
 
 
-def test_two_conversions_to_a_directory_are_refused(tmp_path):
-    (tmp_path / "tts" / ".incomplete-tts").mkdir(parents=True)
-    with Progress(tmp_path):
-        assert not list((tmp_path / "tts").iterdir())  # what a killed process left
-        with pytest.raises(CheckpointError, match="Another conversion still writes"), Progress(tmp_path):
-            pass
-    assert not list(tmp_path.glob(".*"))
+def test_two_conversions_to_a_directory_are_refused(files, tmp_path, capsys):
+    with only_run(tmp_path / "model" / ".conversion"):
+        assert main(["convert", *map(str, files[8:12]), "-o", str(tmp_path / "model")]) == 1
+        assert "another run works in this directory" in capsys.readouterr().err
+        assert (tmp_path / "model" / ".conversion").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,28 +27,6 @@ from flexicodec_hf.data.cluster import FlexiCodecTokenizer, SpeechReader
 
 
 RATES = {"merging_thresholds": [1.0, 0.91], "target_frame_rates": [6.25]}
-# Ends the process at a clip, as a machine may, once a shard is written.
-RUN = """
-import os, sys, time
-from pathlib import Path
-from datatrove.executor import LocalPipelineExecutor
-from flexicodec_hf.data.cluster import FlexiCodecTokenizer, SpeechReader
-
-clips, output, model, logs, deadly = sys.argv[1:]
-
-def stop(data, rank, world_size):
-    for document in data:
-        if document.id == deadly:
-            while not list(Path(output, "data").glob("[!.]*.parquet")):
-                time.sleep(0.1)
-            os._exit(9)
-        yield document
-
-tokenizer = FlexiCodecTokenizer(output, model, merging_thresholds=[1.0, 0.91], target_frame_rates=[6.25],
-                                clips_per_shard=2, batch_seconds=2, num_workers=1)
-LocalPipelineExecutor([SpeechReader(clips, clips_per_stream=3), stop, tokenizer], tasks=2, workers=1,
-                      logging_dir=logs).run()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +57,45 @@ def rows_of(directory: Path) -> list[dict]:
     return sorted(rows, key=lambda row: (row["id"], row["target_frame_rate"] or 0, row["merging_threshold"]))
 
 
-def run(clips: Path, output: Path, model: Path, deadly: str = "") -> int:
-    arguments = (clips, output, model, output / "logs", deadly)
-    return subprocess.run([sys.executable, "-c", RUN, *map(str, arguments)], check=False).returncode
+def execute(clips: Path, output: Path, model: Path, step=lambda data, rank, world_size: data) -> None:
+    """Two tasks, with `step` between the reader and the tokenizer."""
+    options = {"clips_per_shard": 2, "batch_seconds": 2, "num_workers": 1}
+    pipeline = [
+        SpeechReader(str(clips), clips_per_stream=3),
+        step,
+        FlexiCodecTokenizer(str(output), str(model), **RATES, **options),
+    ]
+    LocalPipelineExecutor(pipeline, tasks=2, workers=1, logging_dir=str(output / "logs")).run()
+
+
+def die(data, rank: int, world_size: int, output: str):
+    """Ends the process at a clip, as a machine may, once a shard is written."""
+    for document in data:
+        if document.id == "clip7.wav":
+            while not list(Path(output, "data").glob("[!.]*.parquet")):
+                time.sleep(0.1)
+            os._exit(9)
+        yield document
 
 
 def test_a_killed_run_goes_on_and_gives_the_rows_of_tokenize(clips, codec_dir, expected, tmp_path):
-    assert run(clips, tmp_path, codec_dir(), deadly="clip7.wav") == 9
+    script = (
+        "import sys; from functools import partial; from pathlib import Path; from test_data_cluster import *\n"
+        "execute(*map(Path, sys.argv[1:]), partial(die, output=sys.argv[2]))"
+    )
+    arguments = [str(clips), str(tmp_path), str(codec_dir())]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", script, *arguments]
+    assert subprocess.run(command, env=environment, timeout=300, check=False).returncode == 9
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("[!.]*.parquet")}
     assert finished and not (tmp_path / "manifest.json").exists()
-    assert run(clips, tmp_path, codec_dir()) == 0
+    execute(clips, tmp_path, codec_dir())
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert rows_of(tmp_path) == expected
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["num_clips"] == 9 and manifest["num_broken"] == 1
     # What `datatrove` calls completed is not run again.
-    assert run(clips, tmp_path, codec_dir(), deadly="clip7.wav") == 0
+    execute(clips, tmp_path, codec_dir(), lambda data, rank, world_size: pytest.fail("a task ran again"))
 
 
 @pytest.mark.slow

@@ -40,7 +40,6 @@ def test_results_come_in_the_order_of_the_clips(runner):
         [parts] = runner.decode(pair[:1])
         waveform = np.concatenate(list(parts))
         assert isinstance(waveform, np.ndarray) and waveform.shape == (clip.num_samples,)
-    assert runner.processing_seconds > 0
 
 
 def test_only_the_clip_at_fault_fails(runner):

@@ -92,7 +92,7 @@ def test_metadata_of_subfolders_are_joined(tmp_path):
     ]
     assert all(Path(row["audio"]["path"]).is_file() for row in dataset)
     (tmp_path / "a" / "metadata.jsonl").write_text('{"file_name": "1.wav", "age": "old"}\n')
-    with pytest.raises(DataError, match="the metadata of its subfolders do not fit together"):
+    with pytest.raises(DataError, match="the rows of its tables do not fit together"):
         load_speech(tmp_path)
 
 

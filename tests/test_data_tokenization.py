@@ -19,11 +19,10 @@ import flexicodec_hf
 from conftest import AUDIO, assert_close
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.cli import main
-from flexicodec_hf.data import streams
+from flexicodec_hf.data import tokenization
 from flexicodec_hf.data.files import DataError
-from flexicodec_hf.data.sources import load_speech, read_table, standard_columns
-from flexicodec_hf.data.streams import as_stream, read_stream
-from flexicodec_hf.data.tokenization import prefetch, tokenize_corpus
+from flexicodec_hf.data.sources import load_speech, read_rows, standard_columns
+from flexicodec_hf.data.tokenization import as_streams, prefetch, read_blocks, tokenize_corpus
 
 
 RATES = {"merging_thresholds": [1.0, 0.91], "target_frame_rates": [6.25]}
@@ -109,7 +108,7 @@ def test_rows_are_what_the_codec_gives_for_each_clip(tokenize, codec, feature_ex
     names = {path.name for path in AUDIO.iterdir() if path.suffix in (".wav", ".flac")}
     assert set(rows["id"]) == names and len(rows) == 3 * len(names) == 3 * manifest["num_clips"]
     assert [row["id"] for row in rows] == [name for name in dict.fromkeys(rows["id"]) for _ in range(3)]
-    told = {row["file_name"]: row for row in read_table(AUDIO / "metadata.jsonl").to_pylist()}
+    told = {row["file_name"]: row for row in read_rows(AUDIO / "metadata.jsonl")}
     for row in rows:
         clip = read_audio(AUDIO / row["id"], 16_000)
         assert (row["num_samples"], row["sampling_rate"], row["frame_rate"]) == (clip.num_samples, 16_000, 12.5)
@@ -161,46 +160,20 @@ def test_the_default_is_the_threshold_of_the_model(tokenize, clips, tmp_path):
     assert {row["merging_threshold"] for row in rows_of(tmp_path)} == {0.91}
 
 
-def test_long_clips_are_encoded_in_chunks(tokenize, codec, feature_extractor, device, tmp_path):
+def test_long_clips_are_encoded_in_chunks(tokenize, codec, feature_extractor, device, tmp_path, monkeypatch):
     shutil.copy(AUDIO / "librivox_austen_0880.flac", tmp_path)
-    tokenize(tmp_path, tmp_path / "out", merging_thresholds=[0.91], chunk_length_s=2.0)
-    [row] = rows_of(tmp_path / "out")
     clip = read_audio(AUDIO / "librivox_austen_0880.flac", 16_000)
     inputs = feature_extractor(clip.waveform, sampling_rate=16_000, return_tensors="pt", device=device)
-    assert row["audio_codes"] == codec.encode(**inputs, chunk_length_s=2.0).audio_codes[0].tolist()
+    rates = {"merging_thresholds": [0.91], "target_frame_rates": [6.25]}
+    for name, longest in (("held", 600), ("in blocks", 2)):
+        monkeypatch.setattr(tokenization, "_MAX_HELD_S", longest)
+        tokenize(tmp_path / "librivox_austen_0880.flac", tmp_path / name, **rates, chunk_length_s=1.2)
+        for row in rows_of(tmp_path / name):
+            expected = codec.encode(**inputs, target_frame_rate=row["target_frame_rate"], chunk_length_s=1.2)
+            assert row["audio_codes"] == expected.audio_codes[0].tolist()
 
 
-# Several processes, and processes that die
-
-
-def test_any_number_of_processes_gives_the_same_rows(tokenize, clips, tmp_path):
-    alone = tokenize(clips, tmp_path / "1", clips_per_shard=3)
-    expected = rows_of(tmp_path / "1")
-    assert len(expected) == 11
-    for world_size in (2, 7):
-        directory = tmp_path / str(world_size)
-        manifests = []
-        for rank in range(world_size):
-            before = set(directory.glob("data/*"))
-            manifests.append(tokenize(clips, directory, clips_per_shard=3, rank=rank, world_size=world_size))
-            assert len(set(directory.glob("data/*")) - before) == (2 if world_size == 2 else rank < 4)
-        # The one that sees all shards writes the manifest; there may be others with nothing left to do.
-        assert manifests[0] is None and (directory / "manifest.json").exists()
-        assert rows_of(directory) == expected
-        assert [shard["num_clips"] for shard in manifests[-1]["shards"]] == [
-            shard["num_clips"] for shard in alone["shards"]
-        ]
-
-
-def test_a_stream_of_one_shard_is_shared_in_turns(tokenize, clips, tmp_path):
-    stream = tar_files(clips, tmp_path / "tars", 1)
-    tokenize(stream, tmp_path / "1", clips_per_shard=3)
-    for rank in (2, 0, 1):
-        tokenize(stream, tmp_path / "3", clips_per_shard=3, rank=rank, world_size=3)
-    assert rows_of(tmp_path / "3") == rows_of(tmp_path / "1")
-    assert sorted(path.name for path in (tmp_path / "3" / "data").iterdir()) == [
-        f"train-00000-{block:05d}.parquet" for block in range(4)
-    ]
+# Runs that die
 
 
 @pytest.mark.parametrize("source", ["folder", "stream"])
@@ -220,12 +193,9 @@ def test_a_killed_run_goes_on_without_loss_or_doubles(tokenize, clips, tmp_path,
 
     monkeypatch.setattr(Path, "replace", dying)
     deaths = 0
-    # With another number of processes each time.
     for _ in range(40):
-        world_size = rng.choice((1, 2, 3))
         try:
-            for rank in range(world_size):
-                manifest = tokenize(dataset, tmp_path / "cut", clips_per_shard=2, rank=rank, world_size=world_size)
+            manifest = tokenize(dataset, tmp_path / "cut", clips_per_shard=2)
             break
         except KeyboardInterrupt:
             deaths += 1
@@ -419,28 +389,23 @@ def test_a_dataset_without_audio_is_refused(tokenize, tmp_path):
 
 
 def test_blocks_of_a_stream(clips, monkeypatch):
-    stream = as_stream(standard_columns(embedded(clips)), 100)
-    sizes = [len(rows) for rows, _ in read_stream(stream, 0, [], 4)]
-    assert sizes == [4, 4, 3]
-    blocks = list(read_stream(stream, 0, [2, 1], 4))
-    assert [len(rows) for rows, _ in blocks] == [2, 1, 4, 4]
-    assert [last for _, last in blocks] == [False, False, False, True]
-    assert [name for rows, _ in blocks for name in rows["id"].to_pylist()] == embedded(clips)["id"][:]
+    [stream] = as_streams(standard_columns(embedded(clips)), 100)
+    blocks = list(read_blocks(stream, 4))
+    assert [(number, last, len(rows)) for number, last, rows in blocks] == [(0, False, 4), (1, False, 4), (2, True, 3)]
+    assert [name for _, _, rows in blocks for name in rows["id"].to_pylist()] == embedded(clips)["id"][:]
     # Large files make small blocks.
-    monkeypatch.setattr(streams, "_MAX_BLOCK_BYTES", 40_000)
-    for dataset in (standard_columns(embedded(clips)), load_speech(clips)):
-        blocks = [rows for rows, _ in read_stream(as_stream(dataset, 100), 0, [], 100)]
-        assert sum(map(len, blocks)) == 11 and 2 < len(blocks) < 11
+    monkeypatch.setattr(tokenization, "_MAX_BLOCK_BYTES", 40_000)
+    blocks = list(read_blocks(stream, 100))
+    assert sum(len(rows) for _, _, rows in blocks) == 11 and 2 < len(blocks) < 11
     # Many shards of a few rows are read as fewer streams.
-    monkeypatch.setattr(streams, "_MAX_STREAMS", 2)
-    stream = as_stream(standard_columns(embedded(clips)).to_iterable_dataset(num_shards=11), 100)
-    assert [sum(len(rows) for rows, _ in read_stream(stream, i, [], 4)) for i in range(2)] == [6, 5]
+    monkeypatch.setattr(tokenization, "_MAX_STREAMS", 2)
+    streams = as_streams(standard_columns(embedded(clips)).to_iterable_dataset(num_shards=11), 100)
+    assert [sum(len(rows) for _, _, rows in read_blocks(stream, 4)) for stream in streams] == [6, 5]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 2, "world_size": 2}, "`rank` must be between 0 and `world_size` - 1, got 2 of 2"),
         ({"clips_per_shard": 0}, "`clips_per_shard` must be positive, got 0"),
         ({"batch_seconds": -1.0}, "`batch_seconds` must be positive, got -1.0"),
         ({"num_quantizers": 0}, "`num_quantizers` must be positive, got 0"),
@@ -474,8 +439,7 @@ def test_reading_ahead_keeps_order_and_passes_errors_on():
 # From the shell
 
 
-def test_command_and_back_to_audio(codec_dir, device, clips, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+def test_command_and_back_to_audio(codec_dir, device, clips, tmp_path, capsys):
     options = ["--model", str(codec_dir()), "--device", device]
     args = [
         "tokenize",
@@ -490,7 +454,7 @@ def test_command_and_back_to_audio(codec_dir, device, clips, tmp_path, capsys, m
     assert main([*args, "--target-frame-rates", "6.25", "--num-quantizers", "4"]) == 0
     output = capsys.readouterr()
     assert "5 clips, 0.0008 h of audio; " in output.out and "; 2 clips resampled" in output.out
-    assert "process 0: 5 clips, 0.0008 h of audio, " in output.err
+    assert "5/5 [" in output.err and "0.0008 h of audio, " in output.err
 
     [shard] = (tmp_path / "tokens" / "data").iterdir()
     assert main(["decode", str(shard), "-o", str(tmp_path / "audio"), *options]) == 0

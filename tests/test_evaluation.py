@@ -20,8 +20,6 @@ from packaging.version import Version
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
-    HubertConfig,
-    HubertModel,
     VitsConfig,
     VitsModel,
     VitsTokenizer,
@@ -49,7 +47,6 @@ from flexicodec_hf.evaluation.recognizers import (
     load_normalizer,
     load_recognizer,
     load_speaker_encoder,
-    load_unit_tokenizer,
 )
 from flexicodec_hf.evaluation.report import Report
 from flexicodec_hf.evaluation.run import Evaluator, evaluate
@@ -329,32 +326,6 @@ def test_any_x_vector_model_serves(tmp_path, device):
         load_speaker_encoder(str(tmp_path / "nothing"))
 
 
-def test_units_are_the_nearest_centroids_of_the_spoken_part(tmp_path, monkeypatch):
-    """With a fake detector of speech. The units of the package dswed 1.0.0 were found to be the same."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    sizes |= {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (10, 8), "num_feat_extract_layers": 2}
-    torch.manual_seed(0)
-    model = HubertModel(HubertConfig(**sizes, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)).eval()
-    model.save_pretrained(tmp_path)
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path)  # as in the repository of HuBERT base
-    waveform = second_of_speech()
-    found = [{"start": 1_000, "end": 5_000}, {"start": 9_000, "end": 15_000}]
-    vad = SimpleNamespace(
-        load_silero_vad=lambda: "detector", get_speech_timestamps=lambda audio, detector: found if audio.any() else []
-    )
-    monkeypatch.setitem(sys.modules, "silero_vad", vad)
-    with torch.no_grad():
-        states = model(torch.from_numpy(waveform[None, 1_000:15_000]), output_hidden_states=True).hidden_states[1][0]
-    centroids = states[:7].numpy()
-    units = load_unit_tokenizer(str(tmp_path), centroids, layer=1)
-    expected = np.linalg.norm(states.numpy()[:, None] - centroids, axis=2).argmin(axis=1)
-    assert units(waveform) == expected.tolist() and len(set(units(waveform))) > 2
-    assert len(units(np.zeros(800, dtype=np.float32))) == 10  # all of it: nothing is spoken
-    monkeypatch.setitem(sys.modules, "silero_vad", None)
-    with pytest.raises(DataError, match=r"`silero_vad`.*pip install silero-vad"):
-        load_unit_tokenizer(str(tmp_path), centroids)
-
-
 def test_resemblyzer_tells_speakers_apart():
     pytest.importorskip("resemblyzer")
     encode = load_speaker_encoder("resemblyzer")
@@ -500,7 +471,7 @@ def test_totals_are_those_of_the_corpus():
         "bits/s": "80",
         "RTF": "0.300",
     }
-    assert len(report.table_of_clips().splitlines()) == 5
+    assert len(report.table(per_clip=True).splitlines()) == 5
 
 
 class Louder:
@@ -520,7 +491,7 @@ class Louder:
 
 
 def test_an_interrupted_run_continues(folder, tmp_path):
-    evaluator, clips = Evaluator(["mel"]), load_rows(folder)
+    evaluator, clips = Evaluator(["mcd"]), load_rows(folder)
     expected = evaluate(clips, [Original(), Louder()], evaluator)
     output = tmp_path / "results"
     evaluate(clips[:2], [Original(), Louder()], evaluator, output)
@@ -608,7 +579,7 @@ def test_data_that_break_off_are_reported(folder):
 def test_clips_of_one_name_are_measured_each(folder, tmp_path):
     clips = [row | {"id": "same.wav", "text": None} for row in load_rows(folder)[:2]]
     louder = Louder()
-    report = evaluate(clips, [louder], Evaluator(["mel"]), tmp_path / "results")
+    report = evaluate(clips, [louder], Evaluator(["mcd"]), tmp_path / "results")
     assert louder.clips == [row["clip"] for row in report.rows] == ["same.wav", "same.wav (000001)"]
     assert report.rows[0]["seconds"] != report.rows[1]["seconds"]
 
@@ -623,11 +594,11 @@ def test_silence_of_text_to_speech_counts_as_errors_and_takes_no_time(asr):
 
 def test_results_of_other_settings_are_refused(folder, tmp_path):
     clips = load_rows(folder)[:1]
-    evaluate(clips, [Original()], Evaluator(["mel"]), tmp_path / "results", {"model": "a"})
+    evaluate(clips, [Original()], Evaluator(["mcd"]), tmp_path / "results", {"model": "a"})
     with pytest.raises(DataError, match=r"other settings \(model 'a', not 'b'\): use these settings"):
-        evaluate(clips, [Original()], Evaluator(["mel"]), tmp_path / "results", {"model": "b"})
-    with pytest.raises(DataError, match=r"measures \['mel'\], not \['mcd', 'mel'\]"):
-        evaluate(clips, [Original()], Evaluator(["mel", "mcd"]), tmp_path / "results", {"model": "a"})
+        evaluate(clips, [Original()], Evaluator(["mcd"]), tmp_path / "results", {"model": "b"})
+    with pytest.raises(DataError, match=r"measures \['mcd'\], not \['mcd', 'stoi'\]"):
+        evaluate(clips, [Original()], Evaluator(["stoi", "mcd"]), tmp_path / "results", {"model": "a"})
 
 
 def test_a_clip_that_a_method_rejects_counts_for_none(folder, tmp_path):
@@ -642,7 +613,7 @@ def test_a_clip_that_a_method_rejects_counts_for_none(folder, tmp_path):
         report = evaluate(
             load_speech(folder),
             [Original(), Rejecting()],
-            Evaluator(["mel"]),
+            Evaluator(["mcd"]),
             tmp_path / "out",
             on_error=errors.append,
         )
@@ -653,16 +624,16 @@ def test_a_clip_that_a_method_rejects_counts_for_none(folder, tmp_path):
 def test_errors_of_a_run(folder, monkeypatch):
     clips = load_rows(folder)
     with pytest.raises(ValueError, match="a label of its own"):
-        evaluate(clips, [Original(), Original()], Evaluator(["mel"]))
+        evaluate(clips, [Original(), Original()], Evaluator(["mcd"]))
     with pytest.raises(DataError, match="nothing to measure: no clip has what"):
-        evaluate([], [Original()], Evaluator(["mel"]))
+        evaluate([], [Original()], Evaluator(["mcd"]))
     (folder / "silence_2s.wav").unlink()
     with pytest.raises(DataError, match=r"first of 1 failures is: .*silence_2s.wav: there is no such file"):
-        evaluate(clips[1:2], [Original()], Evaluator(["mel"]))
+        evaluate(clips[1:2], [Original()], Evaluator(["mcd"]))
     with pytest.raises(ValueError, match="unknown measure 'snr': choose from wer, pesq"):
         Evaluator(["snr"])
     with pytest.raises(ValueError, match="unknown measure 'ds_wed': choose from wer, pesq"):
-        Evaluator(["mel", "ds_wed"])  # of pairs of readings, not of clips
+        Evaluator(["mcd", "ds_wed"])  # of pairs of readings, not of clips
     with pytest.raises(ValueError, match="speaker needs a `model`: a speaker encoder"):
         Evaluator(["speaker"])
     monkeypatch.setitem(sys.modules, "pystoi", None)
@@ -790,7 +761,7 @@ def test_the_command_measures_a_folder(run, folder, asr, tmp_path):
     assert original["wer"] == 0 and original["words"] == 16 and original["clips"] == 4
     assert merged["bits_per_second"] == pytest.approx(merged["tokens_per_second"] * 42)
     assert merged["tokens_per_second"] < results["totals"]["threshold 1, 5 codebooks"]["tokens_per_second"]
-    assert {"pesq_nb", "pesq_wb", "stoi", "mcd", "mel_distance", "real_time_factor"} <= merged.keys()
+    assert {"pesq_nb", "pesq_wb", "stoi", "mcd", "real_time_factor"} <= merged.keys()
     assert merged["mcd_count"] == 4 and merged["pesq_wb_count"] == 2  # neither silence nor 80 ms
     for label in labels:
         assert f"| {label} " in output
@@ -824,7 +795,7 @@ BAD_ROWS = {
 def test_the_command_reports_a_bad_row_and_goes_on(run, folder, tmp_path, row):
     table = folder / "table.jsonl"
     table.write_bytes(b"\n".join([GOOD_ROW, row, GOOD_ROW.replace(b"short_0p08s", b"stereo_48k"), b""]))
-    status, output, errors = run(table, "--measures", "mel", "-o", tmp_path / "out")
+    status, output, errors = run(table, "--measures", "mcd", "-o", tmp_path / "out")
     assert status == 1 and "1 failed" in output
     (error,) = errors.splitlines()
     assert BAD_ROWS[row] in error
@@ -844,7 +815,7 @@ def test_the_command_reports_a_bad_row_and_goes_on(run, folder, tmp_path, row):
 )
 def test_the_command_reports_a_bad_line_of_csv_and_goes_on(run, folder, tmp_path, line, message):
     (folder / "table.csv").write_text(f"file_name,text\n{line}\nstereo_48k.wav,he\n")
-    status, _, errors = run(folder / "table.csv", "--measures", "mel", "-o", tmp_path / "out")
+    status, _, errors = run(folder / "table.csv", "--measures", "mcd", "-o", tmp_path / "out")
     assert status == 1 and message in errors and len(errors.splitlines()) == 1
     (clip,) = json.loads((tmp_path / "out" / "results.json").read_text())["clips"]
     assert clip["clip"] == "stereo_48k.wav"
@@ -855,7 +826,7 @@ def test_the_command_reports_names_and_texts_that_are_not_utf8(run, folder, tmp_
     (folder / "metadata.csv").unlink(missing_ok=True)
     shutil.copy(folder / "stereo_48k.wav", os.fsencode(folder) + b"/\xff.wav")
     (folder / "stereo_48k.txt").write_bytes(b"\xff")
-    status, _, errors = run(folder, "--measures", "mel", "-o", tmp_path / "out")
+    status, _, errors = run(folder, "--measures", "mcd", "-o", tmp_path / "out")
     assert status == 1
     assert "\\udcff.wav': the name of the file is not UTF-8: rename it" in errors
     assert "stereo_48k.txt: a text in UTF-8 was expected" in errors
@@ -971,7 +942,7 @@ def test_the_page_runs(codec_dir, folder, asr, tmp_path, monkeypatch):
 @pytest.mark.slow  # three more interpreters
 def test_two_processes_give_the_totals_of_one(codec_dir, folder, asr, tmp_path):
     def arguments(output: Path) -> list[str]:
-        options = ("--asr", asr, "--measures", "wer", "mcd", "mel", "--device", "cpu", "-o", output)
+        options = ("--asr", asr, "--measures", "wer", "mcd", "--device", "cpu", "-o", output)
         return ["evaluate", *map(str, (codec_dir(), folder, *options))]
 
     assert main(arguments(tmp_path / "one")) == 0

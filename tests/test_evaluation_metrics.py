@@ -19,8 +19,6 @@ from flexicodec_hf.data.files import DataError  # noqa: E402
 from flexicodec_hf.evaluation import metrics  # noqa: E402
 from flexicodec_hf.evaluation.metrics import (  # noqa: E402
     SpeechMetric,
-    dnsmos,
-    log_mel_distance,
     mel_cepstral_distortion,
     pesq,
     speaker_similarity,
@@ -49,7 +47,6 @@ def test_identical_speech_is_perfect(speech):
     assert pesq(speech, speech, "wb") == pytest.approx(4.6439, abs=1e-3)
     assert stoi(speech, speech) == pytest.approx(1.0)
     assert mel_cepstral_distortion(speech, speech) == 0
-    assert log_mel_distance(speech, speech) == 0
 
 
 @pytest.mark.parametrize("band", ["nb", "wb"])
@@ -73,7 +70,6 @@ def test_less_noise_is_better(speech):
     assert pesq(speech, soft, "nb") > pesq(speech, loud, "nb")
     assert stoi(speech, soft) > stoi(speech, loud)
     assert mel_cepstral_distortion(speech, soft) < mel_cepstral_distortion(speech, loud)
-    assert log_mel_distance(speech, soft) < log_mel_distance(speech, loud)
 
 
 def test_mel_cepstral_distortion_is_the_formula(speech):
@@ -101,9 +97,8 @@ def test_mel_cepstral_distortion_is_the_formula(speech):
     assert mel_cepstral_distortion(speech, noisy) == pytest.approx(expected, rel=1e-4)
 
 
-def test_loudness_counts_in_the_mel_distance_only():
+def test_loudness_does_not_count():
     noise = np.random.default_rng(0).standard_normal(16_000) * 0.1
-    assert log_mel_distance(noise, noise / 10) == pytest.approx(1.0)  # 20 dB
     assert mel_cepstral_distortion(noise, noise / 10) == pytest.approx(0.0, abs=1e-9)
 
 
@@ -118,7 +113,7 @@ def test_undefined_scores_are_none(speech):
     assert stoi(speech, silence) == pytest.approx(0.0, abs=0.01)
 
 
-@pytest.mark.parametrize("measure", [pesq, stoi, mel_cepstral_distortion, log_mel_distance])
+@pytest.mark.parametrize("measure", [pesq, stoi, mel_cepstral_distortion])
 def test_waveforms_must_fit(measure, speech):
     with pytest.raises(ValueError, match=r"same shape.*\(47840,\) and \(47839,\).*cut both"):
         measure(speech, speech[:-1])
@@ -148,20 +143,12 @@ def test_speakers_are_compared_by_the_cosine():
     assert speaker_similarity(first, np.zeros(2), lambda vector: vector) is None
 
 
-def test_dnsmos_is_lower_for_noise(speech):
-    pytest.importorskip("speechmos")
-    clean, noisy = dnsmos(speech), dnsmos(with_noise(speech, 0))
-    assert clean.keys() == {"dnsmos_signal", "dnsmos_background", "dnsmos_overall", "dnsmos_p808"}
-    assert all(clean[name] > noisy[name] for name in clean)
-
-
 @pytest.mark.parametrize(
     ("package", "measure", "install"),
     [
         ("pesq", pesq, r"pip install 'flexicodec-hf\[eval\]'"),
         ("pystoi", stoi, r"pip install 'flexicodec-hf\[eval\]'"),
         ("jiwer", lambda *_: word_errors("a", "a"), r"pip install 'flexicodec-hf\[eval\]'"),
-        ("speechmos.dnsmos", lambda speech, _: dnsmos(speech), "pip install speechmos"),
     ],
 )
 def test_missing_packages_are_named(monkeypatch, speech, package, measure, install):
@@ -189,7 +176,6 @@ def cache(tmp_path, monkeypatch):
         ("pesq", lambda x, y: {"pesq_nb": pesq(x, y, "nb"), "pesq_wb": pesq(x, y, "wb")}),
         ("stoi", lambda x, y: {"stoi": stoi(x, y)}),
         ("mcd", lambda x, y: {"mcd": mel_cepstral_distortion(x, y)}),
-        ("mel", lambda x, y: {"mel_distance": log_mel_distance(x, y)}),
     ],
 )
 def test_evaluate_loads_a_measure_by_its_path(speech, name, expected):
@@ -198,7 +184,7 @@ def test_evaluate_loads_a_measure_by_its_path(speech, name, expected):
     assert isinstance(metric, evaluate.Metric)
     pairs = [(speech, with_noise(speech, 20)), (speech[:24_000], with_noise(speech, 5)[:24_000])]
     silence = np.zeros(1_000, dtype=np.float32)
-    undefined = [] if name in ("mcd", "mel") else [(silence, silence)]
+    undefined = [] if name == "mcd" else [(silence, silence)]
     results = metric.compute(
         predictions=[degraded for _, degraded in pairs + undefined],
         references=[reference for reference, _ in pairs + undefined],

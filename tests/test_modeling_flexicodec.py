@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForAudioTokenization
 
 from conftest import assert_close
-from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel, optimize_for_cpu
+from flexicodec_hf import FlexiCodecConfig, FlexiCodecModel, modeling_flexicodec, optimize_for_cpu
 from flexicodec_hf.conversion.checkpoint import SourceCheckpoint
 from flexicodec_hf.conversion.tables import CODEC
 from flexicodec_hf.modeling_flexicodec import FlexiCodecTransformerLayer, frame_to_token, mean_by_token
@@ -465,21 +465,48 @@ def test_token_lengths_alone_tell_the_padding(codec, device):
 
 
 @torch.no_grad()
-def test_chunks_with_full_context_equal_the_whole(codec, device):
-    singles, batch = noise_batch(device, [16_000 * 7, 16_000 * 4 + 77, 900])
+@pytest.mark.parametrize("is_short, context", [(True, 2.16), (True, 60), (False, 60)])
+def test_chunks_equal_the_whole(codec, device, monkeypatch, is_short, context):
+    """Up to what the semantic encoder takes in one piece; with a context as long as the recording, beyond it too."""
+    _, batch = noise_batch(device, [16_000 * 7, 16_000 * 4 + 77, 900])
+    chunks = {"chunk_length_s": 2, "chunk_context_s": context}
     whole = codec.encode(**batch, merging_threshold=0.9)
-    chunked = codec.encode(**batch, merging_threshold=0.9, chunk_length_s=2, chunk_context_s=60)
+    decoded = codec.decode(**whole)
+    if not is_short:
+        forget_what_is_whole(monkeypatch)
+    chunked = codec.encode(**batch, merging_threshold=0.9, **chunks)
     assert torch.equal(whole.token_lengths, chunked.token_lengths)
     assert torch.equal(whole.audio_codes, chunked.audio_codes)
     assert_close(chunked.latents, whole.latents.cpu(), atol=1e-5)
-    assert_close(
-        codec.decode(**whole, chunk_length_s=2, chunk_context_s=60).audio_values,
-        codec.decode(**whole).audio_values.cpu(),
-        atol=1e-5,
+    assert_close(codec.decode(**whole, **chunks).audio_values, decoded.audio_values.cpu(), atol=1e-5)
+
+
+def forget_what_is_whole(monkeypatch):
+    """The attention always sees a chunk with its context, as in recordings of more than ten minutes."""
+    monkeypatch.setattr(modeling_flexicodec, "_whole_frames", lambda config: 0)
+    run = modeling_flexicodec.run_in_windows
+    monkeypatch.setattr(
+        modeling_flexicodec, "run_in_windows", lambda *args, whole_length=0, **options: run(*args, **options)
     )
-    alone = codec.encode(**singles[0], merging_threshold=0.9, chunk_length_s=2)
-    batched = codec.encode(**batch, merging_threshold=0.9, chunk_length_s=2)
-    assert torch.equal(alone.audio_codes[0], batched.audio_codes[0])
+
+
+@torch.no_grad()
+def test_long_and_short_items_of_a_batch_are_in_chunks_as_alone(load, device):
+    model = copy.deepcopy(load("codec_tiny", device))
+    model.config.semantic_model_config.max_position_embeddings = 110  # the first is long
+    singles, batch = noise_batch(device, [16_000 * 7, 16_000 * 4 + 77, 900])
+    chunks = {"chunk_length_s": 2, "chunk_context_s": 2.16}
+    batched = model.encode(**batch, merging_threshold=0.9, **chunks)
+    decoded = model.decode(**batched, **chunks)
+    for item, single in enumerate(singles):
+        options = chunks if item == 0 else {}
+        alone = model.encode(**single, merging_threshold=0.9, **options)
+        num_tokens = alone.token_lengths.shape[1]
+        assert torch.equal(alone.token_lengths[0], batched.token_lengths[item, :num_tokens])
+        assert torch.equal(alone.audio_codes[0], batched.audio_codes[item, :, :num_tokens])
+        waveform = model.decode(**alone, **chunks).audio_values[0, 0]
+        assert_close(decoded.audio_values[item, 0, : len(waveform)], waveform.cpu(), atol=1e-5)
+        assert not decoded.audio_values[item, 0, len(waveform) :].any()
 
 
 @torch.no_grad()

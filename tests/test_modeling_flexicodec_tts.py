@@ -672,6 +672,7 @@ def test_wrong_use_says_what_to_do(model, processor):
     for call, message in (
         (lambda: model.generate(), "nothing to say: `input_ids` hold no text"),
         (lambda: model.generate(torch.zeros(1, 0).long()), "nothing to say"),
+        (lambda: model.generate(torch.zeros(0, 3).long()), "nothing to say"),
         (lambda: model.generate(torch.ones(1, 3).long(), torch.zeros(1, 3)), "item 0 of `input_ids` holds no text"),
         (lambda: model.generate(**inputs, voice="cleo"), r"'cleo' is not known. This model has \['anna', 'ben'\]"),
         (lambda: model.generate(**inputs, voice=["anna"] * 3), "2 items to speak and 3 voices"),
@@ -698,6 +699,30 @@ def test_wrong_use_says_what_to_do(model, processor):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"audio_codes": None}, "needs `audio_codes`"),
+        ({"audio_codes": torch.ones(2, 1, 3)}, "`audio_codes` must be integers, got torch.float32"),
+        ({"audio_codes": torch.ones(2, 1, 3).bool()}, "`audio_codes` must be integers, got torch.bool"),
+        ({"audio_codes": torch.full((2, 1, 3), -1)}, "must be between 0 and .* in the semantic codebook, .* from -1"),
+        ({"audio_codes": torch.full((2, 1, 3), 10**6)}, "must be between 0 and .* to 1000000"),
+        ({"audio_codes": torch.tensor([[[1] * 3, [4096] * 3]] * 2)}, "in an acoustic codebook, got values from 4096"),
+        ({"audio_codes": torch.ones(2, 99, 3).long()}, "codebooks .*, got 99"),
+        ({"audio_codes": torch.ones(2, 1, 0).long(), "token_lengths": torch.ones(2, 0).long()}, "nothing to decode"),
+        ({"token_lengths": torch.ones(2, 3)}, "`token_lengths` must be integers, got torch.float32"),
+        ({"token_lengths": torch.full((2, 3), -1)}, "`token_lengths` must be 0 to 9, got values from -1"),
+        ({"token_lengths": torch.full((2, 3), 10)}, "`token_lengths` must be 0 to 9, got values from 10"),
+        ({"audio_codes_mask": torch.ones(2, 2)}, "`audio_codes_mask` must have the shape"),
+        ({"audio_codes_mask": torch.tensor([[1, 0, 1]] * 2)}, "padding goes on the right"),
+    ],
+)
+def test_speech_of_impossible_tokens_is_refused(model, changes, message):
+    tokens = {"audio_codes": torch.ones(2, 1, 3).long(), "token_lengths": torch.ones(2, 3).long()} | changes
+    with pytest.raises(ValueError, match=message):
+        model.decode_speech(**tokens)
 
 
 def test_unknown_settings_are_refused(model):

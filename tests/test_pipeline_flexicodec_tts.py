@@ -285,6 +285,11 @@ def test_wrong_uses_say_what_to_do(tts, kwargs, message):
     [
         ([], {}, ValueError, "`text_inputs` is empty"),
         (5, {}, TypeError, "`text_inputs` must be a text, .* got 5"),
+        (TEXT.encode(), {}, TypeError, "`text_inputs` must be a text, .* got b'Hello"),
+        ({"text": TEXT}, {}, TypeError, "`text_inputs` must be a text, .* got {'text'"),
+        (TEXT, {"batch_size": 0}, ValueError, "`batch_size` must be a whole number, at least 1, got 0"),
+        (TEXT, {"batch_size": "2"}, ValueError, "`batch_size` must be a whole number"),
+        (TEXT, {"num_workers": -1}, ValueError, "`num_workers` must be a whole number, at least 0, got -1"),
         (TEXT, {"merging_threshold": "0.91"}, TypeError, "`merging_threshold` must be a number, got '0.91'"),
         (TEXT, {"crossfade_s": "0.1"}, TypeError, "`crossfade_s` must be a number"),
         (TEXT, {"voice": 5}, ValueError, "`voice`=5 is not known.*anna"),

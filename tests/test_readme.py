@@ -41,7 +41,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tts_repository, tts_parts, codec_dir, raw_release, released_hub, golden, tmp_path, monkeypatch):
+def workplace(
+    tts_repository, tts_parts, codec_dir, raw_release, released_hub, released_home, golden, tmp_path, monkeypatch
+):
     """A directory with what the pages take for granted: recordings, texts, a converted repository, released files."""
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoints", "tests"):  # the README's examples use the files of a clone
@@ -69,6 +71,7 @@ def workplace(tts_repository, tts_parts, codec_dir, raw_release, released_hub, g
     save_file({k: v for k, v in weights.items() if not k.startswith("semantic_model.")}, "codec.safetensors")
     torch.save(semantic, "model.pt")
     shutil.copy(raw_release / "nartts_flexicodec_only.safetensors", tmp_path)
+    shutil.copytree(released_home, tmp_path / "home", symlinks=True)
     use_hub(monkeypatch, released_hub.url, tmp_path / "home")
     return tmp_path
 
@@ -132,7 +135,7 @@ def test_model_cards_have_valid_metadata(page, task):
     # Written and read again, nothing changes: no field that the Hub would read differently.
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     sections = re.findall(r"^## (.+)$", card.text, flags=re.MULTILINE)
-    assert {"What it is for", "Limits", "Risks", "Published results", "Citation"} <= set(sections)
+    assert {"What it is for", "Limits", "Risks", "Published results", "Licenses", "Citation"} <= set(sections)
 
 
 @pytest.mark.parametrize("page", PAGES)

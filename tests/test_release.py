@@ -1,6 +1,7 @@
 """The authors' files as they are on the Hub, loaded by their id: converted once, found again, put into the cache."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,19 +33,9 @@ ID = "jiaqili3/flexicodec"
 SPEECH = {"num_inference_steps": 1, "min_new_tokens": 2, "max_new_tokens": 4}
 
 
-@pytest.fixture(scope="module")
-def home(released_hub, tmp_path_factory):
-    """Caches after the whole system was loaded by its id once."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_hub(monkeypatch, released_hub.url, home)
-        FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu")
-    return home
-
-
 @pytest.fixture
-def hub(released_hub, home, monkeypatch) -> HubServer:
-    use_hub(monkeypatch, released_hub.url, home)
+def hub(released_hub, released_home, monkeypatch) -> HubServer:
+    use_hub(monkeypatch, released_hub.url, released_home)
     released_hub.requests.clear()
     return released_hub
 
@@ -54,7 +45,7 @@ def no_conversion(monkeypatch):
     monkeypatch.setattr(cache, "convert_release", lambda *args, **kwargs: pytest.fail("converted again"))
 
 
-def test_each_class_loads_the_released_repository_that_was_converted_once(hub, home, no_conversion):
+def test_each_class_loads_the_released_repository_that_was_converted_once(hub, released_home, no_conversion):
     codec = FlexiCodecModel.from_pretrained(ID)
     assert codec.config.hidden_size == 32 and codec.dtype == torch.float32
     extractor = FlexiCodecFeatureExtractor.from_pretrained(ID)
@@ -64,7 +55,7 @@ def test_each_class_loads_the_released_repository_that_was_converted_once(hub, h
     processor = FlexiCodecTTSProcessor.from_pretrained(ID)
     assert processor.tokenizer.convert_tokens_to_ids("<|en|>") == 50259
     assert not any("safetensors" in request for request in hub.requests)
-    (folder,) = (home / "assets" / "flexicodec_hf" / "jiaqili3--flexicodec").iterdir()
+    (folder,) = (released_home / "assets" / "flexicodec_hf" / "jiaqili3--flexicodec").iterdir()
     assert folder.name.startswith(hub.refs[ID]["main"])
 
 
@@ -80,8 +71,8 @@ def test_commands_use_the_released_repository_unless_told_otherwise(hub, tmp_pat
 
 
 @pytest.mark.parametrize("how", [{"offline": True}, {"local_files_only": True}], ids=str)
-def test_without_a_network_what_was_converted_is_found(hub, home, monkeypatch, no_conversion, how):
-    use_hub(monkeypatch, hub.url, home, offline=how.pop("offline", False))
+def test_without_a_network_what_was_converted_is_found(hub, released_home, monkeypatch, no_conversion, how):
+    use_hub(monkeypatch, hub.url, released_home, offline=how.pop("offline", False))
     assert FlexiCodecModel.from_pretrained(ID, **how).config.hidden_size == 32
     FlexiCodecTTSPipeline.from_pretrained(ID, device="cpu", **how)
     assert not hub.requests
@@ -203,9 +194,9 @@ def test_errors_of_a_part_name_its_option(raw_release, tmp_path, capsys):
 
 
 @pytest.fixture
-def installed(hub, home, tmp_path, monkeypatch) -> Path:
+def installed(hub, released_home, tmp_path, monkeypatch) -> Path:
     """Caches of a user whose first try failed, after the command."""
-    shutil.copytree(home, tmp_path / "home", symlinks=True)
+    shutil.copytree(released_home, tmp_path / "home", symlinks=True)
     use_hub(monkeypatch, hub.url, tmp_path / "home")
     with pytest.raises((ValueError, OSError)):
         AutoModel.from_pretrained(ID)
@@ -240,6 +231,7 @@ assert speech["sampling_rate"] == 24000
     program = program.replace(', language="de"', "")
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(installed),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
@@ -296,15 +288,16 @@ def test_each_push_writes_the_card_for_its_id(hub, raw_release, tmp_path, monkey
     assert not (tmp_path / "nothing").exists()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert main(convert_and_push) == 1
-    assert "The upload to me/mine failed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "The upload to me/mine failed" in error
+    again = re.search("`flexicodec-hf (convert .*)`", error)[1].split()
+    written = (out / "model.safetensors").stat().st_mtime_ns
 
     # The upload alone is done again.
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    assert main(convert_and_push) == 0
-    output = capsys.readouterr().out
-    assert "codec, done before" in output and f"Pushed: {hub.url}/me/mine/commit/" in output
+    assert main(again) == 0
+    assert f"Pushed: {hub.url}/me/mine/commit/" in capsys.readouterr().out
     assert b'model_id = "me/mine"' in hub.files("me/mine")["README.md"]
-    written = (out / "model.safetensors").stat().st_mtime_ns
     assert main(["convert", "-o", str(out), "--push-to-hub", "me/other"]) == 0
     assert b'model_id = "me/other"' in hub.files("me/other")["README.md"]
     assert FlexiCodecModel.from_pretrained("me/other").config.hidden_size == 32

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
@@ -13,15 +12,13 @@ from transformers import AutoFeatureExtractor, AutoModel, pipeline
 from conftest import AUDIO, WITHOUT_PACKAGE
 
 
-# Runs in a process of its own, on files alone.
-SCRIPT = (
-    WITHOUT_PACKAGE
-    + """
+# Both run in one process of their own, on files alone.
+CODEC_SCRIPT = """
 import soundfile, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioTokenization
 
-repository, clip, output, again = sys.argv[1:]
+repository, clip, output, again = sys.argv[1:5]
 assert AutoConfig.from_pretrained(repository, trust_remote_code=True).model_type == "flexicodec"
 extractor = AutoFeatureExtractor.from_pretrained(repository, trust_remote_code=True)
 model = AutoModel.from_pretrained(repository, trust_remote_code=True)
@@ -38,19 +35,14 @@ same = AutoModelForAudioTokenization.from_pretrained(again, trust_remote_code=Tr
 assert torch.equal(same.decode(**encoded).audio_values, audio_values)
 save_file({"codes": encoded.audio_codes, "lengths": encoded.token_lengths, "audio": audio_values.detach()}, output)
 """
-)
-
-
-SPEECH_SCRIPT = (
-    WITHOUT_PACKAGE
-    + """
+SPEECH_SCRIPT = """
 import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoFeatureExtractor, AutoModel, AutoModelForTextToWaveform, AutoProcessor, AutoTokenizer, pipeline
 )
 
-repository, clip, output, again = sys.argv[1:]
+repository, clip, output, again = sys.argv[5:]
 trust = {"trust_remote_code": True}
 speaker = pipeline("text-to-speech", model=repository, **trust)
 spoken = {"text": speaker("Hello there.", generate_kwargs={"seed": 1})}
@@ -81,25 +73,34 @@ same = torch.from_numpy(once_more["audio"])
 torch.testing.assert_close(same, torch.from_numpy(spoken["text"]["audio"]), atol=1e-5, rtol=0)
 save_file({name: torch.from_numpy(one["audio"]) for name, one in spoken.items()}, output)
 """
-)
 
 
-def run(script, *arguments, home):
-    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+def test_repositories_work_without_the_package(codec_dir, tts_repository, tmp_path):
+    clip = AUDIO / "librivox_austen_0880.flac"
+    for folder, classes in (
+        (codec_dir(), {"AutoConfig", "AutoModel", "AutoModelForAudioTokenization"}),
+        (tts_repository, {"AutoConfig", "AutoModel", "AutoModelForAudioTokenization", "AutoModelForTextToWaveform"}),
+        (tts_repository / "tts", {"AutoConfig", "AutoModel", "AutoModelForTextToWaveform"}),
+    ):
+        assert set(json.loads((folder / "config.json").read_text())["auto_map"]) == classes
+
+    arguments = [codec_dir(), clip, tmp_path / "codec.safetensors", tmp_path / "codec"]
+    arguments += [tts_repository, clip, tmp_path / "speech.safetensors", tmp_path / "speech"]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + CODEC_SCRIPT + SPEECH_SCRIPT, *map(str, arguments)]
+    # Threads that wait for each other take more time than such small models.
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        pytest.fail(result.stderr)
+    assert result.returncode == 0, result.stderr
 
+    extractor = AutoFeatureExtractor.from_pretrained(codec_dir())
+    model = AutoModel.from_pretrained(codec_dir())
+    audio, sampling_rate = soundfile.read(clip, dtype="float32")
+    encoded = model.encode(**extractor(audio, sampling_rate=sampling_rate, return_tensors="pt"), merging_threshold=0.9)
+    remote = load_file(tmp_path / "codec.safetensors")
+    assert torch.equal(remote["codes"], encoded.audio_codes)
+    assert torch.equal(remote["lengths"], encoded.token_lengths)
+    torch.testing.assert_close(remote["audio"], model.decode(**encoded).audio_values.detach(), atol=1e-6, rtol=0)
 
-def test_a_repository_speaks_without_the_package(tts_repository, tmp_path):
-    clip, output = AUDIO / "librivox_austen_0880.flac", tmp_path / "output.safetensors"
-    auto_map = json.loads((tts_repository / "tts" / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForTextToWaveform"}
-    auto_map = json.loads((tts_repository / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForAudioTokenization", "AutoModelForTextToWaveform"}
-
-    run(SPEECH_SCRIPT, tts_repository, clip, output, tmp_path / "again", home=tmp_path / "home")
     speaker = pipeline("text-to-speech", model=str(tts_repository))
     chat = [
         {
@@ -108,25 +109,7 @@ def test_a_repository_speaks_without_the_package(tts_repository, tmp_path):
         },
         {"role": "user", "content": "Hello there."},
     ]
-    remote = load_file(output)
+    remote = load_file(tmp_path / "speech.safetensors")
     for name, text in (("text", "Hello there."), ("chat", chat)):
         spoken = speaker(text, generate_kwargs={"seed": 1})["audio"]
         torch.testing.assert_close(remote[name], torch.from_numpy(spoken), atol=1e-5, rtol=0)
-
-
-def test_repository_works_without_the_package(codec_dir, tmp_path):
-    repository, clip = codec_dir(), AUDIO / "librivox_austen_0880.flac"
-    auto_map = json.loads((repository / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForAudioTokenization"}
-
-    output = tmp_path / "output.safetensors"
-    run(SCRIPT, repository, clip, output, tmp_path / "again", home=tmp_path / "home")
-
-    extractor = AutoFeatureExtractor.from_pretrained(repository)
-    model = AutoModel.from_pretrained(repository)
-    audio, sampling_rate = soundfile.read(clip, dtype="float32")
-    encoded = model.encode(**extractor(audio, sampling_rate=sampling_rate, return_tensors="pt"), merging_threshold=0.9)
-    remote = load_file(output)
-    assert torch.equal(remote["codes"], encoded.audio_codes)
-    assert torch.equal(remote["lengths"], encoded.token_lengths)
-    torch.testing.assert_close(remote["audio"], model.decode(**encoded).audio_values.detach(), atol=1e-6, rtol=0)

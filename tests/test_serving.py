@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from transformers import pipeline
 
 from conftest import AUDIO, TESTS
@@ -168,6 +169,20 @@ def test_events_carry_the_same_audio(served):
     assert [event["type"] for event in events] == ["speech.audio.delta"] * (len(events) - 1) + ["speech.audio.done"]
     audio = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     assert audio == served.speak().content
+
+
+def test_flac_is_sent_while_it_is_spoken_in_events(served):
+    answer = served.speak(input=LONG, response_format="flac", stream_format="sse")
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.strip().split("\n\n")]
+    parts = [base64.b64decode(event["audio"]) for event in events[:-1]]
+    assert len(parts) > 1 and all(parts)
+    expected = samples(served.speak(input=LONG).content)
+    file = bytearray(b"".join(parts))
+    rate_to_length = int.from_bytes(file[18:26], "big")
+    assert rate_to_length % 2**36 == 0  # no length, which libsndfile needs
+    file[18:26] = (rate_to_length + len(expected)).to_bytes(8, "big")
+    audio, _ = soundfile.read(io.BytesIO(file))
+    np.testing.assert_allclose(audio, expected, atol=1e-4)
 
 
 def test_a_batch_of_one_is_streamed_by_the_pipeline(start, tts):
@@ -472,6 +487,88 @@ def test_audio_becomes_tokens_and_audio_again(served, runner, settings, rate, tm
     for body in ({"json": tokens}, {"content": saved.read_bytes()}):
         answer = served.http.post("/v1/audio/tokens/decode?response_format=pcm", **body)
         assert_is(answer.content, waveform)
+
+
+class Chunks:
+    """Stands in for the decoder of a codec: counts the chunks, and runs `before(number)` before each."""
+
+    def __init__(self, server, monkeypatch, before=lambda number: None):
+        decode, self.number = server.engine.runner.codec._decode_frames, 0
+
+        def counting(*args, **options):
+            self.number += 1
+            before(self.number)
+            return decode(*args, **options)
+
+        monkeypatch.setattr(server.engine.runner.codec, "_decode_frames", counting)
+
+
+@pytest.fixture(scope="module")
+def long_tokens(served):
+    """Those of 46.9 s, which are decoded in five chunks."""
+    return served.http.post("/v1/audio/tokens", files={"file": (AUDIO / "librivox_long.flac").read_bytes()}).json()
+
+
+def decoding(server, tokens, **query):
+    return server.http.stream(
+        "POST", "/v1/audio/tokens/decode", json=tokens, params={"response_format": "pcm"} | query
+    )
+
+
+def test_long_tokens_are_sent_while_they_are_decoded_and_let_others_pass(served, long_tokens, monkeypatch):
+    asked, heard, spoken_at = threading.Event(), threading.Event(), []
+
+    def before(number):
+        assert {1: asked, 3: heard}.get(number, asked).wait(20)
+
+    chunks = Chunks(served, monkeypatch, before)
+    generate = served.engine.speaker.model.generate
+    monkeypatch.setattr(
+        served.engine.speaker.model, "generate", lambda **inputs: spoken_at.append(chunks.number) or generate(**inputs)
+    )
+    with ThreadPoolExecutor() as clients:
+        speech = clients.submit(lambda: (until(lambda: chunks.number == 1), served.speak())[1])
+        clients.submit(lambda: (until(lambda: served.metric("flexicodec_jobs ") == 2), asked.set()))
+        with decoding(served, long_tokens) as response:
+            assert response.headers["x-sampling-rate"] == "16000"
+            parts = response.iter_bytes()
+            audio = next(parts)  # while the third chunk cannot be decoded
+            heard.set()
+            audio += b"".join(parts)
+        assert speech.result().status_code == 200
+    assert spoken_at == [1] and chunks.number == 5
+    monkeypatch.undo()
+    codes, lengths = (torch.tensor(long_tokens[name])[None] for name in ("audio_codes", "token_lengths"))
+    expected = served.engine.runner.codec.decode(codes, lengths, chunk_length_s=10.0).audio_values[0, 0]
+    assert len(samples(audio)) == long_tokens["num_samples"]
+    assert_is(audio[: 2 * len(expected)], expected.detach().numpy()[: long_tokens["num_samples"]])
+
+
+def test_decoding_stops_when_the_client_leaves(served, long_tokens, monkeypatch):
+    left = threading.Event()
+    chunks = Chunks(served, monkeypatch, lambda number: number == 1 or left.wait(20))
+    canceled = served.metric("flexicodec_canceled_total")
+    with decoding(served, long_tokens) as response:
+        next(response.iter_bytes())
+    until(lambda: served.metric("flexicodec_canceled_total") == canceled + 1)
+    left.set()
+    until(lambda: served.metric("flexicodec_jobs ") == 0)
+    assert chunks.number <= 2
+
+
+def test_what_fails_while_it_is_sent_does_not_look_complete(served, long_tokens, monkeypatch):
+    def before(number):
+        if number == 2:
+            raise ValueError("a chunk that cannot be decoded")
+
+    Chunks(served, monkeypatch, before)
+    with decoding(served, long_tokens) as response, pytest.raises(httpx.RemoteProtocolError):
+        response.read()
+    Chunks(served, monkeypatch, before)
+    with decoding(served, long_tokens, stream_format="sse") as response:
+        events = [json.loads(line.removeprefix("data: ")) for line in response.read().decode().strip().split("\n\n")]
+    assert [event["type"] for event in events] == ["speech.audio.delta", "error"]
+    assert events[-1]["error"]["message"] == "a chunk that cannot be decoded"
 
 
 @pytest.mark.parametrize(

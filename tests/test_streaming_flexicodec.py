@@ -8,6 +8,9 @@ from transformers import AutoFeatureExtractor, AutoModel
 from conftest import AUDIO, assert_close
 from flexicodec_hf import decode_blocks, encode_blocks
 from flexicodec_hf.audio_flexicodec import open_audio, read_audio
+from flexicodec_hf.chunking_flexicodec import Chunk
+from flexicodec_hf.modeling_flexicodec import _common_frames
+from flexicodec_hf.streaming_flexicodec import _Recording
 
 
 @pytest.fixture
@@ -39,8 +42,12 @@ def cut(waveform, *places):
         {"chunk_length_s": 1.0, "chunk_context_s": 0.0},
     ],
 )
+@pytest.mark.parametrize("num_positions", [10_006, 150])  # all of it is attended to, or windows
 @torch.no_grad()
-def test_blocks_give_the_tokens_and_the_waveform_of_the_whole(codec, feature_extractor, device, num_samples, options):
+def test_blocks_give_the_tokens_and_the_waveform_of_the_whole(
+    codec, feature_extractor, device, num_samples, options, num_positions
+):
+    codec.config.semantic_model_config.max_position_embeddings = num_positions
     waveform = read_audio(AUDIO / "librivox_long.flac", 16_000).waveform[:num_samples]
     options = {"chunk_length_s": 3.0, "chunk_context_s": 2.16} | options
     inputs = feature_extractor(waveform, sampling_rate=16_000, return_tensors="pt", device=device)
@@ -58,8 +65,20 @@ def test_blocks_give_the_tokens_and_the_waveform_of_the_whole(codec, feature_ext
         assert_close(torch.cat(list(decode_blocks(codec, tokens, **chunks))), waveform.cpu(), atol=1e-5)
 
 
+@pytest.mark.parametrize("hours", [1, 7, 10, 100])
+def test_hours_have_the_frames_of_their_samples(codec, feature_extractor, hours):
+    """The rounded factor between the frames of the two streams adds up to a frame in six hours."""
+    num_samples = hours * 3600 * 16_000
+    recording = _Recording(codec, feature_extractor, [], num_samples, Chunk(375, 63))
+    assert -2 <= recording.num_frames - num_samples / 1280 <= 0
+    lengths = recording._lengths(recording.num_features), recording._lengths(num_samples + 20 * 1280)
+    with pytest.raises(ValueError, match="do not belong together"):
+        _common_frames(codec.config, *lengths)
+
+
 def test_a_file_is_encoded_as_it_is_read(codec, feature_extractor, monkeypatch):
     monkeypatch.setattr("flexicodec_hf.audio_flexicodec._BLOCK", 40_000)
+    codec.config.semantic_model_config.max_position_embeddings = 180  # attention to chunks
     file = open_audio(AUDIO / "librivox_long.flac", 16_000)
     reading, seen = iter(file), []
     blocks = (seen.append(len(block)) or block for block in reading)
@@ -69,7 +88,7 @@ def test_a_file_is_encoded_as_it_is_read(codec, feature_extractor, monkeypatch):
     assert sum(seen) < 16 * 16_000
     decoded = decode_blocks(codec, encoded, chunk_length_s=3, chunk_context_s=3)
     assert len(next(decoded)) == 3 * 16_000 - 3 * 16_000 % 3840
-    assert sum(seen) < 30 * 16_000
+    assert sum(seen) < 36 * 16_000  # as long as it may still be short enough for attention to all of it
     waveform = read_audio(AUDIO / "librivox_long.flac", 16_000).waveform
     np.testing.assert_array_equal(np.concatenate(list(file)), waveform)
     assert file.num_samples == len(waveform)

@@ -284,6 +284,7 @@ def test_an_error_is_raised_where_the_audio_is_awaited(model, processor):
         ({"first_chunk_s": 5.0}, "`max_chunk_s` must be at least 5.0, got 4.0"),
         ({"prompt_s": 0}, "`prompt_s` must be at least 0.16"),
         ({"max_waiting": 0}, "`max_waiting` must be at least 1"),
+        ({"timeout": "1"}, "`timeout` must be at least 0.0, got '1'"),
     ],
 )
 def test_settings_are_checked(options, message):

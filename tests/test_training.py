@@ -223,12 +223,13 @@ def test_mel_loss_is_finite_in_silence(device):
 def test_adversarial_losses_by_hand(device):
     real = [torch.tensor([1.0, 0.0], device=device), torch.tensor([[0.5]], device=device)]
     fake = [torch.tensor([0.0, 2.0], device=device), torch.tensor([[1.0]], device=device)]
+    scores = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
     # (0 + 1) / 2 + (0 + 4) / 2 + 0.25 + 1
-    assert_close(discriminator_loss(real, fake), torch.tensor(3.75))
+    assert_close(discriminator_loss(scores), torch.tensor(3.75))
     # (1 + 1) / 2 + 0
-    assert_close(adversarial_loss(fake), torch.tensor(1.0))
+    assert_close(adversarial_loss(scores), torch.tensor(1.0))
     # (1 + 2) / 2 + 0.5
-    assert_close(feature_matching_loss([real], [fake]), torch.tensor(2.0))
+    assert_close(feature_matching_loss([scores]), torch.tensor(2.0))
 
 
 def test_discriminators_have_the_published_shapes(device):

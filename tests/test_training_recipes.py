@@ -23,7 +23,7 @@ from flexicodec_hf import FlexiCodecModel, FlexiCodecVocoderModel
 from flexicodec_hf.audio_flexicodec import read_audio
 from flexicodec_hf.conversion import CheckpointError, convert_codec
 from flexicodec_hf.data.files import DataError, only_run
-from flexicodec_hf.training import teacher
+from flexicodec_hf.training import batches, teacher
 from flexicodec_hf.training.semantic_encoder import SemanticEncoderForCTC
 
 
@@ -164,7 +164,7 @@ def test_semantic_encoder_learns_from_a_teacher(run, data, whisper, monkeypatch,
     rows[2]["text"] = None
     (tmp_path / "speech").mkdir()
     (tmp_path / "speech" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(teacher, "CLIPS_PER_FILE", 3)
+    monkeypatch.setattr(batches, "CLIPS_PER_FILE", 3)
     options = (*SEMANTIC_OPTIONS, "--do_eval", "--dropout", 0, "--dataset", tmp_path / "speech")
     options += ("--teacher", "whisper", "--teacher_cache", tmp_path / "states")
     options += ("--similarity_rates", 0.91, 8.3, 0.86, 6.25)
@@ -325,12 +325,23 @@ def test_a_run_that_was_killed_while_it_saved_is_repaired(run, codec, codec_opti
         assert torch.equal(weight, weights[name]), name
 
 
+STEP_5 = ("--max_steps", 5, "--learning_rate", 0.001)
+
+
+@pytest.fixture(scope="module")
+def continued_codec(run, codec, codec_options, tmp_path_factory):
+    """`codec` after one more step: its folder, and what was logged."""
+    folder = tmp_path_factory.mktemp("continued") / "codec"
+    shutil.copytree(codec[0], folder)
+    return folder, run("train_codec", folder, *codec_options, *STEP_5)
+
+
 @pytest.mark.parametrize("moment", ["checkpoint-5", "codec/model.safetensors"])
-def test_a_run_killed_at_a_rename_of_its_last_save_is_repaired(run, data, codec, codec_options, tmp_path, moment):
-    folder, whole = tmp_path / "codec", tmp_path / "whole"
-    for copy in (folder, whole):
-        shutil.copytree(codec[0], copy)
-    options = (*codec_options, "--max_steps", 5, "--learning_rate", 0.001)
+def test_a_run_killed_at_a_rename_of_its_last_save_is_repaired(
+    run, data, codec, continued_codec, codec_options, tmp_path, moment
+):
+    folder, options = tmp_path / "codec", (*codec_options, *STEP_5)
+    shutil.copytree(codec[0], folder)
     script = f"""
 import os, signal, sys
 def hook(event, arguments):
@@ -350,8 +361,8 @@ train_codec.main(sys.argv[1:])
     weights, before = folder / "model.safetensors", load_file(codec[0] / "model.safetensors")
     assert all(torch.equal(weight, before[name]) for name, weight in load_file(weights).items())
 
-    assert steps(run("train_codec", folder, *options)) == steps(run("train_codec", whole, *options))
-    expected = load_file(whole / "model.safetensors")
+    assert steps(run("train_codec", folder, *options)) == steps(continued_codec[1])
+    expected = load_file(continued_codec[0] / "model.safetensors")
     assert not all(torch.equal(weight, before[name]) for name, weight in expected.items())
     assert all(torch.equal(weight, expected[name]) for name, weight in load_file(weights).items())
     assert not list(folder.rglob(".*"))

@@ -28,6 +28,7 @@ from flexicodec_hf import (
 from flexicodec_hf.audio_flexicodec import read_audio, write_audio
 from flexicodec_hf.data.sources import load_speech
 from flexicodec_hf.text_flexicodec import encode_text
+from flexicodec_hf.training import batches
 from flexicodec_hf.training.batches import load_splits, with_seeds
 from flexicodec_hf.training.trainer import SpeechTrainingArguments, override_config
 from flexicodec_hf.training.tts import (
@@ -200,14 +201,14 @@ def batch_of(encoder, examples, **collator):
     return {name: value.to(encoder.codec.device) for name, value in batch.items()}
 
 
-def test_cached_examples_make_the_batches_of_raw_ones(encoder, speech, tmp_path, device):
+def test_cached_examples_make_the_batches_of_raw_ones(encoder, speech, tmp_path, monkeypatch, device):
     raw = load_speech(speech).select(range(6))
+    monkeypatch.setattr(batches, "CLIPS_PER_FILE", 3)
     for process in (1, 0):
-        opened = encoder.cache(raw, tmp_path, 2, process_index=process, num_processes=2)
+        assert len(encoder.cache(raw, tmp_path, 2, slice(process, None, 2))) == 3
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    encoder.cache(raw, tmp_path, 2, process_index=0, num_processes=2)
+    cached = encoder.cache(raw, tmp_path, 2)
     assert len(files) == 2 and {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
-    cached = opened()
     assert cached["text"] == raw["text"]
 
     tokenizer = train_text_tokenizer(iter(raw["text"]), 260, ["en"])
@@ -318,7 +319,7 @@ def test_splits_hold_out_filter_and_complain(speech, tmp_path):
     texts = [example["text"] for example in stream]
     assert len(texts) == 9 and not set(texts) & set(evaluation["text"])
     with pytest.raises(ValueError, match="`--token_cache` keeps what is read, `--streaming` does not"):
-        cache_splits(None, stream, evaluation, TTSDataArguments("", token_cache=str(tmp_path)), None)
+        cache_splits(None, stream, evaluation, TTSDataArguments("", token_cache=str(tmp_path)))
 
 
 def test_config_overrides_reach_any_depth_and_know_every_key(tmp_path):

@@ -1,4 +1,4 @@
-"""A Space that shows FlexiCodec. The variable MODEL of the Space names the model's repository."""
+"""A Space that shows FlexiCodec. The variables MODEL and WHISPER (README.md) name repositories of the Hub."""
 
 import os
 from pathlib import Path
@@ -8,4 +8,7 @@ from flexicodec_hf.cli import main
 
 if __name__ == "__main__":
     clips = Path(__file__).parent / "clips"
-    main(["app", "--model", os.environ["MODEL"], "--clips", str(clips), "--host", "0.0.0.0", "--port", "7860"])
+    command = ["app", "--model", os.environ["MODEL"], "--clips", str(clips), "--host", "0.0.0.0", "--port", "7860"]
+    if whisper := os.environ.get("WHISPER"):
+        command += ["--whisper", whisper]
+    main(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import struct
 import sys
@@ -27,6 +28,8 @@ _MISSING = re.compile(r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) 
 _NO_LAST_PAGE = "lacks an end-of-stream bit"
 # The sizes that programs write that do not know how much will follow: nothing is missing then.
 _UNKNOWN_SIZE = 0x7FFF0000
+# Sampling rates of audio. With others, a short file would fill the memory when it is resampled.
+_RATES = (1_000, 1_000_000)
 
 
 class AudioError(ValueError):
@@ -173,7 +176,7 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
         Samples of shape `(num_resampled,)`, float32. The waveform itself if the rates are equal.
 
     Raises:
-        AudioError: A rate is not a positive finite number.
+        AudioError: A rate is not a number from 1000 to 1000000.
     """
     _check_rates(source_rate=source_rate, target_rate=target_rate)
     if source_rate == target_rate or len(waveform) == 0:
@@ -237,6 +240,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
     """
     path = Path(path)
     check_audio_format(path)
+    _check_rates(sampling_rate=sampling_rate)
     if not np.isfinite(waveform).all():
         raise AudioError(f"{path}: not written, the audio has NaN or infinite samples.")
     try:
@@ -247,7 +251,7 @@ def write_audio(path: str | Path, waveform: np.ndarray, sampling_rate: int) -> N
 
 @contextmanager
 def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
-    if file is None and not path.exists():
+    if file is None and not os.path.exists(path):  # of an impossible name, `Path.exists` raises
         raise AudioError(f"{path}: there is no such file.")
     if file is None and path.is_dir():
         raise AudioError(f"{path}: this is a directory; pass its files.")
@@ -255,10 +259,10 @@ def _open(path: Path, file: BinaryIO | None) -> Iterator[soundfile.SoundFile]:
         raise AudioError(f"{path}: a file without a header does not say its sampling rate; convert it to WAV.")
     try:
         with soundfile.SoundFile(path if file is None else file) as audio:
-            if not 1_000 <= audio.samplerate <= 1_000_000:
+            if not _RATES[0] <= audio.samplerate <= _RATES[1]:
                 raise AudioError(
-                    f"{path}: its header says {audio.samplerate} Hz, which no audio has: between 1000 and 1000000 Hz "
-                    "are expected. The file is damaged."
+                    f"{path}: its header says {audio.samplerate} Hz, which no audio has: between {_RATES[0]} and "
+                    f"{_RATES[1]} Hz are expected. The file is damaged."
                 )
             yield audio
     except soundfile.LibsndfileError as error:
@@ -307,8 +311,8 @@ def _blocks(audio: soundfile.SoundFile, path: Path, sampling_rate: float, warn: 
 
 def _check_rates(**rates: Any) -> None:
     for name, rate in rates.items():
-        if not isinstance(rate, (int, float, np.number)) or not (math.isfinite(rate) and rate > 0):
-            raise AudioError(f"`{name}` must be a positive number of hertz, got {rate!r}.")
+        if not isinstance(rate, (int, float, np.number)) or not _RATES[0] <= rate <= _RATES[1]:
+            raise AudioError(f"`{name}` must be a number of hertz from {_RATES[0]} to {_RATES[1]}, got {rate!r}.")
 
 
 class AudioWriter:

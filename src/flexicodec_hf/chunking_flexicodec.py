@@ -28,6 +28,7 @@ def run_in_windows(
     chunk: Chunk | None,
     hop_length: int = 1,
     fade_length: int = 0,
+    whole_length: int = 0,
 ) -> Tensor:
     """Compute an output in windows of the time axis and join the chunks.
 
@@ -40,32 +41,44 @@ def run_in_windows(
         chunk: Size and context of the chunks in frames; `None` computes everything in one window.
         hop_length: Outputs for each frame.
         fade_length: Frames over which one chunk fades into the next.
+        whole_length: Items of at most so many frames are computed in one window.
 
     Returns:
         `(batch_size, num_outputs, ...)`, 0 past the last chunk of an item.
     """
     num_frames = int(lengths.max())
-    if chunk is None:
+    if chunk is None or num_frames <= whole_length:
         return run(slice(None), slice(0, num_frames))
     output, num_outputs = torch.empty(0), 0
-    for core, window in windows(num_frames, chunk):
-        rows = (lengths > core.start).nonzero()[:, 0]
+    for core, window, has_frames in _windows_of_items(lengths, chunk, whole_length):
+        rows = has_frames.nonzero()[:, 0]
         values = run(rows, window)
         # Some frames more than the chunk, for the next one to fade from.
         stop = min(core.stop + fade_length, window.stop)
         values = values[:, (core.start - window.start) * hop_length : (stop - window.start) * hop_length]
-        if core.start == 0:
+        if num_outputs == 0:
             output = values.new_zeros(len(lengths), num_frames * hop_length, *values.shape[2:])
         start = core.start * hop_length
-        num_outputs = start + values.shape[1]
+        stop = start + values.shape[1]
+        num_outputs = max(num_outputs, stop)
         rows = rows.to(output.device)
         if fade_length and start:
             ramp = fade_in(min(fade_length * hop_length, values.shape[1])).to(values)
             faded = slice(0, len(ramp))
             ramp = ramp.view(-1, *[1] * (values.ndim - 2))
             values[:, faded] = torch.lerp(output[rows, start : start + faded.stop], values[:, faded], ramp)
-        output[rows, start:num_outputs] = values
+        output[rows, start:stop] = values
     return output[:, :num_outputs]
+
+
+def _windows_of_items(lengths: Tensor, chunk: Chunk, whole_length: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """One window for all short items, then those of the others; and which items each is for."""
+    is_whole = (lengths > 0) & (lengths <= whole_length)
+    if bool(is_whole.any()):
+        whole = slice(0, int(lengths[is_whole].max()))
+        yield whole, whole, is_whole
+    for core, window in windows(int(lengths.max()), chunk):
+        yield core, window, ~is_whole & (lengths > core.start)
 
 
 def fade_in(length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,30 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class CheckedConfigMixin:
+    """Says in words what is wrong with entries of a configuration that transformers does not look at."""
+
+    # ******** FlexiCodec specific ********
+    def __post_init__(self, **kwargs: Any) -> None:
+        try:
+            super().__post_init__(**kwargs)  # type: ignore[misc]
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+            raise ValueError(f"{type(self).__name__} has a wrong entry: {error}.") from error
+        check_entries(self)
+
+    # *************************************
+
+
+def check_entries(config: Any) -> None:
+    """Refuse a `dtype` that is none, and switches of outputs that are none."""
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(f"`dtype` must be a type of PyTorch, such as 'float32', got {config.dtype!r}.")
+    for name in ("output_attentions", "output_hidden_states", "return_dict"):
+        value = getattr(config, name, None)
+        if not isinstance(value, bool | None):
+            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+
+
 class OffloadedDeviceMixin:
     """Makes `device` the device that a model computes on, also while accelerate keeps its weights elsewhere."""
 
@@ -48,10 +73,24 @@ class OffloadedDeviceMixin:
     # *************************************
 
 
+def is_number(value: Any, whole: bool = False) -> bool:
+    """Whether a value is a number that a float can hold, or a whole one, of Python or NumPy."""
+    kind: Any = numbers.Integral if whole else numbers.Real
+    return isinstance(value, kind) and -1e300 < value < 1e300
+
+
 def check_options(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
     """Refuse arguments that no model of transformers has: they would be left out in silence."""
     if unknown := sorted(options.keys() - TransformersKwargs.__annotations__.keys()):
         raise TypeError(f"{type(model).__name__}.forward() got unexpected arguments: {', '.join(unknown)}.")
 
 
-__all__ = ["CACHE", "OffloadedDeviceMixin", "check_options", "takes_cache"]
+__all__ = [
+    "CACHE",
+    "CheckedConfigMixin",
+    "OffloadedDeviceMixin",
+    "check_entries",
+    "check_options",
+    "is_number",
+    "takes_cache",
+]

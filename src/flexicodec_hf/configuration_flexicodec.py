@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils.type_validators import interval
 
+from .compatibility_flexicodec import CheckedConfigMixin, check_entries
+
 
 _size = interval(min=1, max=1 << 20)
 _SEMANTIC_RANGES = {
@@ -18,7 +20,7 @@ _SEMANTIC_RANGES = {
 
 
 @strict
-class FlexiCodecConfig(PreTrainedConfig):
+class FlexiCodecConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`FlexiCodecModel`]. The defaults are the sizes of the released 12.5 Hz codec
     `jiaqili3/flexicodec` ([arXiv 2510.00981](https://huggingface.co/papers/2510.00981)).
@@ -180,6 +182,7 @@ class FlexiCodecConfig(PreTrainedConfig):
                 self.semantic_model_config = CONFIG_MAPPING[semantic["model_type"]](**semantic)
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"`semantic_model_config` has a wrong entry: {error!r}.") from error
+        check_entries(self.semantic_model_config)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -200,12 +203,15 @@ class FlexiCodecConfig(PreTrainedConfig):
         ):
             if size % (2 * heads) != 0:
                 raise ValueError(f"`{name}` ({size}) must give each of its {heads} attention heads an even size.")
-        if self.num_quantizers < 1:
+        if not 1 <= self.num_quantizers <= 1000:
             raise ValueError(
-                f"`num_quantizers` counts the semantic quantizer and must be at least 1, got {self.num_quantizers}."
+                f"`num_quantizers` counts the semantic quantizer and must be at least 1 and at most 1000, got "
+                f"{self.num_quantizers}."
             )
-        if self.max_frames_per_token < 1:
-            raise ValueError(f"`max_frames_per_token` must be at least 1, got {self.max_frames_per_token}.")
+        if not 1 <= self.max_frames_per_token <= 1 << 20:
+            raise ValueError(
+                f"`max_frames_per_token` must be at least 1 and at most {1 << 20}, got {self.max_frames_per_token}."
+            )
         if (
             len(self.merging_threshold_range) != 2
             or not self.merging_threshold_range[0] <= self.merging_threshold_range[1]

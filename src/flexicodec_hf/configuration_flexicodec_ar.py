@@ -7,9 +7,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils.type_validators import interval
 
+from .compatibility_flexicodec import CheckedConfigMixin
+
 
 @strict
-class FlexiCodecARTextEncoderConfig(PreTrainedConfig):
+class FlexiCodecARTextEncoderConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     The text encoder of [`FlexiCodecARModel`]: a causal transformer with relative positions.
 
@@ -54,7 +56,7 @@ class FlexiCodecARTextEncoderConfig(PreTrainedConfig):
 
 
 @strict
-class FlexiCodecARConfig(PreTrainedConfig):
+class FlexiCodecARConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`FlexiCodecARForConditionalGeneration`]. The defaults are the released model's
     sizes.

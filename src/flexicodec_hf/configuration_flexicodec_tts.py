@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .compatibility_flexicodec import CheckedConfigMixin
 from .configuration_flexicodec import FlexiCodecConfig
 from .configuration_flexicodec_ar import FlexiCodecARConfig
 from .configuration_flexicodec_vocoder import FlexiCodecVocoderConfig
@@ -17,7 +18,7 @@ from .configuration_flexicodec_voicebox import FlexiCodecVoiceboxConfig
 
 
 @strict
-class FlexiCodecTTSConfig(PreTrainedConfig):
+class FlexiCodecTTSConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`FlexiCodecForTextToSpeech`].
 

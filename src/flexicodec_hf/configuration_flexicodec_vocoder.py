@@ -4,9 +4,11 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.type_validators import activation_fn_key, interval, positive_int_field
 
+from .compatibility_flexicodec import CheckedConfigMixin
+
 
 @strict
-class FlexiCodecVocoderConfig(PreTrainedConfig):
+class FlexiCodecVocoderConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`FlexiCodecVocoderModel`]. The defaults are the released model's.
 

@@ -8,9 +8,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import activation_fn_key, interval, positive_int_field
 
+from .compatibility_flexicodec import CheckedConfigMixin
+
 
 @strict
-class FlexiCodecVoiceboxConfig(PreTrainedConfig):
+class FlexiCodecVoiceboxConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`FlexiCodecVoiceboxModel`]. The defaults are the released model's.
 

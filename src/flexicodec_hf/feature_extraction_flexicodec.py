@@ -14,6 +14,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import PaddingStrategy, TensorType, is_torch_available, logging
 
+from .compatibility_flexicodec import is_number
 from .release_flexicodec import FlexiCodecReleaseMixin
 
 
@@ -222,8 +223,10 @@ class FlexiCodecFeatureExtractor(FlexiCodecReleaseMixin, SequenceFeatureExtracto
         strategy = self._get_padding_strategies(padding=padding, max_length=max_length)
         value: Any
         for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if value is not None and (not isinstance(value, numbers.Integral) or value < 1):
-                raise ValueError(f"`{name}` must be at least one sample and a whole number, got {value!r}.")
+            if value is not None and not (is_number(value, whole=True) and 1 <= value < 2**31):
+                raise ValueError(
+                    f"`{name}` must be a whole number of samples, at least one and below 2**31, got {value!r}."
+                )
         if truncation and max_length is None:
             raise ValueError("`truncation=True` needs `max_length`, the number of samples to keep.")
         if pad_to_multiple_of is not None and strategy == PaddingStrategy.DO_NOT_PAD:

@@ -21,7 +21,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, logging
 
 from .chunking_flexicodec import Chunk, run_in_windows
-from .modeling_flexicodec import frame_to_token
+from .compatibility_flexicodec import is_number
+from .modeling_flexicodec import _INTEGERS, _check_tokens, frame_to_token
 from .streaming_flexicodec_tts import ConsumerGone, FlexiCodecAudioStreamer, SpeechStream, ends_streamer
 from .voice_flexicodec import FlexiCodecVoice
 
@@ -51,6 +52,9 @@ _RANGES: dict[str, tuple[Any, float, float]] = {
     "duration_temperature": (numbers.Real, 1e-9, 1e9),
     "min_token_text_ratio": (numbers.Real, 0, 1e9),
     "max_token_text_ratio": (numbers.Real, 0, 1e9),
+    "num_inference_steps": (numbers.Integral, 1, 2**31),
+    "guidance_scale": (numbers.Real, -1e9, 1e9),
+    "guidance_rescale": (numbers.Real, 0, 1),
 }
 
 # Context on each side of a chunk of long speech, and the cross-fade from one chunk to the next, in
@@ -226,7 +230,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
             continuation_ids=continuation_ids,
             continuation_mask=continuation_mask,
         )
-        if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError("There is nothing to say: `input_ids` hold no text. Make them with `processor(text)`.")
         batch_size = len(input_ids)
 
@@ -339,39 +343,19 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         _check_tensors(audio_codes=audio_codes, token_lengths=token_lengths, audio_codes_mask=audio_codes_mask)
         if audio_codes is None:
             raise ValueError("`decode_speech` needs `audio_codes`.")
-        if audio_codes.is_floating_point() or (token_lengths is not None and token_lengths.is_floating_point()):
-            raise ValueError("`audio_codes` and `token_lengths` must be integers.")
+        if audio_codes.dtype not in _INTEGERS:
+            raise ValueError(f"`audio_codes` must be integers, got {audio_codes.dtype}.")
         if audio_codes.ndim != 3:
             raise ValueError(
                 "`audio_codes` must have the shape (batch_size, num_quantizers, num_tokens), got "
                 f"{tuple(audio_codes.shape)}. Semantic codes alone are `codes[:, None]`."
             )
-        if token_lengths is None:
-            token_lengths = torch.ones_like(audio_codes[:, 0])
-        if audio_codes_mask is None:
-            audio_codes_mask = token_lengths.flip(1).cummax(dim=1).values.flip(1) > 0
-        for name, tensor in (("token_lengths", token_lengths), ("audio_codes_mask", audio_codes_mask)):
-            if tensor.shape != audio_codes[:, 0].shape:
-                raise ValueError(
-                    f"`{name}` must have the shape (batch_size, num_tokens) = {tuple(audio_codes[:, 0].shape)}, got "
-                    f"{tuple(tensor.shape)}."
-                )
         codec = self.config.codec_config
-        sizes = [codec.semantic_codebook_size] + [codec.codebook_size] * (codec.num_quantizers - 1)
-        spoken = audio_codes.masked_fill(~audio_codes_mask.bool()[:, None], 0)
-        if spoken.shape[1] > len(sizes) or not all(
-            bool(((row >= 0) & (row < size)).all()) for row, size in zip(spoken.unbind(1), sizes, strict=False)
-        ):
-            raise ValueError(
-                f"`audio_codes` must be up to {len(sizes)} rows of codes from 0 to {sizes[0] - 1} in the first and "
-                f"{codec.codebook_size - 1} in the others, got {tuple(audio_codes.shape)} with {int(spoken.min())} to "
-                f"{int(spoken.max())}."
-            )
-        if not bool(((token_lengths >= 0) & (token_lengths <= self.config.ar_config.num_durations)).all()):
-            raise ValueError(
-                f"`token_lengths` must be from 0 to {self.config.ar_config.num_durations} frames, got "
-                f"{int(token_lengths.min())} to {int(token_lengths.max())}."
-            )
+        # Text models have classes of more frames than a token of the codec, and of none.
+        most_frames = max(self.config.ar_config.num_durations - 1, codec.max_frames_per_token)
+        token_lengths, mask, _ = _check_tokens(
+            codec, audio_codes, token_lengths, audio_codes_mask, most_frames_per_token=most_frames
+        )
         if unknown := flow_kwargs.keys() - FlexiCodecFlowKwargs.__annotations__.keys():
             settings = list(FlexiCodecFlowKwargs.__annotations__)
             raise TypeError(f"Unexpected arguments {sorted(unknown)}: the settings are {settings}.")
@@ -386,7 +370,7 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         return self._speak(
             audio_codes,
             token_lengths,
-            audio_codes_mask.bool(),
+            mask,
             voices,
             noise_generators,
             settings,
@@ -635,6 +619,8 @@ class FlexiCodecTTSGenerationMixin(GenerationMixin):
         """
         if chunk_length_s is None:
             return None, 0
+        if not is_number(chunk_length_s) or chunk_length_s > 1e9:
+            raise ValueError(f"`chunk_length_s` must be a finite number of seconds, got {chunk_length_s!r}.")
         rate = self.config.codec_config.frame_rate
         chunk, fade_length = (
             Chunk(round(chunk_length_s * rate), round(_CHUNK_CONTEXT_S * rate)),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
+from .compatibility_flexicodec import is_number
 from .modeling_flexicodec import frame_to_token
 
 
@@ -140,6 +141,9 @@ class FlexiCodecVoiceboxGenerationMixin:
             raise ValueError(
                 f"`noise` has shape {tuple(noise.shape)}, expected {(*codes.shape, self.config.num_mel_bins)}."
             )
+        for name, number in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
+            if not is_number(number):
+                raise ValueError(f"`{name}` must be a finite number, got {number!r}.")
         times = _time_grid(time_grid, num_inference_steps, self.device)
         with_guidance = _guided_steps(times, guidance_interval)
 
@@ -248,8 +252,8 @@ def _time_grid(name: str, num_steps: int, device: torch.device) -> Tensor:
     """
     if name not in ("uniform", "sway", "epss"):
         raise ValueError(f"`time_grid` must be 'uniform', 'sway' or 'epss', got {name!r}.")
-    if num_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be at least 1, got {num_steps}.")
+    if not is_number(num_steps, whole=True) or num_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be at least 1, and a whole number, got {num_steps!r}.")
     if name == "epss" and num_steps not in _EPSS_GRIDS:
         raise ValueError(
             f"`time_grid='epss'` has {list(_EPSS_GRIDS)} steps, got `num_inference_steps`={num_steps}: pass one of "
@@ -263,7 +267,8 @@ def _time_grid(name: str, num_steps: int, device: torch.device) -> Tensor:
 
 def _guided_steps(times: Tensor, interval: tuple[float, float]) -> list[bool]:
     """Which steps between `times` have their middle in the interval."""
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+    is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_number, interval))
+    if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"`guidance_interval` must be two times, 0 <= first <= last <= 1, got {interval!r}.")
     middles = (times[:-1] + times[1:]) / 2
     return ((middles >= interval[0]) & (middles <= interval[1])).tolist()

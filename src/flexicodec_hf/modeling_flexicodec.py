@@ -343,7 +343,7 @@ class FlexiCodecFrameMerger:
             is_padded = not bool(token_mask.all() & frame_mask.all())
             return FlexiCodecSegments(token_lengths, token_mask, frame_mask, similarities, None, is_padded)
         threshold = self.choose_threshold(similarities, frame_mask, merging_threshold, target_frame_rate)
-        token_lengths, is_padded = self._segment(similarities, threshold, frame_mask)
+        token_lengths, is_padded = self._segment(similarities, threshold, frame_mask, num_frames)
         token_mask = token_lengths > 0
         return FlexiCodecSegments(token_lengths, token_mask, frame_mask, similarities, threshold, is_padded)
 
@@ -375,11 +375,23 @@ class FlexiCodecFrameMerger:
         """
         return self._segment(similarities, threshold, frame_mask)[0]
 
-    def _segment(self, similarities: Tensor, threshold: Tensor, frame_mask: Tensor) -> tuple[Tensor, bool]:
+    def _segment(
+        self, similarities: Tensor, threshold: Tensor, frame_mask: Tensor, num_frames: Tensor | None = None
+    ) -> tuple[Tensor, bool]:
         """Lengths of the tokens, and whether there is padding. The host waits for the device once."""
+        most_frames = frame_mask.sum(dim=1) if num_frames is None else num_frames
         starts = self._token_starts(similarities, threshold, frame_mask)
         index = starts.cumsum(dim=1) - 1
-        *fewest, fewest_frames = torch.stack([*index[:, -1].aminmax(), frame_mask.sum(dim=1).min()]).tolist()
+        are_finite = (similarities.isfinite() | ~frame_mask[:, 1:]).all()
+        numbers = [*index[:, -1].aminmax(), *most_frames.aminmax(), are_finite]
+        *fewest, fewest_frames, most, is_finite = torch.stack([number.long() for number in numbers]).tolist()
+        if fewest_frames < 1 or most > frame_mask.shape[1]:
+            raise ValueError(
+                f"`num_frames` must be 1 to {frame_mask.shape[1]}, the number of frames, got values from "
+                f"{fewest_frames} to {most}."
+            )
+        if not is_finite:
+            raise ValueError("The semantic frames must be finite, got NaN or infinity.")
         num_tokens = fewest[1] + 1
         token_lengths = torch.zeros(len(starts), num_tokens, dtype=torch.long, device=starts.device)
         is_padded = fewest[0] != fewest[1] or fewest_frames < frame_mask.shape[1]
@@ -1196,14 +1208,15 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
                 Average tokens per second to aim at, instead of a threshold: each item gets the
                 threshold that comes closest to this rate.
             chunk_length_s (`float`, *optional*):
-                Process long audio in chunks of this many seconds. Memory is then bounded by the
-                chunk, plus 25 MB of frames per hour. Merging and convolutions give the same as in
-                one piece, and no token breaks at a seam. Attention is limited to `chunk_context_s`
-                around the chunk, so many codes differ from those of the whole, everywhere and not
-                only near seams.
+                Process long audio in chunks of this many seconds, which bounds the memory. Up to
+                ten minutes the tokens are those without chunks: the convolutions run in chunks,
+                and the attention sees everything. Longer audio cannot be encoded without; there
+                the attention sees a chunk and `chunk_context_s` around it, and other chunks give
+                other codes. Merging and convolutions are always those of the whole, and no token
+                breaks at a seam. Each hour takes 25 MB for frames.
             chunk_context_s (`float`, *optional*, defaults to 5.0):
-                Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
-                exact.
+                Context on each side of a chunk, in seconds: at least 2.1 for the convolutions to
+                be exact.
 
         Returns:
             [`FlexiCodecEncoderOutput`]
@@ -1247,11 +1260,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         num_samples, num_features = _valid_lengths(
             input_values=(input_values, padding_mask), input_features=(input_features, input_features_mask)
         )
-        num_frames = _num_frames(self.config, num_features)
-        _check_same_clips(num_frames.host, -(-num_samples.host // self.config.hop_length))
+        num_frames = _common_frames(self.config, num_features, num_samples)
         acoustic_frames = None
         with _exact_convolutions(self.exact_convolutions and input_features.device.type == "cuda"):
-            semantic_frames = self._encode_semantic(input_features, num_features, chunk)
+            semantic_frames = self._encode_semantic(input_features, num_features, num_frames, chunk)
             if num_quantizers != 1:
                 acoustic_frames = self.acoustic_encoder.encode(input_values[:, 0], num_samples, chunk)
         if acoustic_frames is not None:
@@ -1284,10 +1296,13 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             [`FlexiCodecEncoderOutput`]
 
         Raises:
-            ValueError: An argument is out of its range, or the lengths do not cover the frames.
+            ValueError: An argument is out of its range, the lengths do not cover the frames, or `frames` are not
+            as `encode_frames` makes them.
+            TypeError: `frames` are of another type.
         """
         num_quantizers = _check_num_quantizers(self.config, num_quantizers)
         chunk = _chunk(self.config, chunk_length_s, chunk_context_s)
+        _check_frames(self.config, frames)
         if frames.acoustic_frames is None and num_quantizers > 1:
             raise ValueError(
                 f"`frames` were encoded with `num_quantizers=1`, which leaves nothing to make {num_quantizers} "
@@ -1298,7 +1313,10 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         )
         quantize = partial(self._quantize, num_acoustic_quantizers=num_quantizers - 1, with_losses=False)
         with _exact_convolutions(self.exact_convolutions and frames.semantic_frames.device.type == "cuda"):
-            tokens = _quantize_in_chunks(quantize, frames, segments, chunk) if chunk else quantize(frames, segments)
+            if chunk is None:
+                tokens = quantize(frames, segments)
+            else:
+                tokens = _quantize_in_chunks(quantize, frames, segments, chunk, _whole_frames(self.config))
         return _encoder_output(tokens, segments)
 
     @can_return_tuple
@@ -1331,11 +1349,11 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
             latents (`torch.Tensor` of shape `(batch_size, hidden_size, num_tokens)`, *optional*):
                 Continuous vectors to decode if there are no `audio_codes`.
             chunk_length_s (`float`, *optional*):
-                Decode long audio in chunks of this many seconds. Memory is then bounded by the
-                chunk, plus the waveform. The convolutions give the same as in one piece; attention
-                is limited to `chunk_context_s` around the chunk, so the waveform differs a little
-                everywhere. Chunks fade into each other over
-                one frame (80 ms).
+                Decode long audio in chunks of this many seconds, which bounds the memory, apart
+                from the waveform. Up to ten minutes the waveform is that without chunks, up to
+                rounding: the convolutions run in chunks, and the attention sees everything. In
+                longer audio, the attention sees a chunk and `chunk_context_s` around it. Chunks
+                fade into each other over one frame (80 ms).
             chunk_context_s (`float`, *optional*, defaults to 5.0):
                 Context on each side of a chunk, in seconds. At least 2.1 for the convolutions to be
                 exact.
@@ -1514,14 +1532,15 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
         """
         _check_features(self.config, input_features)
         (num_features,) = _valid_lengths(input_features=(input_features, input_features_mask))
-        frames = self._encode_semantic(input_features, num_features, chunk=None)
-        num_frames = _num_frames(self.config, num_features).device
-        return frames * _length_mask(num_frames, frames.shape[1], frames.device)[..., None]
+        num_frames = _num_frames(self.config, num_features)
+        frames = self._encode_semantic(input_features, num_features, num_frames, chunk=None)
+        return frames * _length_mask(num_frames.device, frames.shape[1], frames.device)[..., None]
 
-    def _encode_semantic(self, input_features: Tensor, num_features: "_Lengths", chunk: Chunk | None) -> Tensor:
+    def _encode_semantic(
+        self, input_features: Tensor, num_features: "_Lengths", num_frames: "_Lengths", chunk: Chunk | None
+    ) -> Tensor:
         """Output of the frozen semantic encoder on codec frames, `(batch_size, num_frames, size)` in float32."""
         frames = self._encode_features(input_features, num_features, chunk and _in_features(self.config, chunk))
-        num_frames = _num_frames(self.config, num_features)
         return _resample(frames, num_features.device, num_frames.device, int(num_frames.host.max()))
 
     @torch.no_grad()
@@ -1562,18 +1581,27 @@ class FlexiCodecModel(FlexiCodecPreTrainedModel):
     ) -> Tensor:
         """Latents `(batch_size, num_frames, hidden_size)` to waveforms `(batch_size, num_samples)`."""
         if chunk is not None:
-            lengths = lengths.cpu()
-
-            def run(rows: Tensor | slice, window: slice) -> Tensor:
-                window_lengths = lengths[rows].clamp(max=window.stop) - window.start
-                return self._decode_frames(frames[rows, window], window_lengths, chunk=None)
-
-            return run_in_windows(run, lengths, chunk, self.config.hop_length, fade_length=1)
+            return self._decode_in_chunks(frames, lengths.cpu(), chunk)
         if is_padded is None:
             is_padded = _is_padded(lengths, frames.shape[1])
         padded = lengths.to(frames.device) if is_padded else None
         mask = None if padded is None else _length_mask(padded, frames.shape[1], frames.device)
         return self.acoustic_decoder(self.bottleneck(frames, mask).transpose(1, 2), padded)[:, 0]
+
+    def _decode_in_chunks(self, frames: Tensor, lengths: Tensor, chunk: Chunk) -> Tensor:
+        def padding(rows: Tensor | slice, window: slice) -> Tensor | None:
+            inside = lengths[rows].clamp(max=window.stop) - window.start
+            return inside.to(frames.device) if _is_padded(inside, window.stop - window.start) else None
+
+        def attend(rows: Tensor | slice, window: slice) -> Tensor:
+            part, padded = frames[rows, window], padding(rows, window)
+            return self.bottleneck(part, None if padded is None else _length_mask(padded, part.shape[1], part.device))
+
+        def decode(rows: Tensor | slice, window: slice) -> Tensor:
+            return self.acoustic_decoder(hidden_states[rows, window].transpose(1, 2), padding(rows, window))[:, 0]
+
+        hidden_states = run_in_windows(attend, lengths, chunk, whole_length=_whole_frames(self.config))
+        return run_in_windows(decode, lengths, chunk, self.config.hop_length, fade_length=1)
 
 
 _precision_lock = threading.Lock()
@@ -1610,9 +1638,9 @@ def _run_semantic_encoder(
 ) -> Tensor:
     """Output `(batch_size, num_features, size)` of SenseVoice's encoder, without that of its `queries` `(n, 560)`."""
     longest = int(num_features.host.max())
-    if chunk is not None:
+    limit: int = encoder.config.max_position_embeddings - 1 - len(queries)  # type: ignore[assignment, union-attr, operator]
+    if chunk is not None and longest > limit:
         longest = min(longest, chunk.size + 2 * chunk.context)
-    limit = encoder.config.max_position_embeddings - 1 - len(queries)
     if longest > limit:
         raise ValueError(
             f"`input_features` hold {longest} frames, the semantic encoder's positions end at {limit} (60 ms each). "
@@ -1628,7 +1656,13 @@ def _run_semantic_encoder(
             mask = _length_mask(lengths, features.shape[1], features.device)
         return encoder(features, mask).last_hidden_state[:, len(queries) :]
 
-    return run_in_windows(run, num_features.host, chunk)
+    return run_in_windows(run, num_features.host, chunk, whole_length=limit)
+
+
+def _whole_frames(config: FlexiCodecConfig) -> int:
+    """Codec frames of the longest recording that the semantic encoder takes in one piece: ten minutes as released."""
+    num_features = config.semantic_model_config.max_position_embeddings - 1 - len(config.semantic_query_ids)
+    return int(num_features / config.semantic_downsampling_factor)
 
 
 def _quantize_in_chunks(
@@ -1636,13 +1670,17 @@ def _quantize_in_chunks(
     frames: FlexiCodecFramesOutput,
     segments: FlexiCodecSegments,
     chunk: Chunk,
+    whole_length: int,
 ) -> _QuantizedTokens:
-    """The tokens of `quantize(frames, segments)`, some whole tokens at a time with whole tokens of context."""
+    """
+    The tokens of `quantize(frames, segments)`, item by item. Those of items longer than `whole_length` are made some
+    whole tokens at a time, with whole tokens of context.
+    """
     items = []
     for item, num_frames in enumerate(frames.num_frames.tolist()):
         parts = [
             _quantize_window(quantize, frames, segments, item, core, window)
-            for core, window in windows(num_frames, chunk)
+            for core, window in windows(num_frames, chunk if num_frames > whole_length else Chunk(num_frames, 0))
         ]
         found = [(tokens.codes[0].t(), tokens.latents[0]) for tokens, _ in filter(None, parts)]
         items.append([torch.cat(tensors) for tensors in zip(*found, strict=True)])
@@ -1737,6 +1775,25 @@ def _num_frames(config: FlexiCodecConfig, num_features: _Lengths) -> _Lengths:
     return _Lengths(device, host)
 
 
+def _common_frames(config: FlexiCodecConfig, num_features: _Lengths, num_samples: _Lengths) -> _Lengths:
+    """Numbers of codec frames that the features and the waveforms of the same clips have."""
+    num_frames = _num_frames(config, num_features)
+    acoustic = -(-num_samples.host // config.hop_length)
+    surplus = num_frames.host - acoustic
+    for semantic, difference in zip(num_frames.host.tolist(), surplus.tolist(), strict=True):
+        # The rounded factor gives a frame too many in six hours, which goes.
+        if not -2 <= difference <= semantic // 250_000:
+            raise ValueError(
+                "`input_features` and `input_values` do not belong together: the features of an item last "
+                f"{semantic} frames, its waveform {semantic - difference}. Make both with one call of the feature "
+                "extractor."
+            )
+    if int(surplus.max()) <= 0:
+        return num_frames
+    surplus = surplus.clamp(min=0)
+    return _Lengths(num_frames.device - surplus.to(num_frames.device.device), num_frames.host - surplus)
+
+
 def _chunk(config: FlexiCodecConfig, chunk_length_s: float | None, chunk_context_s: float) -> Chunk | None:
     """The chunk in frames, from seconds."""
     if chunk_length_s is None:
@@ -1791,13 +1848,27 @@ def _check_features(config: FlexiCodecConfig, input_features: Tensor) -> None:
         )
 
 
-def _check_same_clips(num_frames: Tensor, num_acoustic_frames: Tensor) -> None:
-    for semantic, acoustic in zip(num_frames.tolist(), num_acoustic_frames.tolist(), strict=True):
-        if not 0 <= acoustic - semantic <= 2:
-            raise ValueError(
-                "`input_features` and `input_values` do not belong together: the features of an item last "
-                f"{semantic} frames, its waveform {acoustic}. Make both with one call of the feature extractor."
-            )
+def _check_frames(config: FlexiCodecConfig, frames: Any) -> None:
+    if not isinstance(frames, FlexiCodecFramesOutput):
+        raise TypeError(f"`frames` must be the output of `encode_frames`, got {type(frames).__name__}.")
+    for name, value in frames._asdict().items():
+        if name != "acoustic_frames" or value is not None:
+            _check_tensor(f"frames.{name}", value)
+    semantic, acoustic, num_frames = frames
+    size = config.semantic_model_config.hidden_size
+    shape = tuple(semantic.shape[:2])
+    is_shaped = semantic.ndim == 3 and semantic.shape[2] == size and 0 not in shape
+    if not is_shaped or (acoustic is not None and tuple(acoustic.shape) != (*shape, config.hidden_size)):
+        raise ValueError(
+            f"`frames` must have semantic frames (batch_size, num_frames, {size}) and acoustic ones (batch_size, "
+            f"num_frames, {config.hidden_size}), got {tuple(semantic.shape)} and "
+            f"{None if acoustic is None else tuple(acoustic.shape)}."
+        )
+    if num_frames.dtype not in _INTEGERS or tuple(num_frames.shape) != shape[:1]:
+        raise ValueError(
+            f"`frames.num_frames` must be integers of the shape (batch_size,) = {shape[:1]}, got {num_frames.dtype} "
+            f"of {tuple(num_frames.shape)}."
+        )
 
 
 def _check_num_quantizers(config: FlexiCodecConfig, num_quantizers: Any) -> int:
@@ -1835,10 +1906,14 @@ def _check_tokens(
     token_lengths: Tensor | None,
     mask: Tensor | None,
     num_frames: int | None = None,
+    most_frames_per_token: int | None = None,
 ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
     """
     Lengths, with 0 at padding, and the mask of `tokens` (codes or latents), both `(batch_size, num_tokens)`;
     and the frames of the shortest and the longest item, unless compiling.
+
+    With `most_frames_per_token`, these are tokens of a text model: up to so many frames each, or none, and items
+    without tokens.
 
     Under `torch.compile` only shapes and dtypes are checked. Otherwise one transfer from the device
     brings all values that decide.
@@ -1900,9 +1975,13 @@ def _check_tokens(
     has_tokens, is_mask, shortest, longest, fewest_frames, most_frames, *rest = values
     if not is_mask:
         raise ValueError("`audio_codes_mask` must be 1 for tokens and then 0: padding goes on the right.")
-    if not has_tokens:
+    if not has_tokens and most_frames_per_token is None:
         raise ValueError("There is nothing to decode: an item has no tokens.")
-    if shortest < 1 or longest > config.max_frames_per_token:
+    if most_frames_per_token is not None and (shortest < 0 or longest > most_frames_per_token):
+        raise ValueError(
+            f"`token_lengths` must be 0 to {most_frames_per_token}, got values from {shortest} to {longest}."
+        )
+    if most_frames_per_token is None and (shortest < 1 or longest > config.max_frames_per_token):
         raise ValueError(
             f"`token_lengths` must be 1 to {config.max_frames_per_token}, with 0 only after the last token of an "
             f"item, got values from {shortest} to {longest}."

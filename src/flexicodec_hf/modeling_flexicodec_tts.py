@@ -21,7 +21,7 @@ from .modeling_flexicodec import FlexiCodecModel
 from .modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 from .modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from .modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
-from .release_flexicodec import HUB_OPTIONS, find_converted
+from .release_flexicodec import HUB_OPTIONS, broken_repositories, find_converted
 from .repository_flexicodec_tts import find_tts, load_shared_codec, load_voices, save_voices
 from .voice_flexicodec import FlexiCodecVoice
 
@@ -191,7 +191,8 @@ class FlexiCodecForTextToSpeech(FlexiCodecTTSPreTrainedModel, FlexiCodecTTSGener
         subfolder = kwargs.pop("subfolder", "")
         if source is not None:
             kwargs["subfolder"] = subfolder = find_tts(source, subfolder, **options)
-        loaded = super().from_pretrained(source, *model_args, **kwargs)
+        with broken_repositories(source):
+            loaded = super().from_pretrained(source, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if source is not None:
             # CODEPATH: repositories in which the codec plays both roles, such as

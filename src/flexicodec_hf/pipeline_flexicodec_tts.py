@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypedDict
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .chunking_flexicodec import Crossfader
+from .compatibility_flexicodec import is_number
 from .cpu_flexicodec import optimize_for_cpu
 from .modeling_flexicodec_tts import FlexiCodecForTextToSpeech
 from .processing_flexicodec_tts import FlexiCodecTTSProcessor
@@ -241,11 +242,16 @@ class FlexiCodecTTSPipeline(TextToAudioPipeline, ChunkPipeline):
         """
         if isinstance(text_inputs, (list, tuple)) and not text_inputs:
             raise ValueError("`text_inputs` is empty: pass a text, or a list with at least one.")
-        if not isinstance(text_inputs, Iterable):
+        # Datasets of PyTorch have `__getitem__` alone.
+        is_several = hasattr(text_inputs, "__iter__") or hasattr(text_inputs, "__getitem__")
+        if not is_several or isinstance(text_inputs, (bytes, bytearray, Mapping, set)):
             raise TypeError(
                 f"`text_inputs` must be a text, a chat, or several of them, got {text_inputs!r} "
                 f"({type(text_inputs).__name__})."
             )
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value is not None and (not is_number(value, whole=True) or value < least):
+                raise ValueError(f"`{name}` must be a whole number, at least {least}, got {value!r}.")
         kwargs = self._resolve_voice(kwargs)
         if not self._has_voice(kwargs):
             if isinstance(text_inputs, (str, Chat)):

@@ -17,7 +17,7 @@ from transformers.audio_utils import load_audio
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .audio_flexicodec import read_audio, resample, resample_with_images, write_audio
+from .audio_flexicodec import AudioError, read_audio, resample, resample_with_images, write_audio
 from .feature_extraction_flexicodec_mel import FlexiCodecMelFeatureExtractor
 from .release_flexicodec import FlexiCodecReleaseMixin
 from .text_flexicodec import language_token_id, prepare_text
@@ -102,9 +102,23 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         if not isinstance(mel_config, dict | None):
             raise ValueError(f"`mel_config` must be a dictionary or None, got {mel_config!r}.")
+        if not isinstance(language, str):
+            raise ValueError(f"`language` must be a language code such as 'en', got {language!r}.")
         self.mel_config = mel_config
         self.mel_extractor = None if mel_config is None else FlexiCodecMelFeatureExtractor(**mel_config)
         self.language = language
+
+    # ******** FlexiCodec specific ********
+    # transformers reads the feature extractor's settings from here without a look at their type.
+    @classmethod
+    def get_processor_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, options = super().get_processor_dict(*args, **kwargs)
+        settings = values.get("feature_extractor")
+        if not isinstance(settings, Mapping | None):
+            raise ValueError(f"`feature_extractor` of processor_config.json must be a dictionary, got {settings!r}.")
+        return values, options
+
+    # *************************************
 
     @property
     def model_input_names(self) -> list[str]:
@@ -185,7 +199,7 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         Raises:
             ValueError: A text has nothing to speak, a language is unknown, a recording is too short
                 or silent or has no sampling rate, or the lengths of lists do not fit each other.
-            AudioError: A file cannot be read.
+            AudioError: A file or URL cannot be read.
         """
         if nested := (common_kwargs or {}) | (text_kwargs or {}) | (audio_kwargs or {}):
             options = {
@@ -373,8 +387,12 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
 
     def _split_chat_texts(self, texts: list[str], said: list[str], has_audio: bool) -> tuple[list[str], list[str]]:
         """Texts to speak and texts of the recordings; rendered chats hold both in one string."""
-        if not has_audio or not any(AUDIO_TOKEN in text for text in texts):
+        if not any(AUDIO_TOKEN in text for text in texts):
             return texts, said
+        if not has_audio:
+            raise ValueError(
+                f"`text` holds {AUDIO_TOKEN}, which means a recording: pass it as `audio`, or take it out."
+            )
         parts = [text.split(AUDIO_TOKEN) for text in texts]
         if any(len(part) != 2 for part in parts):
             raise ValueError(
@@ -383,6 +401,8 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         chat_said = [part[0] for part in parts]
         if any(chat_said) and not all(chat_said):
             raise ValueError("Either all recordings of a batch need a text, or none: pass the others by themselves.")
+        if any(chat_said) and said:
+            raise ValueError(f"What the recording says is given twice: before {AUDIO_TOKEN} and as `reference_text`.")
         return [part[1] for part in parts], chat_said if any(chat_said) else said
 
     def _process_recordings(self, clips: list[Any], sampling_rate: int | None) -> dict[str, torch.Tensor]:
@@ -413,7 +433,10 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         """A recording as `(num_samples,)` at the codec's rate."""
         rate = self.feature_extractor.sampling_rate
         if isinstance(clip, str) and clip.startswith(("http://", "https://")):
-            return load_audio(clip, sampling_rate=rate)
+            try:
+                return load_audio(clip, sampling_rate=rate)
+            except Exception as error:  # whatever downloads or reads it raises
+                raise AudioError(f"{clip}: cannot be downloaded, or is no audio file: {error}") from error
         if isinstance(clip, (str, Path)):
             return read_audio(clip, rate).waveform
         if isinstance(clip, Mapping):

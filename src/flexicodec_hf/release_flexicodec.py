@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -32,10 +34,28 @@ class FlexiCodecReleaseMixin:
             args, kwargs: See `from_pretrained` of transformers.
 
         Raises:
-            ValueError: Released files are missing, or cannot be converted.
+            ValueError: Released files are missing, or cannot be converted; or the files of a converted
+                repository do not fit each other.
         """
         source, kwargs = find_converted(pretrained_model_name_or_path, kwargs, cls._loads_speech)
-        return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+        with broken_repositories(source):
+            return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def broken_repositories(source: Any) -> Iterator[None]:
+    """Say in words what transformers fails at in the files of a broken repository."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        is_mismatch = "ignore_mismatched_sizes" in str(error)
+        if is_mismatch:
+            reason = "its weights do not have the sizes of its configuration (the report above names them)"
+        elif isinstance(error, RuntimeError) or "argument" in str(error):  # not of the files
+            raise
+        else:
+            reason = f"a configuration has a wrong entry ({type(error).__name__}: {error})"
+        raise ValueError(f"{source} cannot be loaded: {reason}. Download or convert it again.") from error
 
 
 def find_converted(source: Any, kwargs: dict[str, Any], text_to_speech: bool) -> tuple[Any, dict[str, Any]]:

@@ -21,12 +21,13 @@ from .modeling_flexicodec import (
     _check_num_quantizers,
     _check_tokens,
     _chunk,
+    _common_frames,
     _exact_convolutions,
     _in_features,
     _Lengths,
     _neighbors,
-    _num_frames,
     _quantize_window,
+    _whole_frames,
     repeat_by_token,
 )
 
@@ -49,7 +50,8 @@ def encode_blocks(
     """
     Encode a recording that comes in blocks, in memory that does not grow with its length.
 
-    The tokens are those of `codec.encode` with the same `chunk_length_s` and `chunk_context_s`.
+    The tokens are those of `codec.encode` with the same `chunk_length_s` and `chunk_context_s`. Up to ten
+    minutes, these are the tokens of `codec.encode` without chunks, and come all at once.
 
     Args:
         codec: The codec.
@@ -59,14 +61,15 @@ def encode_blocks(
             recording. By default they are counted first.
         num_quantizers, merging_threshold, target_frame_rate: As for `codec.encode`. A rate takes a second
             pass over the blocks.
-        chunk_length_s: Seconds that are encoded at once.
+        chunk_length_s: Seconds that are encoded at once, by the convolutions alone up to ten minutes.
         chunk_context_s: Seconds of context on each side of a chunk.
 
     `blocks` is iterated once if `num_samples` is given and `target_frame_rate` is not. Otherwise it must be a
     list, or another object that can be iterated again.
 
     Yields:
-        [`FlexiCodecEncoderOutput`] of the tokens that begin in a chunk, a batch of one, without similarities.
+        [`FlexiCodecEncoderOutput`] of the tokens that begin in a chunk (or of all), a batch of one, without
+        similarities.
 
     Raises:
         ValueError: An argument is out of its range, or the blocks are not what is expected.
@@ -100,13 +103,14 @@ def decode_blocks(
     """
     Decode tokens that come in blocks, in memory that does not grow with their number.
 
-    The waveform is that of `codec.decode` with the same `chunk_length_s` and `chunk_context_s`, up to rounding.
+    The waveform is that of `codec.decode` with the same `chunk_length_s` and `chunk_context_s`, up to rounding:
+    up to ten minutes, that without chunks. The first ten minutes of tokens are awaited before it begins.
 
     Args:
         codec: The codec.
         blocks: Outputs of [`encode_blocks`] or `codec.encode`, or others with `audio_codes` of shape
             `(1, num_quantizers, num_tokens)` and `token_lengths` of shape `(1, num_tokens)`.
-        chunk_length_s: Seconds that are decoded at once.
+        chunk_length_s: Seconds that are decoded at once, by the convolutions alone up to ten minutes.
         chunk_context_s: Seconds of context on each side of a chunk.
 
     Yields:
@@ -116,7 +120,7 @@ def decode_blocks(
         ValueError: As `codec.decode`.
     """
     chunk, hop_length = _checked_chunk(codec.config, chunk_length_s, chunk_context_s), codec.config.hop_length
-    frames = _Sequence(_latent_frames(codec, blocks))
+    frames = _Sequence(_attended_frames(codec, _Sequence(_latent_frames(codec, blocks)), chunk))
     tail: Tensor | None = None
     start = 0
     while True:
@@ -126,7 +130,7 @@ def decode_blocks(
         window = slice(max(start - chunk.context, 0), min(core.stop + chunk.context, num_frames))
         if core.start == core.stop:
             raise ValueError("There is nothing to decode: `blocks` hold no tokens.")
-        values = codec._decode_frames(frames.part(window)[None], torch.tensor([window.stop - window.start]), None)[0]
+        values = codec.acoustic_decoder(frames.part(window).t()[None])[0, 0]
         values = values[(core.start - window.start) * hop_length :]
         if tail is not None:
             # The chunks fade into each other over one frame, as in `run_in_windows`.
@@ -179,9 +183,15 @@ class _Recording:
         chunk: Chunk,
     ):
         self.codec, self.config, self.feature_extractor = codec, codec.config, feature_extractor
-        self.blocks, self.num_samples, self.chunk = blocks, num_samples, chunk
+        self.blocks, self.num_samples = blocks, num_samples
         self.num_features = feature_extractor._num_stacks(num_samples)
-        self.num_frames = int(_num_frames(self.config, self._lengths(self.num_features)).host)
+        self.num_frames = int(
+            _common_frames(self.config, self._lengths(self.num_features), self._lengths(num_samples)).host
+        )
+        # The chunks of convolutions, and the windows of attention, in frames of the codec and of the semantic encoder.
+        self.chunk, self.frame_chunk, self.feature_chunk = chunk, chunk, _in_features(self.config, chunk)
+        if self.num_frames <= _whole_frames(self.config):
+            self.frame_chunk, self.feature_chunk = Chunk(self.num_frames, 0), Chunk(self.num_features, 0)
         # As `encode_frames` does.
         self.is_exact = codec.exact_convolutions and codec.device.type == "cuda"
 
@@ -196,7 +206,7 @@ class _Recording:
         acoustic = None if num_quantizers == 1 else _Sequence(self._acoustic_frames(waveforms[1]))
         quantize = partial(self.codec._quantize, num_acoustic_quantizers=num_quantizers - 1)
         start = 0  # of a token, from which merging goes on as if it had begun there
-        for core, window in windows(self.num_frames, self.chunk):
+        for core, window in windows(self.num_frames, self.frame_chunk):
             stop = min(window.stop + self.config.max_frames_per_token, self.num_frames)
             held = slice(start, stop)
             frames = FlexiCodecFramesOutput(
@@ -218,7 +228,7 @@ class _Recording:
                 )
             # The first token of the next window.
             starts = F.pad(segments.token_lengths[0].cumsum(dim=0), (1, 0)) + start
-            start = int(starts[starts >= min(core.stop - self.chunk.context, self.num_frames)][0])
+            start = int(starts[starts >= min(core.stop - self.frame_chunk.context, self.num_frames)][0])
         for _ in waveforms[0]:
             pass  # its end is checked
 
@@ -264,7 +274,7 @@ class _Recording:
         extractor, samples = self.feature_extractor, _Sequence(waveform)
         stride, shift = extractor.stack_stride, extractor.frame_shift
         margin = -(-extractor.num_stacked_frames // stride)  # stacks at the edges that see beyond them
-        for core, window in windows(self.num_features, _in_features(self.config, self.chunk)):
+        for core, window in windows(self.num_features, self.feature_chunk):
             first = max(window.start - margin, 0)
             stop = ((window.stop + margin) * stride - 1) * shift + extractor.frame_length
             part = samples.part(slice(first * stride * shift, min(stop, self.num_samples)))
@@ -284,6 +294,20 @@ class _Recording:
             with _exact_convolutions(self.is_exact):
                 frames = self.codec.acoustic_encoder.encode(part[None], self._lengths(len(part)), None)[0]
             yield frames[core.start - window.start : core.stop - window.start]
+
+
+def _attended_frames(codec: FlexiCodecModel, frames: _Sequence, chunk: Chunk) -> Iterator[Tensor]:
+    """Blocks `(num_frames, hidden_size)` of what the attention makes of latents: of all, or of window after window."""
+    whole = _whole_frames(codec.config)
+    start, num_frames = 0, frames.read(whole + 1)
+    size, context = chunk if num_frames > whole else Chunk(num_frames, 0)
+    while start < num_frames:
+        # One frame more than the window, to know whether there is another.
+        num_frames = frames.read(start + size + max(context, 1))
+        first, stop = max(start - context, 0), min(start + size, num_frames)
+        hidden_states = codec.bottleneck(frames.part(slice(first, min(stop + context, num_frames)))[None])[0]
+        yield hidden_states[start - first : stop - first]
+        start = stop
 
 
 def _latent_frames(codec: FlexiCodecModel, blocks: Iterable[FlexiCodecEncoderOutput]) -> Iterator[Tensor]:

@@ -101,8 +101,8 @@ class FlexiCodecAudioStreamer(BaseStreamer):
             ("max_waiting", max_waiting, 1),
             ("timeout", timeout, 0.0),
         ):
-            if value is not None and not value >= low:
-                raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+            if value is not None and not (isinstance(value, (int, float)) and value >= low):
+                raise ValueError(f"`{name}` must be at least {low}, got {value!r}.")
         self.first_chunk_s = first_chunk_s
         self.chunk_growth = chunk_growth
         self.max_chunk_s = max_chunk_s

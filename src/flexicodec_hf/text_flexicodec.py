@@ -132,12 +132,14 @@ def prepare_text(text: str, language: str = "en", reference_text: str | None = N
             `[tts]` extra.
 
     Raises:
-        ValueError: Nothing in `text` can be spoken.
+        ValueError: Nothing in `text` can be spoken, or it holds half of a surrogate pair.
         ImportError: Phonemes are requested, and the `[tts]` extra is not installed.
     """
     for name, value in (("text", text), ("reference_text", reference_text or "")):
         if not isinstance(value, str):
             raise TypeError(f"`{name}` must be a string, got {value!r} ({type(value).__name__}).")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"`{name}` holds half of a surrogate pair, which is no character: {value!a}.")
     spell = _spell_english if phonemes and language == "en" else str
     spelled = spell(text)
     if not any(map(str.isalnum, spelled)):

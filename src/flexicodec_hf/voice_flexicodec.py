@@ -82,6 +82,9 @@ class FlexiCodecVoice:
     def save(self, path: str | PathLike[str]) -> None:
         """
         Write the voice to a `.safetensors` file (about 25 kB for each second of the recording).
+
+        Raises:
+            OSError: The file cannot be written.
         """
         tensors = {}
         for threshold, (codes, lengths) in self.tokens.items():
@@ -91,7 +94,10 @@ class FlexiCodecVoice:
             tensors["mel"] = self.mel.float().cpu().contiguous()
         if self.text_ids is not None:
             tensors["text_ids"] = self.text_ids.to("cpu", torch.int32).contiguous()
-        save_file(tensors, path, metadata={"format": "flexicodec_voice", "voice": json.dumps(self.metadata)})
+        try:
+            save_file(tensors, path, metadata={"format": "flexicodec_voice", "voice": json.dumps(self.metadata)})
+        except SafetensorError as error:
+            raise OSError(f"{path}: the voice cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> FlexiCodecVoice:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Sequence
 
 from . import app, codec, convert, evaluate, export, serve, speak, tokenize
-from .common import PROGRAM, CommandError, report_error, user_errors
+from .common import PROGRAM, CommandError, Parser, report_error, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from .. import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM, description="FlexiCodec: speech to tokens at 3 to 12.5 a second, and back; text to speech."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

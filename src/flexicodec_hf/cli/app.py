@@ -18,14 +18,15 @@ def add_commands(commands: Any) -> None:
         description="A web page: recordings to tokens and back, text to speech, and voice conversion. Needs the extra "
         "[app].",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: %(default)s)")
-    parser.add_argument(
-        "--clips",
-        type=Path,
-        metavar="DIR",
-        help="recordings to try on the page, each with a .txt file beside it that says its words",
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; the default is heard by this machine alone")
+    add("--port", type=int, default=7860, help="port to listen at")
+    text = "recordings to try on the page, each with a .txt file beside it that says its words"
+    add("--clips", type=Path, metavar="DIR", help=text)
+    text = (
+        "a Whisper in CTranslate2's format, such as Systran/faster-whisper-base, to show the words of a recording in "
     )
+    add("--whisper", metavar="ID_OR_DIR", help=text + "its picture (needs the package ctranslate2)")
     add_model_arguments(parser)
     parser.set_defaults(run=run_app, parser=parser)
 
@@ -56,4 +57,9 @@ def build(args: argparse.Namespace) -> Any:
             raise CommandError(f"{args.clips} holds no .flac, .wav or .mp3 files.")
         for clip in clips:
             text_beside(clip)
-    return build_page(*load_codec_and_speaker(args), clips)
+    aligner = None
+    if args.whisper is not None:
+        from ..serving.words import load_aligner
+
+        aligner = load_aligner(args.whisper)
+    return build_page(*load_codec_and_speaker(args), clips, aligner)

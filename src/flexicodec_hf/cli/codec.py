@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from .common import (
     add_chunk_argument,
+    add_directory_argument,
     add_model_arguments,
     check_output,
     check_target_rates,
@@ -57,9 +59,7 @@ def add_commands(commands: Any) -> None:
         "num_tokens) and `token_lengths` (num_tokens,). Files that are done already are skipped, "
         "so that an interrupted run can go on.",
     )
-    encode.add_argument(
-        "inputs", type=Path, nargs="+", metavar="IN", help="audio file; any rate, any number of channels"
-    )
+    encode.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="audio file, as for `reconstruct`")
     _add_arguments(encode, encodes=True, many=True)
     encode.set_defaults(run=run_encode, parser=encode)
 
@@ -77,87 +77,22 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser, encodes: bool, many: bool = False) -> None:
+    add = parser.add_argument
     if many:
-        parser.add_argument(
-            "-o",
-            "--output-dir",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="directory to write to; made if missing",
-        )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    parser.add_argument(
-        "--num-quantizers",
-        type=positive_int,
-        metavar="N",
-        help="codebooks to use: 1 is the semantic one alone, 8 a good compromise (default: all)",
-    )
+        add_directory_argument(parser)
+        text = "files to process at once, of similar length: faster on a GPU, with the same results"
+        add("--batch-size", type=positive_int, default=1, help=text)
+    add("--overwrite", action="store_true", help="replace files that exist")
+    text = "codebooks to use: 1 is the semantic one alone, 8 a good compromise (default: all)"
+    add("--num-quantizers", type=positive_int, help=text)
     if encodes:
-        rate = parser.add_mutually_exclusive_group()
-        rate.add_argument(
-            "--merging-threshold",
-            type=cosine,
-            metavar="X",
-            help="frames more alike than this cosine similarity share a token; 1 never merges (default: the model's)",
-        )
-        rate.add_argument(
-            "--target-frame-rate",
-            type=float,
-            metavar="HZ",
-            help="tokens per second to aim at: every clip gets the threshold that comes closest",
-        )
-    if many:
-        parser.add_argument(
-            "--batch-size",
-            type=positive_int,
-            default=1,
-            metavar="N",
-            help="files to process at once, of similar length: faster on a GPU, with the same results (default: 1)",
-        )
+        add = parser.add_mutually_exclusive_group().add_argument
+        text = "frames more alike than this cosine similarity share a token; 1 never merges (default: the model's)"
+        add("--merging-threshold", type=cosine, help=text)
+        text = "tokens per second to aim at: every clip gets the threshold that comes closest"
+        add("--target-frame-rate", type=float, help=text)
     add_chunk_argument(parser)
     add_model_arguments(parser)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to read, and the file to make of it."""
-
-    source: Path | TokenSource
-    target: Path
-
-
-@dataclass
-class Totals:
-    """What the summary says: `done` has seconds, tokens and quantizers of each file."""
-
-    done: list[tuple[float, int, int]] = field(default_factory=list)
-    skipped: int = 0
-    failed: int = 0
-
-    def fail(self, error: object) -> None:
-        self.failed += 1
-        report_error(error)
-
-    def skip(self, job: Job) -> None:
-        self.skipped += 1
-        tqdm.write(f"{job.source}: skipped, {job.target} exists (--overwrite replaces it)")
-
-    def summary(self, runner: CodecRunner | None) -> str:
-        """One line."""
-        parts = []
-        if runner is not None and self.done:
-            seconds, tokens = sum(item[0] for item in self.done), sum(item[1] for item in self.done)
-            bits = sum(tokens * runner.config.bits_per_token(quantizers) for _, tokens, quantizers in self.done)
-            quantizers = " or ".join(map(str, sorted({item[2] for item in self.done})))
-            parts += [
-                f"{_count(len(self.done), 'file')}, {seconds:.2f} s of audio",
-                f"{_count(tokens, 'token')}, {tokens / seconds:.2f} per second",
-                f"{bits / seconds:.0f} bits per second ({_count(quantizers, 'quantizer')})",
-                f"real-time factor {runner.processing_seconds / seconds:.3f} on {runner.codec.device}",
-            ]
-        parts += [f"{count} {name}" for name, count in (("skipped", self.skipped), ("failed", self.failed)) if count]
-        return "; ".join(parts)
 
 
 def run_reconstruct(args: argparse.Namespace) -> int:
@@ -167,39 +102,33 @@ def run_reconstruct(args: argparse.Namespace) -> int:
     settings = _settings(args, config)
 
     def reconstruct(runner: CodecRunner, clips: Sequence[AudioClip | AudioFile]) -> list[Result]:
-        encoded = _encode(runner, clips, settings)
-        return [
-            result
-            for item in encoded
-            for result in ([item] if isinstance(item, Exception) else _decode(runner, [item[0]]))
-        ]
+        results: list[Result] = []
+        for encoded in _encode(runner, clips, settings):
+            results += [encoded] if isinstance(encoded, Exception) else _decode(runner, [encoded[0]])
+        return results
 
-    return _run(args, [Job(args.input, args.output)], Totals(), _reader(args, config), reconstruct)
+    work = _Work(args)
+    work.todo = [Job(args.input, args.output)]
+    return work.run(_reader(args, config), reconstruct)
 
 
 def run_encode(args: argparse.Namespace) -> int:
     """`encode IN... -o DIR`; returns the exit status."""
     from ..audio_flexicodec import audio_seconds
-    from ..data.files import DataError, check_same_settings
+    from ..data.files import check_same_settings
     from ..data.tokens import TokenSource
 
-    jobs = _plan(args, args.inputs, ".safetensors")
+    work = _Work(args)
+    jobs = work.plan(args.inputs, ".safetensors")
     config = load_codec_config(args.model)
     settings = _settings(args, config)
-    totals = Totals()
-    todo = []
-    for job in jobs:
-        if args.overwrite or not job.target.exists():
-            todo.append(job)
-            continue
-        try:
-            found = TokenSource(job.target, job.target.stem).read().settings
-            check_same_settings(job.target, found, settings, "pass --overwrite or another --output-dir")
-        except DataError as error:
-            totals.fail(error)
-        else:
-            totals.skip(job)
-    return _run(args, todo, totals, _reader(args, config), partial(_encode, settings=settings), audio_seconds)
+
+    def check(target: Path) -> None:
+        found = TokenSource(target, target.stem).read().settings
+        check_same_settings(target, found, settings, "pass --overwrite or another --output-dir")
+
+    work.skip_done(jobs, check)
+    return work.run(_reader(args, config), partial(_encode, settings=settings), audio_seconds)
 
 
 def run_decode(args: argparse.Namespace) -> int:
@@ -207,39 +136,21 @@ def run_decode(args: argparse.Namespace) -> int:
     from ..data.files import DataError
     from ..data.tokens import token_sources
 
-    totals = Totals()
+    work = _Work(args)
     sources: list[TokenSource] = []
     for path in args.inputs:
         try:
             sources += token_sources(path)
         except DataError as error:
-            totals.fail(error)
+            work.fail(error)
     load_codec_config(args.model)
-    todo = []
-    for job in _plan(args, sources, ".wav"):
-        if args.overwrite or not job.target.exists():
-            todo.append(job)
-        else:
-            totals.skip(job)
+    work.skip_done(work.plan(sources, ".wav"))
 
     def read(source: TokenSource) -> Tokens:
         tokens = source.read()
         return replace(tokens, audio_codes=tokens.audio_codes[: args.num_quantizers])
 
-    return _run(args, todo, totals, read, _decode, lambda source: source.read().seconds)
-
-
-def _plan(args: argparse.Namespace, inputs: Iterable[Path | TokenSource], suffix: str) -> list[Job]:
-    """A target in the output directory for each input."""
-    jobs: dict[Path, Job] = {}
-    for source in dict.fromkeys(inputs):
-        target = args.output_dir / f"{source.stem}{suffix}"
-        if target in jobs:
-            usage_error(
-                args, f"{jobs[target].source} and {source} would both become {target}: use two output directories"
-            )
-        jobs[target] = Job(source, target)
-    return list(jobs.values())
+    return work.run(read, _decode, lambda source: source.read().seconds)
 
 
 def _settings(args: argparse.Namespace, config: FlexiCodecConfig) -> dict[str, Any]:
@@ -299,65 +210,129 @@ def _decode(runner: CodecRunner, tokens: Sequence[Tokens]) -> list[Result]:
     ]
 
 
-def _run(
-    args: argparse.Namespace,
-    jobs: list[Job],
-    totals: Totals,
-    read: Callable[[Any], Any],
-    process: Callable[[CodecRunner, Sequence[Any]], list[Result]],
-    seconds_of: Callable[[Any], float] | None = None,
-) -> int:
-    """Run the jobs in batches, report each, and print the summary; returns the exit status."""
-    runner = None
-    if jobs:
-        from ..data.runner import CodecRunner
+class Job(NamedTuple):
+    """What to read, and the file to make of it."""
 
-        jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # the directory of all targets
-        device = choose_device(args)
-        with loading(args.model):
-            runner = CodecRunner.from_pretrained(args.model, device, args.dtype, args.chunk_length_s)
-        if args.batch_size > 1 and seconds_of is not None:
-            jobs = sorted(jobs, key=partial(_seconds, seconds_of=seconds_of))
-        with tqdm(total=len(jobs), unit="file", disable=None if len(jobs) > 1 else True) as progress:
-            for start in range(0, len(jobs), args.batch_size):
-                batch = []
-                for job in jobs[start : start + args.batch_size]:
-                    try:
-                        batch.append((job, read(job.source)))
-                    except (ValueError, OSError) as error:
-                        totals.fail(error)
-                for (job, item), result in zip(batch, process(runner, [item for _, item in batch]), strict=True):
-                    try:
-                        _finish(runner, args.model, job, item, result, totals)
-                    except (ValueError, OSError) as error:
-                        totals.fail(f"{job.source}: {error}")
-                progress.update(len(jobs[start : start + args.batch_size]))
-    tqdm.write(totals.summary(runner))
-    return 1 if totals.failed else 0
+    source: Path | TokenSource
+    target: Path
 
 
-def _finish(
-    runner: CodecRunner, model: str, job: Job, item: AudioClip | AudioFile | Tokens, result: Result, totals: Totals
-) -> None:
-    """Write the result of a job and report it, or raise what went wrong."""
-    from ..data.files import atomic_file
+class _Work:
+    """Files that a command makes of others, in batches, and what became of each."""
 
-    if isinstance(result, Exception):
-        raise result
-    tokens, write = result
-    with atomic_file(job.target) as path:
-        write(path)
-    num_quantizers, num_tokens = tokens.audio_codes.shape
-    totals.done.append((tokens.seconds, num_tokens, num_quantizers))
-    # What was done to the item that its user did not ask for.
-    made_with = tokens.metadata.get("model", model)
-    notes = getattr(item, "changes", [] if made_with == model else [f"encoded with the model {made_with}"])
-    if (chunk := runner.chunk_of(item)) is not None:
-        notes = [*notes, f"in chunks of {chunk:g} s"]
-    tqdm.write(
-        f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *notes])} -> {job.target} "
-        f"({_count(num_tokens, 'token')}, {num_tokens / tokens.seconds:.2f} per second)"
-    )
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.todo: list[Job] = []
+        self.done: list[tuple[float, int, int]] = []  # seconds, tokens and quantizers
+        self.skipped = self.failed = 0
+
+    def fail(self, error: object) -> None:
+        self.failed += 1
+        report_error(error)
+
+    def plan(self, inputs: Iterable[Path | TokenSource], suffix: str) -> list[Job]:
+        """A target in the output directory for each input."""
+        jobs: dict[Path, Job] = {}
+        for source in dict.fromkeys(inputs):
+            target = self.args.output_dir / f"{source.stem}{suffix}"
+            if target in jobs:
+                both = f"{jobs[target].source} and {source} would both become {target}"
+                usage_error(self.args, f"{both}: use two output directories")
+            jobs[target] = Job(source, target)
+        return list(jobs.values())
+
+    def skip_done(self, jobs: Iterable[Job], check: Callable[[Path], None] = lambda target: None) -> None:
+        """Leave out jobs whose files are there; it is an error if `check` raises one."""
+        for job in jobs:
+            if self.args.overwrite or not job.target.exists():
+                self.todo.append(job)
+                continue
+            try:
+                check(job.target)
+            except ValueError as error:
+                self.fail(error)
+            else:
+                self.skipped += 1
+                tqdm.write(f"{job.source}: skipped, {job.target} exists (--overwrite replaces it)")
+
+    def run(
+        self,
+        read: Callable[[Any], Any],
+        process: Callable[[CodecRunner, Sequence[Any]], list[Result]],
+        seconds_of: Callable[[Any], float] | None = None,
+    ) -> int:
+        """Do what is to do, report it, and print a summary; returns the exit status."""
+        runner, took = None, 0.0
+        if self.todo:
+            from ..data.runner import CodecRunner
+
+            args, jobs = self.args, self.todo
+            jobs[0].target.parent.mkdir(parents=True, exist_ok=True)  # the directory of all targets
+            device = choose_device(args)
+            with loading(args.model):
+                runner = CodecRunner.from_pretrained(args.model, device, args.dtype, args.chunk_length_s)
+            if args.batch_size > 1 and seconds_of is not None:
+                jobs = sorted(jobs, key=partial(_seconds, seconds_of=seconds_of))
+            start = time.perf_counter()
+            with tqdm(total=len(jobs), unit="file", disable=None if len(jobs) > 1 else True) as progress:
+                for first in range(0, len(jobs), args.batch_size):
+                    batch = jobs[first : first + args.batch_size]
+                    self._run_batch(runner, batch, read, process)
+                    progress.update(len(batch))
+            took = time.perf_counter() - start
+        tqdm.write(self._summary(runner, took))
+        return 1 if self.failed else 0
+
+    def _run_batch(self, runner: CodecRunner, jobs: list[Job], read: Any, process: Any) -> None:
+        from ..data.files import atomic_file
+
+        batch = []
+        for job in jobs:
+            try:
+                batch.append((job, read(job.source)))
+            except (ValueError, OSError) as error:
+                self.fail(error)
+        for (job, item), result in zip(batch, process(runner, [item for _, item in batch]), strict=True):
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                tokens, write = result
+                with atomic_file(job.target) as path:
+                    write(path)
+                self._report(runner, job, item, tokens)
+            except (ValueError, OSError) as error:
+                self.fail(f"{job.source}: {error}")
+
+    def _report(self, runner: CodecRunner, job: Job, item: AudioClip | AudioFile | Tokens, tokens: Tokens) -> None:
+        num_quantizers, num_tokens = tokens.audio_codes.shape
+        self.done.append((tokens.seconds, num_tokens, num_quantizers))
+        # What was done to the item that its user did not ask for.
+        made_with = tokens.metadata.get("model", self.args.model)
+        notes = getattr(
+            item, "changes", [] if made_with == self.args.model else [f"encoded with the model {made_with}"]
+        )
+        if (chunk := runner.chunk_of(item)) is not None:
+            notes = [*notes, f"in chunks of {chunk:g} s"]
+        tqdm.write(
+            f"{job.source}: {', '.join([f'{tokens.seconds:.2f} s', *notes])} -> {job.target} "
+            f"({_count(num_tokens, 'token')}, {num_tokens / tokens.seconds:.2f} per second)"
+        )
+
+    def _summary(self, runner: CodecRunner | None, took: float) -> str:
+        """One line."""
+        parts = []
+        if runner is not None and self.done:
+            seconds, tokens, quantizers = zip(*self.done, strict=True)
+            bits = sum(count * runner.config.bits_per_token(rows) for _, count, rows in self.done)
+            counts = " or ".join(map(str, sorted(set(quantizers))))
+            parts += [
+                f"{_count(len(self.done), 'file')}, {sum(seconds):.2f} s of audio",
+                f"{_count(sum(tokens), 'token')}, {sum(tokens) / sum(seconds):.2f} per second",
+                f"{bits / sum(seconds):.0f} bits per second ({_count(counts, 'quantizer')})",
+                f"real-time factor {took / sum(seconds):.3f} on {runner.codec.device}",
+            ]
+        parts += [f"{count} {name}" for name, count in (("skipped", self.skipped), ("failed", self.failed)) if count]
+        return "; ".join(parts)
 
 
 def _seconds(job: Job, seconds_of: Callable[[Any], float]) -> float:

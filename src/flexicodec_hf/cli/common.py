@@ -1,4 +1,4 @@
-"""What the commands share: errors, arguments, the choice of device and model."""
+"""What the commands share: the parser, errors, arguments, the choice of device and model."""
 
 from __future__ import annotations
 
@@ -23,6 +23,25 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 class CommandError(ValueError):
     """Something that the user can mend: printed in one line, without a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, and those of its commands, whose help shows defaults, and names values by their types."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=_HelpFormatter, **options)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        has_default = action.default not in (None, False, [], [None], argparse.SUPPRESS) and "(default" not in text
+        return f"{text} (default: %(default)s)" if has_default else text
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", positive_int: "N", float: "X", cosine: "X", not_negative: "S", positive_seconds: "S"}.get(
+            action.type, "TEXT"
+        )
 
 
 def report_error(message: object) -> None:
@@ -51,31 +70,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise  # a fault of the program
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=RELEASED_REPO,
-        metavar="ID_OR_DIR",
-        help="Hub id or directory, converted or with the authors' files, which are converted once, into the cache of "
-        "the Hub (default: %(default)s)",
-    )
-    add_running_arguments(group)
-
-
-def add_running_arguments(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda", "mps"),
-        help="where to run (default: cuda or mps if there is one, else cpu)",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=DTYPES,
-        help="type to run in (default: %(default)s); the other two may change some codes",
-    )
+# Types of arguments
 
 
 def positive_int(text: str) -> int:
@@ -92,13 +87,6 @@ def not_negative(text: str) -> float:
     return value
 
 
-def cosine(text: str) -> float:
-    value = float(text)
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between -1 and 1, got {text}")
-    return value
-
-
 def positive_seconds(text: str) -> float:
     value = not_negative(text)
     if value == 0:
@@ -106,15 +94,85 @@ def positive_seconds(text: str) -> float:
     return value
 
 
-def add_chunk_argument(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--chunk-length-s",
-        type=not_negative,
-        default=30.0,
-        metavar="S",
-        help="process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does "
-        "(default: %(default)g)",
+def cosine(text: str) -> float:
+    value = float(text)
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between -1 and 1, got {text}")
+    return value
+
+
+# Arguments of several commands
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    text = "Hub id or directory, converted or with the authors' files, which are converted once, into the Hub's cache"
+    group.add_argument("--model", default=RELEASED_REPO, metavar="ID_OR_DIR", help=text)
+    add_running_arguments(group)
+
+
+def add_running_arguments(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
+    text = "where to run (default: cuda or mps if there is one, else cpu)"
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help=text)
+    add("--dtype", default="float32", choices=DTYPES, help="type to run in; the other two may change some codes")
+
+
+def add_output_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
+    text = f"audio file to write: .wav, .flac, .ogg or .mp3{more}"
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+
+
+def add_directory_argument(parser: argparse.ArgumentParser) -> None:
+    text = "directory to write to; made if missing"
+    parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help=text)
+
+
+def add_chunk_argument(group: argparse._ActionsContainer) -> None:
+    text = (
+        "process clips longer than twice this in chunks of so many seconds, to bound the memory; 0 never does. Chunks "
+        "change no codes of clips up to ten minutes; longer ones cannot be encoded without"
     )
+    group.add_argument("--chunk-length-s", type=not_negative, default=30.0, help=text)
+
+
+def add_rates_arguments(group: argparse._ActionsContainer) -> None:
+    """The rates of a command that encodes at several."""
+    add = group.add_argument
+    text = "encode at each of these thresholds; the encoders run once for all (default: the model's)"
+    add("--merging-thresholds", type=cosine, nargs="+", default=[], help=text)
+    add("--target-frame-rates", type=float, nargs="+", default=[], help="and at each of these tokens per second")
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser, default_split: str) -> None:
+    """The arguments of `load_dataset_of`."""
+    add = parser.add_argument_group("dataset").add_argument
+    add("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
+    add("--split", help=f"which part of the dataset (default: {default_split}, or the only one)")
+    add("--revision", help="branch, tag or commit of a dataset on the Hub")
+    add("--streaming", action="store_true", help="read a dataset on the Hub without downloading it first")
+    for name, default in (
+        ("audio", "the one of this type, or of paths"),
+        ("text", "text, transcription, transcript, sentence, normalized_text, txt or json.text"),
+        ("id", "id or __key__, else the name of the file"),
+    ):
+        add(f"--{name}-column", metavar="NAME", help=f"column to take as {name} (default: {default})")
+    parser.set_defaults(default_split=default_split)
+
+
+DATASET_SETTINGS = ("config_name", "split", "revision", "audio_column", "text_column", "id_column")
+
+
+def load_dataset_of(args: argparse.Namespace, source: str, **options: Any) -> Any:
+    """The dataset that the arguments name. Parquet and tar files on disk are streamed in any case."""
+    from ..data.sources import load_speech
+
+    options |= {name: getattr(args, name) for name in DATASET_SETTINGS}
+    return load_speech(source, default_split=args.default_split, streaming=args.streaming or None, **options)
+
+
+# What arguments name
 
 
 def check_target_rates(args: argparse.Namespace, config: FlexiCodecConfig, rates: list[float]) -> None:

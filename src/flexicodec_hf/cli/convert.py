@@ -42,85 +42,51 @@ def add_commands(commands: Any) -> None:
         "Hub: the codec at its root, and the text-to-speech system. An interrupted conversion continues where it "
         "stopped.",
     )
-    parser.add_argument(
-        "--repo",
-        metavar="ID_OR_DIR",
-        help=f"take all files from this Hub repository ({RELEASED_REPO}) or directory, but those given one by one",
-    )
-    parser.add_argument("--no-tts", action="store_true", default=None, help="with --repo: the codec alone")
-    codec = parser.add_argument_group("codec, to the directory itself")
-    codec.add_argument("--codec", type=Path, metavar="FILE", help="the codec, .safetensors or .pt")
-    codec.add_argument(
-        "--codec-config",
-        type=Path,
-        metavar="YAML",
-        help="the codec's configuration, a YAML or the config.json of the authors' training code",
-    )
-    codec.add_argument(
-        "--semantic",
-        type=Path,
-        metavar="FILE",
-        help="SenseVoice-small's model.pt, for files of a codec without it (--codec, --ar, --nar)",
-    )
-    tts = parser.add_argument_group(
+    add, switch = parser.add_argument, {"action": "store_true", "default": None}
+    text = f"take all files from this Hub repository ({RELEASED_REPO}) or directory, but those given one by one"
+    add("--repo", metavar="ID_OR_DIR", help=text)
+    add("--no-tts", help="with --repo: the codec alone", **switch)
+    add = parser.add_argument_group("codec, to the directory itself").add_argument
+    add("--codec", type=Path, metavar="FILE", help="the codec, .safetensors or .pt")
+    text = "the codec's configuration, a YAML or the config.json of the authors' training code"
+    add("--codec-config", type=Path, metavar="YAML", help=text)
+    text = "SenseVoice-small's model.pt, for files of a codec without it (--codec, --ar, --nar)"
+    add("--semantic", type=Path, metavar="FILE", help=text)
+
+    add = parser.add_argument_group(
         "text-to-speech",
         "With the codec, --ar, --nar, --vocoder and --tokenizer, or with --repo: the whole system, to tts. With some "
         "of them, models of their own, to tts/ar, tts/voicebox and tts/vocoder; the codec in --ar or --nar to "
         "tts/codec.",
-    )
+    ).add_argument
     for option, name in (("ar", "autoregressive"), ("nar", "Voicebox"), ("vocoder", "vocoder")):
-        tts.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"the {name} model, .safetensors or .pt")
-        tts.add_argument(
-            f"--{option}-config", type=Path, metavar="JSON", help="the reference's keyword arguments for it"
-        )
-    tts.add_argument(
-        "--tts-codec", type=Path, metavar="FILE", help="the codec of --ar and --nar, where neither file carries it"
+        add(f"--{option}", type=Path, metavar="FILE", help=f"the {name} model, .safetensors or .pt")
+        add(f"--{option}-config", type=Path, metavar="JSON", help="the reference's keyword arguments for it")
+    add("--tts-codec", type=Path, metavar="FILE", help="the codec of --ar and --nar, where neither file carries it")
+    text = "its configuration, where it differs from the released one in more than sizes"
+    add("--tts-codec-config", type=Path, metavar="YAML", help=text)
+    text = "Whisper repository, directory or tokenizer.json of the text tokenizer (--repo: openai/whisper-tiny)"
+    add("--tokenizer", metavar="ID_OR_PATH", help=text)
+    text = (
+        "a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: the text in the .txt "
+        "file beside it). May be repeated; the first one, or the one named default, speaks when a call names none"
     )
-    tts.add_argument(
-        "--tts-codec-config",
-        type=Path,
-        metavar="YAML",
-        help="its configuration, where it differs from the released one in more than sizes",
+    add("--voice", action="append", default=[], metavar="NAME=FILE[:TEXT]", help=text)
+
+    add = parser.add_argument
+    add("-o", "--output-dir", type=Path, metavar="DIR", help="directory to write")
+    text = (
+        "instead of --output-dir: put the files of --repo, a Hub id, to its downloads in the cache of the Hub, where "
+        "every program that loads this id finds them"
     )
-    tts.add_argument(
-        "--tokenizer",
-        metavar="ID_OR_PATH",
-        help="make the text tokenizer from this Whisper repository, directory or tokenizer.json (default with --repo: "
-        "openai/whisper-tiny)",
-    )
-    tts.add_argument(
-        "--voice",
-        action="append",
-        default=[],
-        metavar="NAME=FILE[:TEXT]",
-        help="a voice of the whole system: a recording of 3 to 15 seconds and what it says (default: the text in the "
-        ".txt file beside it). May be repeated; the first one, or the one named default, speaks when a call names "
-        "none",
-    )
-    parser.add_argument("-o", "--output-dir", type=Path, metavar="DIR", help="directory to write")
-    parser.add_argument(
-        "--into-cache",
-        action="store_true",
-        default=None,
-        help="instead of --output-dir: put the files of --repo, a Hub id, to its downloads in the cache of the Hub, "
-        "where every program that loads this id finds them",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="type to store the weights in (default: %(default)s)"
-    )
-    parser.add_argument("--allow-partial", action="store_true", help="convert in spite of unknown or missing tensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace models that are in the directory")
-    hub = parser.add_argument_group("upload")
-    hub.add_argument(
-        "--push-to-hub", metavar="ID", help="upload the directory to this Hub repository, made if missing"
-    )
-    hub.add_argument(
-        "--create-pr",
-        action="store_true",
-        default=None,
-        help="as a pull request that adds files to an existing repository",
-    )
-    hub.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
+    add("--into-cache", help=text, **switch)
+    add("--dtype", choices=DTYPES, default="float32", help="type to store the weights in")
+    add("--allow-partial", action="store_true", help="convert in spite of unknown or missing tensors")
+    add("--overwrite", action="store_true", help="replace models that are in the directory")
+    add = parser.add_argument_group("upload").add_argument
+    add("--push-to-hub", metavar="ID", help="upload the directory to this Hub repository, made if missing")
+    add("--create-pr", help="as a pull request that adds files to an existing repository", **switch)
+    add("--private", help="make the repository a private one", **switch)
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -132,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.cache import install_release
     from ..conversion.checkpoint import CheckpointError
     from ..conversion.download import ReleasedFiles
-    from ..conversion.repository import Progress, convert_release, push, write_card
+    from ..conversion.repository import convert_release, push, write_card
 
     try:
         if args.into_cache:
@@ -144,18 +110,16 @@ def run(args: argparse.Namespace) -> int:
             _fetch(args, files)
         if voices and not files.is_whole:
             usage_error(args, "argument --voice: goes with the whole text-to-speech system, such as from --repo")
-        with Progress(args.output_dir, args.overwrite) as progress:
-            dtype = getattr(torch, args.dtype)
-            convert_release(files, args.output_dir, progress, voices, dtype, args.allow_partial)
-            if files.codec is not None:
-                write_card(args.output_dir, "tts" if files.is_whole else "codec", args.overwrite)
-            if files.nar is not None and not files.is_whole:
-                write_card(args.output_dir / "tts" / "voicebox", "voicebox", args.overwrite)
-            if args.push_to_hub is not None:
-                if not any(args.output_dir.rglob("*.safetensors")):
-                    raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
-                print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
-            progress.finish()
+        dtype = getattr(torch, args.dtype)
+        convert_release(files, args.output_dir, voices, dtype, args.allow_partial, args.overwrite)
+        if files.codec is not None:
+            write_card(args.output_dir, "tts" if files.is_whole else "codec", args.overwrite)
+        if files.nar is not None and not files.is_whole:
+            write_card(args.output_dir / "tts" / "voicebox", "voicebox", args.overwrite)
+        if args.push_to_hub is not None:
+            if not any(args.output_dir.rglob("*.safetensors")):
+                raise CommandError(f"{args.output_dir} holds no model to push: convert one first.")
+            print(f"Pushed: {push(args.output_dir, args.push_to_hub, bool(args.private), bool(args.create_pr))}")
     except CheckpointError as error:
         raise CommandError(_with_options(str(error))) from error
     return 0

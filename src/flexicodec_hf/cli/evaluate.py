@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
+    DATASET_SETTINGS,
     CommandError,
+    add_chunk_argument,
+    add_dataset_arguments,
+    add_rates_arguments,
     add_running_arguments,
     choose_device,
-    cosine,
     load_codec_config,
+    load_dataset_of,
     load_model_config,
     loading,
-    not_negative,
     positive_int,
     report_error,
     usage_error,
@@ -28,11 +31,12 @@ if TYPE_CHECKING:
     from ..evaluation.methods import Method
     from ..evaluation.run import Evaluator
 
-_MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "mos", "dnsmos", "stability")
+_MEASURES = ("wer", "pesq", "stoi", "mcd", "speaker", "mos", "stability")
 # What decides the results: all results in a directory have the same.
-_DATA_SETTINGS = ("config_name", "split", "audio_column", "text_column")
-_MEASURE_SETTINGS = ("asr", "language", "speaker_model")
-_SETTINGS = ("task", "model", "data", *_DATA_SETTINGS, *_MEASURE_SETTINGS, "chunk_length_s", "seed", "dtype")
+_SETTINGS = (
+    *("task", "model", "data", *DATASET_SETTINGS),
+    *("asr", "language", "speaker_model", "chunk_length_s", "seed", "dtype"),
+)
 
 
 def add_commands(commands: Any) -> None:
@@ -47,32 +51,23 @@ def add_commands(commands: Any) -> None:
     add("model", metavar="MODEL", help="model to measure, a Hub id or a directory")
     add("data", metavar="DATA", help="folder or file of audio, table (.jsonl, .csv), or dataset (Hub id or directory)")
     add("--task", default="codec", choices=("codec", "tts"), help="reconstruct the audio, or speak the texts")
+    add("--limit", type=positive_int, help="only the first N clips")
+    add_dataset_arguments(parser, default_split="test")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
-    add("--split", metavar="NAME", help="split of a dataset (default: test, or the only one)")
-    add("--streaming", action="store_true", help="do not download the dataset first")
-    add("--audio-column", metavar="NAME", help="default: audio, file_name, path, file or audio_filepath")
-    add("--text-column", metavar="NAME", help="default: text, transcription, transcript, sentence, ...")
-    add("--limit", type=positive_int, metavar="N", help="only the first N clips")
-
-    add = parser.add_argument_group("settings of the codec, each of which is measured").add_argument
-    for name, kind, metavar, help in (
-        ("--merging-thresholds", cosine, "X", "default: the model's"),
-        ("--target-frame-rates", float, "HZ", "tokens per second"),
-        ("--fixed-frame-rates", float, "HZ", "for comparison, tokens of even length instead of merging by similarity"),
-    ):
-        add(name, type=kind, nargs="+", default=[], metavar=metavar, help=help)
-    add("--num-quantizers", type=positive_int, nargs="+", default=[None], metavar="N", help="codebooks (default: all)")
-    text = "process clips longer than twice this in chunks of this many seconds; 0 never does (default: 30)"
-    add("--chunk-length-s", type=not_negative, default=30.0, metavar="S", help=text)
+    codec = parser.add_argument_group("settings of the codec, each of which is measured")
+    add_rates_arguments(codec)
+    add = codec.add_argument
+    text = "for comparison, tokens of even length instead of merging by similarity"
+    add("--fixed-frame-rates", type=float, nargs="+", default=[], help=text)
+    add("--num-quantizers", type=positive_int, nargs="+", default=[None], help="codebooks (default: all)")
+    add_chunk_argument(codec)
 
     add = parser.add_argument_group("measures").add_argument
-    text = "default: pesq, stoi, mcd and mel (of the codec), wer with --asr, speaker with --speaker-model"
+    text = "default: pesq, stoi and mcd (of the codec), wer with --asr, speaker with --speaker-model"
     add("--measures", nargs="+", choices=_MEASURES, help=text)
     text = "recognizer for error rates: an `automatic-speech-recognition` model, or one in CTranslate2's format"
     add("--asr", metavar="ID_OR_DIR", help=text)
-    add("--language", default="en", metavar="CODE", help="spoken language (default: en)")
+    add("--language", default="en", metavar="CODE", help="spoken language")
     add("--speaker-model", metavar="ID_OR_DIR", help="speaker encoder: resemblyzer, or a model with an x-vector head")
 
     add = parser.add_argument_group("results").add_argument
@@ -80,8 +75,7 @@ def add_commands(commands: Any) -> None:
     add("-o", "--output-dir", type=Path, metavar="DIR", help=text)
     add("--plot", type=Path, metavar="FILE", help="plot of error rate and quality against token rate")
     add("--per-clip", action="store_true", help="print the results of every clip too")
-    add("--seed", type=int, default=0, metavar="N", help="seed of text-to-speech (default: 0)")
-
+    add("--seed", type=int, default=0, help="seed of text-to-speech")
     add_running_arguments(parser.add_argument_group("running"))
     parser.set_defaults(run=run_evaluate, parser=parser)
 
@@ -97,7 +91,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from datasets import Dataset
 
-    from ..data.sources import load_speech
     from ..evaluation.methods import Original
     from ..evaluation.run import evaluate
 
@@ -107,7 +100,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     try:
         if args.plot is not None:
             require("matplotlib", "the plot", "eval")
-        options: dict[str, Any] = {name: getattr(args, name) for name in _DATA_SETTINGS}
         unusable: list[str] = []
 
         def report_row(message: str) -> None:
@@ -115,21 +107,20 @@ def run_evaluate(args: argparse.Namespace) -> int:
             if state.is_main_process:
                 report_error(unusable[-1])
 
-        options |= {"streaming": args.streaming, "on_bad_row": report_row}
-        dataset = load_speech(args.data, default_split="test", **options)
+        dataset = load_dataset_of(args, args.data, on_bad_row=report_row)
         if args.limit is not None:
             size = min(args.limit, len(dataset)) if isinstance(dataset, Dataset) else args.limit
             dataset = dataset.take(size)
         evaluator = _evaluator(args, measures, device)
         methods = (_codec_methods if args.task == "codec" else _speaking_methods)(args, device)
-        if {"wer", "mos", "dnsmos"} & set(measures):
+        if {"wer", "mos"} & set(measures):
             methods.insert(0, Original())
         settings = {name: getattr(args, name) for name in _SETTINGS}
         report = evaluate(dataset, methods, evaluator, args.output_dir, settings, on_error=report_error)
         report = replace(report, failed=[*unusable, *report.failed])
         if state.is_main_process:
             if args.per_clip:
-                print(report.table_of_clips(), end="\n\n")
+                print(report.table(per_clip=True), end="\n\n")
             print(report.table())
             if report.failed:
                 print(f"\n{len(report.failed)} failed")
@@ -144,11 +135,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def _measures(args: argparse.Namespace) -> list[str]:
     if args.measures is None:
-        measures = ["pesq", "stoi", "mcd", "mel"] if args.task == "codec" else []
+        measures = ["pesq", "stoi", "mcd"] if args.task == "codec" else []
         measures += ["wer"] if args.asr else []
         measures += ["speaker"] if args.speaker_model else []
         if not measures:
-            usage_error(args, "nothing to measure: pass --asr, --speaker-model or --measures dnsmos")
+            usage_error(args, "nothing to measure: pass --asr, --speaker-model or --measures mos")
         return measures
     for measure, option, value in (("wer", "--asr", args.asr), ("speaker", "--speaker-model", args.speaker_model)):
         if measure in args.measures and value is None:
@@ -170,25 +161,20 @@ def _evaluator(args: argparse.Namespace, measures: list[str], device: str) -> Ev
 
 
 def _codec_methods(args: argparse.Namespace, device: str) -> list[Method]:
-    import torch
-
-    from ..cpu_flexicodec import optimize_for_cpu
+    from ..data.runner import CodecRunner
     from ..evaluation.methods import CodecReconstruction
-    from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
-    from ..modeling_flexicodec import FlexiCodecModel
 
     load_codec_config(args.model)  # its errors say what is wrong with another kind of model
     with loading(args.model):
-        codec = FlexiCodecModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
-        feature_extractor = FlexiCodecFeatureExtractor.from_pretrained(args.model)
-    if device == "cpu":
-        codec = optimize_for_cpu(codec)
+        runner = CodecRunner.from_pretrained(args.model, device, args.dtype)
     rates: list[dict[str, Any]] = [{"merging_threshold": value} for value in args.merging_thresholds]
     rates += [{"target_frame_rate": value} for value in args.target_frame_rates]
     rates += [{"fixed_frame_rate": value} for value in args.fixed_frame_rates]
     chunk_length_s = args.chunk_length_s or None
     return [
-        CodecReconstruction(codec, feature_extractor, **rate, num_quantizers=number, chunk_length_s=chunk_length_s)
+        CodecReconstruction(
+            runner.codec, runner.feature_extractor, **rate, num_quantizers=number, chunk_length_s=chunk_length_s
+        )
         for rate, number in itertools.product(rates or [{}], args.num_quantizers)
     ]
 

@@ -17,16 +17,11 @@ def add_commands(commands: Any) -> None:
         description="Write the codec, and the text-to-speech system if the model has one, as ONNX files, with the "
         "code that runs them on NumPy and ONNX Runtime: `cd DIR && python -m flexicodec_onnx --help`.",
     )
-    parser.add_argument("output_dir", type=Path, metavar="DIR", help="directory to write; it must not exist")
-    parser.add_argument(
-        "--format", default="onnx", choices=("onnx",), help="of the files; the only one so far (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--model",
-        default=RELEASED_REPO,
-        metavar="ID_OR_DIR",
-        help="converted model, a Hub id or a directory (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("output_dir", type=Path, metavar="DIR", help="directory to write; it must not exist")
+    add("--format", default="onnx", choices=("onnx",), help="of the files; the only one so far")
+    text = "converted model, a Hub id or a directory"
+    add("--model", default=RELEASED_REPO, metavar="ID_OR_DIR", help=text)
     parser.set_defaults(run=run_export, parser=parser)
 
 

@@ -33,68 +33,30 @@ def add_commands(commands: Any) -> None:
         "With an API key (--api-key, or the environment variable FLEXICODEC_API_KEY), nothing is answered without "
         "it. Needs the extra [serve].",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
-    parser.add_argument(
-        "--api-key", metavar="KEY", help="what clients must send (default: $FLEXICODEC_API_KEY, if set)"
-    )
-    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: as --model)")
-    parser.add_argument(
-        "--voices-dir",
-        type=Path,
-        metavar="DIR",
-        help="where added voices are kept; made if missing (default: they are forgotten when the server ends)",
-    )
-    load = parser.add_argument_group("load")
-    load.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=8,
-        metavar="N",
-        help="requests to work on at once; with 1, the first audio of a text comes soonest (default: %(default)s)",
-    )
-    load.add_argument(
-        "--max-requests",
-        type=positive_int,
-        default=64,
-        metavar="N",
-        help="requests that wait and run at most; more are answered with 429 (default: %(default)s)",
-    )
-    load.add_argument(
-        "--max-piece-length",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="characters to speak at once; fewer give the first audio sooner (default: %(default)s)",
-    )
-    load.add_argument(
-        "--timeout",
-        type=positive_seconds,
-        default=120.0,
-        metavar="S",
-        help="seconds to wait for a client, and for the model (default: %(default)g)",
-    )
-    load.add_argument(
-        "--shutdown-timeout",
-        type=positive_int,
-        default=30,
-        metavar="S",
-        help="seconds that requests have to end when the server is stopped (default: %(default)s)",
-    )
-    limits = parser.add_argument_group("limits of a request")
-    limits.add_argument(
-        "--max-text-length", type=positive_int, default=4096, metavar="N", help="characters (default: %(default)s)"
-    )
-    limits.add_argument(
-        "--max-audio",
-        type=positive_seconds,
-        default=600.0,
-        metavar="S",
-        help="seconds of audio (default: %(default)g)",
-    )
-    limits.add_argument(
-        "--max-body", type=positive_int, default=25, metavar="MB", help="megabytes of a body (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; the default is heard by this machine alone")
+    add("--port", type=int, default=8000, help="port to listen at")
+    add("--api-key", metavar="KEY", help="what clients must send (default: $FLEXICODEC_API_KEY, if set)")
+    add("--model-name", metavar="NAME", help="what clients call the model (default: as --model)")
+    text = "where added voices are kept; made if missing (default: they are forgotten when the server ends)"
+    add("--voices-dir", type=Path, metavar="DIR", help=text)
+
+    add = parser.add_argument_group("load").add_argument
+    text = "requests to work on at once; with 1, the first audio of a text comes soonest"
+    add("--batch-size", type=positive_int, default=8, help=text)
+    text = "requests that wait and run at most; more are answered with 429"
+    add("--max-requests", type=positive_int, default=64, help=text)
+    text = "characters to speak at once; fewer give the first audio sooner"
+    add("--max-piece-length", type=positive_int, default=200, help=text)
+    text = "seconds to wait for a client, and for the model"
+    add("--timeout", type=positive_seconds, default=120.0, help=text)
+    text = "seconds that requests have to end when the server is stopped"
+    add("--shutdown-timeout", type=positive_int, default=30, help=text)
+
+    add = parser.add_argument_group("limits of a request").add_argument
+    add("--max-text-length", type=positive_int, default=4096, help="characters")
+    add("--max-audio", type=positive_seconds, default=600.0, help="seconds of audio")
+    add("--max-body", type=positive_int, default=25, help="megabytes of a body")
     add_model_arguments(parser)
     parser.set_defaults(run=run_serve, parser=parser)
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .common import (
     CommandError,
     add_model_arguments,
+    add_output_argument,
     check_output,
     choose_device,
     load_model_config,
@@ -45,46 +46,31 @@ def add_commands(commands: Any) -> None:
     source = speak.add_mutually_exclusive_group(required=True)
     source.add_argument("text", nargs="?", metavar="TEXT", help="what to say")
     source.add_argument("--text-file", type=Path, metavar="FILE", help="a file with what to say; - is standard input")
-    _add_output(speak, "; - is standard output, as WAV for a player: `... --stream -o - | aplay`")
+    add_output_argument(speak, "; - is standard output, as WAV for a player: `... --stream -o - | aplay`")
     voice = speak.add_argument_group("voice (default: the model's first)")
-    who = voice.add_mutually_exclusive_group()
-    who.add_argument(
-        "--voice", metavar="NAME_OR_FILE", help="one of the model's voices, or a file that FlexiCodecVoice.save wrote"
-    )
-    who.add_argument(
-        "--reference-audio", type=Path, metavar="FILE", help="a recording of the voice, 3 to 15 seconds long"
-    )
-    voice.add_argument(
-        "--reference-text",
-        metavar="TEXT",
-        help="what the recording says, word for word (default: what is in the .txt file beside it)",
-    )
-    speak.add_argument("--language", metavar="CODE", help="of the text, such as en or zh (default: the model's, en)")
+    add = voice.add_mutually_exclusive_group().add_argument
+    text = "one of the model's voices, or a file that FlexiCodecVoice.save wrote"
+    add("--voice", metavar="NAME_OR_FILE", help=text)
+    text = "a recording of the voice, 3 to 15 seconds long"
+    add("--reference-audio", type=Path, metavar="FILE", help=text)
+    text = "what the recording says, word for word (default: what is in the .txt file beside it)"
+    voice.add_argument("--reference-text", help=text)
+
+    add = speak.add_argument
+    add("--language", metavar="CODE", help="of the text, such as en or zh (default: the model's, en)")
     _add_speech_arguments(speak)
-    speak.add_argument(
-        "--temperature", type=float, metavar="X", help="of the tokens; lower is steadier (default: the model's)"
+    add("--temperature", type=float, help="of the tokens; lower is steadier (default: the model's)")
+    add("--top-k", type=positive_int, help="tokens to draw from (default: the model's)")
+    add("--top-p", type=float, help="draw from the likeliest tokens of this total probability")
+    text = (
+        "characters to speak at once, an East Asian one counting for three; fewer give the first audio sooner "
+        "(default: 200)"
     )
-    speak.add_argument("--top-k", type=positive_int, metavar="N", help="tokens to draw from (default: the model's)")
-    speak.add_argument(
-        "--top-p", type=float, metavar="X", help="draw from the likeliest tokens of this total probability"
-    )
-    speak.add_argument(
-        "--max-piece-length",
-        type=int,
-        metavar="N",
-        help="characters to speak at once, an East Asian one counting for three; fewer give the first audio sooner "
-        "(default: 200)",
-    )
-    speak.add_argument(
-        "--stream",
-        action="store_true",
-        help="write the audio while the tokens of a sentence are drawn: the first after a few of them",
-    )
-    speak.add_argument(
-        "--no-nar",
-        action="store_true",
-        help="let the codec alone make the sound: faster, at 16 kHz, and less like the voice",
-    )
+    add("--max-piece-length", type=int, help=text)
+    text = "write the audio while the tokens of a sentence are drawn: the first after a few of them"
+    add("--stream", action="store_true", help=text)
+    text = "let the codec alone make the sound: faster, at 16 kHz, and less like the voice"
+    add("--no-nar", action="store_true", help=text)
     add_model_arguments(speak)
     speak.set_defaults(run=run_speak, parser=speak)
 
@@ -95,47 +81,23 @@ def add_commands(commands: Any) -> None:
         "pieces.",
     )
     convert.add_argument("source", type=Path, metavar="SOURCE", help="audio file with the words")
-    convert.add_argument(
-        "reference",
-        metavar="REFERENCE",
-        help="audio file with the voice, 3 to 15 seconds long; or a voice's file or name",
-    )
-    _add_output(convert)
+    text = "audio file with the voice, 3 to 15 seconds long; or a voice's file or name"
+    convert.add_argument("reference", metavar="REFERENCE", help=text)
+    add_output_argument(convert)
     _add_speech_arguments(convert)
     add_model_arguments(convert)
     convert.set_defaults(run=run_convert_voice, parser=convert)
 
 
-def _add_output(parser: argparse.ArgumentParser, more: str = "") -> None:
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help=f"audio file to write: .wav, .flac, .ogg or .mp3{more}",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-
-
 def _add_speech_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--merging-threshold",
-        type=float,
-        metavar="X",
-        help="one that the model was trained with; the lower, the fewer tokens a second (default: the model's)",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="makes the result repeatable")
-    parser.add_argument("--preset", choices=["fast"], help="7 steps that are placed well, instead of 15 of one length")
-    parser.add_argument(
-        "--num-inference-steps",
-        type=positive_int,
-        metavar="N",
-        help="steps from noise to sound; fewer are faster (default: 15)",
-    )
-    parser.add_argument(
-        "--guidance-scale", type=float, metavar="X", help="how closely to follow tokens and voice (default: 2)"
-    )
+    add = parser.add_argument
+    text = "one that the model was trained with; the lower, the fewer tokens a second (default: the model's)"
+    add("--merging-threshold", type=float, help=text)
+    add("--seed", type=int, help="makes the result repeatable")
+    add("--preset", choices=["fast"], help="7 steps that are placed well, instead of 15 of one length")
+    text = "steps from noise to sound; fewer are faster (default: 15)"
+    add("--num-inference-steps", type=positive_int, help=text)
+    add("--guidance-scale", type=float, help="how closely to follow tokens and voice (default: 2)")
 
 
 def run_speak(args: argparse.Namespace) -> int:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import cached_assets_path, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import WeakFileLock
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from ..data.files import atomic_file
 from .checkpoint import CheckpointError
 from .download import CODEC_CONFIG_FILE, CODEC_FILE, ReleasedFiles, fetch
-from .repository import Progress, convert_release, fingerprint
+from .repository import convert_release, fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -59,11 +61,12 @@ def converted_release(
         files = sorted(file for file in source.iterdir() if file.suffix in (".safetensors", ".yaml", ".pt", ".json"))
         version = hashlib.sha256(str([fingerprint(file) for file in files]).encode()).hexdigest()[:40]
     else:
-        revision = _released_commit(str(source), revision, hub)
+        source = str(source)
+        revision = _released_commit(source, revision, hub)
         if revision is None:
             return None
         version = revision
-    return _convert_once(source, version, text_to_speech, revision, force_download, hub)
+    return _convert_once(source, version, text_to_speech, revision, force_download, **hub)
 
 
 def install_release(source: str, text_to_speech: bool = True) -> Path:
@@ -93,19 +96,15 @@ def install_release(source: str, text_to_speech: bool = True) -> Path:
     for file in sorted(files, key=lambda file: (file == Path("config.json"), file)):
         if any(part.startswith(".") for part in file.parts):
             continue
-        target = snapshot / file
+        target, mark = snapshot / file, _marks(snapshot) / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".incomplete-{target.name}")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(folder / file, temporary)
-        except OSError:  # another disk
-            shutil.copyfile(folder / file, temporary)
-        temporary.replace(target)
-        temporary.unlink(missing_ok=True)  # a link that replaces itself stays
+        with atomic_file(target) as temporary:
+            try:
+                os.link(folder / file, temporary)
+            except OSError:  # another disk
+                shutil.copyfile(folder / file, temporary)
         # The cache marks what a repository lacks by an empty file. A directory is no mark, and keeps
         # the next program that asks the Hub from making one.
-        mark = _marks(snapshot) / file
         if mark.is_file():
             mark.unlink()
         mark.mkdir(parents=True, exist_ok=True)
@@ -146,24 +145,18 @@ def _marks(snapshot: Path) -> Path:
 
 
 def _convert_once(
-    source: str | os.PathLike[str],
-    version: str,
-    text_to_speech: bool,
-    revision: str | None,
-    force: bool = False,
-    hub: dict[str, Any] | None = None,
+    source: str | Path, version: str, text_to_speech: bool, revision: str | None, force: bool = False, **hub: Any
 ) -> Path:
-    hub = hub or {}
     cache_dir = hub.get("cache_dir")
-    namespace = source.name or "root" if isinstance(source, Path) else str(source)
+    namespace = source.name or "root" if isinstance(source, Path) else source
     assets = None if cache_dir is None else Path(cache_dir) / "assets"
     folder = cached_assets_path("flexicodec_hf", namespace, f"{version}-{_VERSION}", assets_dir=assets)
     weights = folder / ("tts/model.safetensors" if text_to_speech else "model.safetensors")
     if force or not weights.is_file():
-        with Progress(folder, overwrite=True, wait=True) as progress:
+        with WeakFileLock(folder / ".lock"):
             if force or not weights.is_file():
                 files = ReleasedFiles()
                 files.fetch(source, text_to_speech, revision, force_download=force, **hub)
                 logger.warning(f"The files of {source} are converted, once, to {folder}.")
-                convert_release(files, folder, progress, report=logger.info)
+                convert_release(files, folder, overwrite=True, report=logger.info)
     return folder

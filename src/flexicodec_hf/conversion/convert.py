@@ -22,7 +22,7 @@ from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_vocoder import FlexiCodecVocoderModel
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
-from .checkpoint import CheckpointError, SourceCheckpoint
+from .checkpoint import CheckpointError, SourceCheckpoint, read_tensors
 from .tables import AR, CODEC, TTS_CODEC_PREFIXES, TTS_PREFIXES, VOCODER, VOICEBOX, Table
 
 
@@ -69,19 +69,20 @@ def convert_codec(
         CheckpointError: A file is corrupt, is of another variant of the codec, contradicts
             `config`, or has unknown or missing tensors.
     """
-    whole = SourceCheckpoint.open(source)
-    views = (whole.view(prefix) for prefix in (*TTS_CODEC_PREFIXES, ""))
-    codec = next((view for view in views if "dac.decoder.model.0.bias" in view), None)
-    if codec is None:
+    tensors = read_tensors(source)
+    prefixes = (*TTS_CODEC_PREFIXES, "")
+    prefix = next((prefix for prefix in prefixes if f"{prefix}dac.decoder.model.0.bias" in tensors), None)
+    if prefix is None:
         raise CheckpointError(
             f"{source} holds no codec: there is no 'dac.decoder.model.0.bias' at its root or under "
             f"'{TTS_CODEC_PREFIXES[0]}' or '{TTS_CODEC_PREFIXES[1]}'."
         )
+    codec = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if any(name.startswith("semantic_model.") for name in codec):
         if semantic is not None:
             logger.info(f"{source} holds its own semantic encoder: {semantic} is not used for it.")
     elif semantic is not None:
-        codec.replace("semantic_model.", SourceCheckpoint.open(semantic))
+        codec |= {f"semantic_model.{name}": tensor for name, tensor in read_tensors(semantic).items()}
     else:
         raise CheckpointError(
             f"{source} does not hold the semantic encoder. Pass the file `model.pt` of FunAudioLLM/SenseVoiceSmall as "
@@ -90,43 +91,36 @@ def convert_codec(
     fixed_rate = not any(name.startswith(("semantic_aggregator.", "bottleneck_transformer.")) for name in codec)
     if "semantic_aggregator.query_embedding" not in codec and not (fixed_rate and allow_partial):
         raise CheckpointError(
-            f"{source} has no query token aggregator ('{codec.prefix}semantic_aggregator.query_embedding'): it is not "
+            f"{source} has no query token aggregator ('{prefix}semantic_aggregator.query_embedding'): it is not "
             "a FlexiCodec with a dynamic frame rate. A codec of a fixed rate, without any of the transformers, can be "
             "converted as a start for training with `allow_partial=True`."
         )
-    beside = [name for name in whole if codec.prefix and not name.startswith((*TTS_CODEC_PREFIXES, *TTS_PREFIXES))]
+    beside = [name for name in tensors if prefix and not name.startswith((*TTS_CODEC_PREFIXES, *TTS_PREFIXES))]
     settings = _read_settings(config, sections=("config", "model"))
-    return convert(codec, CODEC, settings, output_dir, dtype, allow_partial, released_feature_extractor(), beside)
+    checkpoint, extractor = SourceCheckpoint(source, codec, prefix), released_feature_extractor()
+    return convert(checkpoint, CODEC, settings, output_dir, dtype, allow_partial, extractor, beside)
 
 
 def convert_ar(
-    source: str | Path,
-    output_dir: str | Path | None = None,
-    config: Settings = None,
-    dtype: torch.dtype = torch.float32,
-    allow_partial: bool = False,
+    source: str | Path, output_dir: str | Path | None = None, config: Settings = None, **options: Any
 ) -> FlexiCodecARForConditionalGeneration:
     """
     Convert a released autoregressive model, as [`convert_codec`] does a codec: the tensors under
     `transformer_lm.`, without the untrained speaker projection. `config` has the reference's keyword
     arguments (`llm_dropout_rate`, `flex_framerate_options`, ...), where they are not the released
-    ones.
+    ones. `options` are `dtype` and `allow_partial`.
     """
-    return convert(SourceCheckpoint.open(source), AR, _read_settings(config), output_dir, dtype, allow_partial)
+    return convert(SourceCheckpoint(source, read_tensors(source)), AR, _read_settings(config), output_dir, **options)
 
 
 def convert_voicebox(
-    source: str | Path,
-    output_dir: str | Path | None = None,
-    config: Settings = None,
-    dtype: torch.dtype = torch.float32,
-    allow_partial: bool = False,
+    source: str | Path, output_dir: str | Path | None = None, config: Settings = None, **options: Any
 ) -> FlexiCodecVoiceboxModel:
     """
     Convert a released Voicebox, as [`convert_codec`] does a codec: the tensors under
     `voicebox_model.` and, for training, `repa_projection.`. `config` has the reference's keyword
     arguments (`num_heads`, `sigma`, `repa_layer_idx`, ...), flat or below `voicebox_config`, where
-    they are not the released ones.
+    they are not the released ones. `options` are `dtype` and `allow_partial`.
     """
     settings = _read_settings(config)
     if "voicebox_config" in settings:
@@ -134,22 +128,20 @@ def convert_voicebox(
         # nar_tts/modeling_voicebox.py, line 112).
         settings.pop("repa_layer_idx", None)
         settings |= _check_mapping(settings.pop("voicebox_config"), f"`voicebox_config` of {config}")
-    return convert(SourceCheckpoint.open(source), VOICEBOX, settings, output_dir, dtype, allow_partial)
+    return convert(SourceCheckpoint(source, read_tensors(source)), VOICEBOX, settings, output_dir, **options)
 
 
 def convert_vocoder(
-    source: str | Path,
-    output_dir: str | Path | None = None,
-    config: Settings = None,
-    dtype: torch.dtype = torch.float32,
-    allow_partial: bool = False,
+    source: str | Path, output_dir: str | Path | None = None, config: Settings = None, **options: Any
 ) -> FlexiCodecVocoderModel:
     """
     Convert a released Vocos, as [`convert_codec`] does a codec: the tensors under `backbone.` and
     `head.`. `config` has the reference's keyword arguments (`dim`, `hop_size`, ...), where they are
-    not the released ones. Without them the hop is a quarter of the FFT size.
+    not the released ones; without them the hop is a quarter of the FFT size. `options` are `dtype` and
+    `allow_partial`.
     """
-    return convert(SourceCheckpoint.open(source), VOCODER, _read_settings(config), output_dir, dtype, allow_partial)
+    settings = _read_settings(config)
+    return convert(SourceCheckpoint(source, read_tensors(source)), VOCODER, settings, output_dir, **options)
 
 
 def convert(
@@ -174,14 +166,11 @@ def convert(
     with torch.device("meta"):
         targets = table.model_class(config).state_dict()
     tensors: dict[str, Tensor] = {}
-    missing: set[str] = set()
+    used: set[str] = set()
     for name, target in tqdm(targets.items(), f"Converting {table.model_class.__name__}", unit="tensor", leave=False):
         source_names = table.source_names(name, config)
-        if absent := [theirs for theirs in source_names if theirs not in source]:
-            missing.update(map(source.full_name, absent))
-            # The others of the group are known.
-            for theirs in set(source_names) - set(absent):
-                source.read(theirs)
+        used.update(source_names)
+        if not source.tensors.keys() >= set(source_names):
             continue
         try:
             tensor = table.read(source, name, config)
@@ -189,19 +178,24 @@ def convert(
         except (RuntimeError, IndexError, ValueError):  # such as a projection that does not divide into heads
             fits = False
         if not fits:
-            shapes = " and ".join(f"'{source.full_name(theirs)}' {source.shape(theirs)}" for theirs in source_names)
+            shapes = " and ".join(
+                f"'{source.prefix}{theirs}' {tuple(source[theirs].shape)}" for theirs in source_names
+            )
             raise CheckpointError(
                 f"{source.path} has {shapes}, which does not make a `{name}` of shape {tuple(target.shape)}."
             )
         tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-    unknown = [source.full_name(name) for name in source.unused() if not re.fullmatch(table.unused, name)]
-    unknown += beside
+    missing = [source.prefix + name for name in sorted(used - source.tensors.keys())]
+    unused = (name for name in sorted(source.tensors.keys() - used) if not re.fullmatch(table.unused, name))
+    unknown = [*(source.prefix + name for name in unused), *beside]
     if missing or unknown:
-        report = _report(source.path, table, sorted(missing), unknown)
+        lines = [f"{source.path} does not hold exactly the tensors of a {table.model_class.__name__}."]
+        lines += [f"Missing ({len(missing)}): {', '.join(missing)}."] if missing else []
+        lines += [f"Unknown ({len(unknown)}): {', '.join(unknown)}."] if unknown else []
         if not allow_partial:
-            raise CheckpointError(f"{report} Pass `allow_partial=True` to convert in spite of that.")
-        logger.warning(report)
+            raise CheckpointError(f"{' '.join(lines)} Pass `allow_partial=True` to convert in spite of that.")
+        logger.warning(" ".join(lines))
     model = table.model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
     if output_dir is not None:
         with atomic_directory(output_dir) as folder:
@@ -255,17 +249,13 @@ def released_feature_extractor() -> FlexiCodecFeatureExtractor:
 
 def _read_settings(config: Settings, sections: Sequence[str] = ()) -> dict[str, Any]:
     """Settings as a mapping: those below the first of `sections` that there is."""
-    if config is None:
-        return {}
-    content: Any = config
-    if not isinstance(config, Mapping):
-        path = Path(config)
-        is_json = path.suffix == ".json"
+    content: Any = {} if config is None else config
+    if isinstance(config, (str, Path)):
+        kind, parse = ("JSON", json.loads) if Path(config).suffix == ".json" else ("YAML", yaml.safe_load)
         try:
-            text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if is_json else yaml.safe_load(text)
+            content = parse(Path(config).read_text(encoding="utf-8"))
         except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path} is not a {'JSON' if is_json else 'YAML'} file: {error}") from error
+            raise CheckpointError(f"{config} is not a {kind} file: {error}") from error
     section = next((name for name in sections if isinstance(content, Mapping) and name in content), None)
     return _check_mapping(content if section is None else content[section], str(config))
 
@@ -276,10 +266,3 @@ def _check_mapping(content: Any, what: str) -> dict[str, Any]:
             f"{what} must hold a mapping of names of settings to values, but holds {type(content).__name__}."
         )
     return dict(content)
-
-
-def _report(path: Path, table: Table, missing: list[str], unknown: list[str]) -> str:
-    lines = [f"{path} does not hold exactly the tensors of a {table.model_class.__name__}."]
-    lines += [f"Missing ({len(missing)}): {', '.join(missing)}."] if missing else []
-    lines += [f"Unknown ({len(unknown)}): {', '.join(unknown)}."] if unknown else []
-    return " ".join(lines)

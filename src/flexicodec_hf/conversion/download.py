@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from .checkpoint import CheckpointError, SourceCheckpoint
+from .checkpoint import CheckpointError, read_tensors
 from .tables import TTS_CODEC_PREFIXES
 from .tokenizer import DEFAULT_SOURCE as TOKENIZER_REPO
 
@@ -61,11 +61,8 @@ class ReleasedFiles:
 
     def find_tts_codec(self) -> Path | None:
         """The file with the codec that the text-to-speech models were trained with."""
-        if self.tts_codec is not None:
-            return self.tts_codec
-        return next(
-            (file for file in (self.ar, self.nar) if file is not None and _holds(file, TTS_CODEC_PREFIXES)), None
-        )
+        candidates = (file for file in (self.ar, self.nar) if file is not None and _holds(file, TTS_CODEC_PREFIXES))
+        return self.tts_codec or next(candidates, None)
 
     def fetch(
         self, repo: str | PathLike[str], text_to_speech: bool = True, revision: str | None = None, **options: Any
@@ -132,4 +129,4 @@ def fetch(repo: str | PathLike[str], filename: str, revision: str | None = None,
 
 def _holds(file: Path, prefixes: tuple[str, ...]) -> bool:
     """Whether a file has tensors whose names start with one of the prefixes."""
-    return any(name.startswith(prefixes) for name in SourceCheckpoint.open(file))
+    return any(name.startswith(prefixes) for name in read_tensors(file))

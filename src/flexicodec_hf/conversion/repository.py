@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from transformers.utils import logging
 
-from ..data.files import atomic_directory
+from ..data.files import atomic_directory, only_run
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_tts import FlexiCodecForTextToSpeech
@@ -28,17 +26,10 @@ from .download import ReleasedFiles
 from .tokenizer import build_tokenizer
 
 
-logger = logging.get_logger(__name__)
-
 DEFAULT_VOICE = "default"
-RECORD = ".conversion.json"
-"""Beside the weights while a conversion is unfinished: the files and options of its making."""
 
 # Of the pipeline, for remote code; the files of models and processor are written with them.
 PIPELINE_FILES = ("pipeline_flexicodec_tts.py", "cpu_flexicodec.py")
-
-# Where a converted repository has weights, and so records and what a killed process left.
-_WEIGHT_FOLDERS = ("", "tts/", "tts/*/")
 
 
 @dataclass(frozen=True)
@@ -63,90 +54,6 @@ class VoiceSource:
         check_voice_name(self.name)
 
 
-class Progress:
-    """
-    A conversion to a directory, which goes on where an interrupted one stopped. It is a context,
-    which keeps other conversions out.
-
-    Args:
-        output_dir: Directory of the conversion.
-        overwrite: Whether to replace models of other conversions, or of other files and options.
-        wait: Whether to wait for the end of another conversion, instead of raising an error.
-    """
-
-    def __init__(self, output_dir: Path, overwrite: bool = False, wait: bool = False):
-        self.output_dir = output_dir
-        self.overwrite = overwrite
-        self.wait = wait
-        self._lock = FileLock(output_dir / ".lock")
-
-    def __enter__(self) -> Progress:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            message = f"Another conversion still writes to {self.output_dir}"
-            if not self.wait:
-                raise CheckpointError(f"{message}: wait for its end, or choose another directory.") from error
-            logger.warning(f"{message}: waiting for its end.")
-            self._lock.acquire()
-        for where in _WEIGHT_FOLDERS:
-            for leftover in self.output_dir.glob(f"{where}.incomplete-*"):
-                shutil.rmtree(leftover)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-        with suppress(OSError):
-            if not self.wait:
-                Path(self._lock.lock_file).unlink()
-            self.output_dir.rmdir()  # it is empty if nothing could be converted
-
-    def convert(
-        self, directory: Path, sources: Sequence[Any], convert: Callable[[Path], Any], weights: str = ""
-    ) -> bool:
-        """
-        Convert a part, unless it is done.
-
-        Args:
-            directory: Where its files go.
-            sources: What decides the result: files, and other values.
-            convert: Called with a folder to write the files to.
-            weights: Folder of the weights inside the directory.
-
-        Returns:
-            Whether it was converted now.
-
-        Raises:
-            CheckpointError: There is a model already, of another conversion or of other sources,
-                and `overwrite` is not set.
-        """
-        result, record = (directory / weights / file for file in ("model.safetensors", RECORD))
-        made_of = json.dumps([fingerprint(source) for source in sources])
-        if result.exists():
-            if record.exists() and record.read_text() == made_of:
-                return False
-            if not self.overwrite:
-                raise CheckpointError(f"{result} exists: pass `overwrite` to replace it.")
-        # What a killed process leaves is then inside, where the next run looks.
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            with atomic_directory(directory) as folder:
-                convert(folder)
-                (folder / weights / RECORD).write_text(made_of)
-        except BaseException:
-            with suppress(OSError):  # it holds something
-                directory.rmdir()
-            raise
-        return True
-
-    def finish(self) -> None:
-        """Remove the records: a later conversion to the directory is another one."""
-        for where in _WEIGHT_FOLDERS:
-            for record in self.output_dir.glob(where + RECORD):
-                record.unlink()
-
-
 def fingerprint(source: Any) -> Any:
     """What tells a file from another one or from itself when changed; any other value is its text."""
     path = Path(str(source))
@@ -159,82 +66,92 @@ def fingerprint(source: Any) -> Any:
 def convert_release(
     files: ReleasedFiles,
     output_dir: Path,
-    progress: Progress,
     voices: Sequence[VoiceSource] = (),
     dtype: torch.dtype = torch.float32,
     allow_partial: bool = False,
+    overwrite: bool = False,
     report: Callable[[str], Any] = print,
 ) -> None:
     """
     Convert released files to one repository: the codec at its root, the text-to-speech system in
-    `tts/`.
-
-    If files of the system are missing, the others become models of their own in `tts/ar`,
+    `tts/`. If files of the system are missing, the others become models of their own in `tts/ar`,
     `tts/voicebox`, `tts/vocoder` and `tts/codec`.
+
+    Models stay in `.conversion` until all are there: an interrupted conversion of the same files with
+    the same options goes on, and leaves nothing elsewhere.
 
     Args:
         files: The files.
         output_dir: Directory of the repository.
-        progress: What an interrupted conversion has done.
         voices: Voices of the whole system. The first one, or the one named `default`, speaks when a
             call names none.
         dtype: Type of the weights.
         allow_partial: Convert in spite of unknown or missing tensors.
+        overwrite: Whether to replace models that are there.
         report: Called with a line about each model.
 
     Raises:
         FileNotFoundError: A file is missing.
-        CheckpointError: A file cannot be converted, a model of another conversion is there, or a
-            voice cannot be made of its recording.
+        CheckpointError: A file cannot be converted, a model is there already, or a voice cannot be
+            made of its recording.
+        DataError: Another conversion to the directory runs.
         OSError: The tokenizer's files could not be found.
     """
     options = {"dtype": dtype, "allow_partial": allow_partial}
     codec_options = options | {"semantic": files.semantic}
-    tts, tts_codec = output_dir / TTS_DIR, files.find_tts_codec()
-    codec = ("codec", output_dir, convert.convert_codec, files.codec, "codec_config", codec_options)
-    parts = (
-        ("autoregressive model", tts / "ar", convert.convert_ar, files.ar, "ar_config", options),
-        ("Voicebox model", tts / "voicebox", convert.convert_voicebox, files.nar, "nar_config", options),
-        ("vocoder", tts / "vocoder", convert.convert_vocoder, files.vocoder, "vocoder_config", options),
-        ("TTS codec", tts / "codec", convert.convert_codec, tts_codec, "tts_codec_config", codec_options),
-    )
-
-    def run(name: str, directory: Path, function: Any, source: Path | None, config_name: str, options: dict) -> None:
-        if source is None:
-            return
-        config = getattr(files, config_name)
-        sources = [source, config, *options.values()]
-        try:
-            new = progress.convert(directory, sources, lambda folder: function(source, folder, config, **options))
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace("`config`", f"`{config_name}`")) from error
-        report(f"{directory}: {name}{'' if new else ', done before'}.")
-
-    if not files.is_whole:
-        for part in (codec, *parts):
-            run(*part)
-        if files.tokenizer is not None:
-            build_tokenizer(files.tokenizer).save_pretrained(tts / "ar")
+    parts: list[tuple[Any, ...]] = [
+        ("codec", ".", convert.convert_codec, files.codec, "codec_config", codec_options),
+        ("autoregressive model", "tts/ar", convert.convert_ar, files.ar, "ar_config", options),
+        ("Voicebox model", "tts/voicebox", convert.convert_voicebox, files.nar, "nar_config", options),
+        ("vocoder", "tts/vocoder", convert.convert_vocoder, files.vocoder, "vocoder_config", options),
+        ("TTS codec", "tts/codec", convert.convert_codec, files.find_tts_codec(), "tts_codec_config", codec_options),
+    ]
+    parts = [part for part in parts if part[3] is not None]
+    results = {place: title for title, place, *_ in parts}
+    if files.is_whole:
+        if "tts/codec" not in results:
+            raise CheckpointError(
+                f"Neither {files.ar} nor {files.nar} carries the codec of the text-to-speech models: pass `tts_codec`."
+            )
+        results = {".": "codec", TTS_DIR: f"load it with pipeline('text-to-speech', model={str(output_dir)!r})"}
+    elif files.tokenizer is not None:
+        results.setdefault("tts/ar", "text tokenizer")
+    for place in results:
+        if (weights := output_dir / place / "model.safetensors").exists() and not overwrite:
+            raise CheckpointError(f"{weights} exists: pass `overwrite` to replace it.")
+    if not results:
         return
-    if tts_codec is None:
-        raise CheckpointError(
-            f"Neither {files.ar} nor {files.nar} carries the codec of the text-to-speech models: pass `tts_codec`."
-        )
 
-    def build(folder: Path) -> None:
-        tokenizer = build_tokenizer(str(files.tokenizer))  # the quickest thing that can fail
-        for part in parts:
-            run(*part)
-        directories = {directory.name: directory for _, directory, *_ in parts}
-        assemble(folder, output_dir, directories, tokenizer, voices, dtype)
-
-    run(*codec)
-    sources = [*astuple(files), *options.values(), *(value for voice in voices for value in astuple(voice))]
-    progress.convert(output_dir, sources, build, weights=TTS_DIR)
-    _keep_voices(output_dir, {voice.name for voice in voices})
-    for _, directory, *_ in parts:
-        shutil.rmtree(directory, ignore_errors=True)
-    report(f"{output_dir}: text-to-speech; load it with pipeline('text-to-speech', model={str(output_dir)!r}).")
+    key = str([fingerprint(value) for value in (*astuple(files), *options.values())])
+    work = output_dir / ".conversion"
+    done = work / hashlib.sha256(key.encode()).hexdigest()[:16]
+    with only_run(work):
+        try:
+            tokenizer = None if files.tokenizer is None else build_tokenizer(files.tokenizer)  # the quickest to fail
+            for title, place, function, source, config_name, part_options in parts:
+                if (done / place / "model.safetensors").exists():
+                    report(f"{title}: converted before the interruption.")
+                    continue
+                try:
+                    function(source, done / place, getattr(files, config_name), **part_options)
+                except CheckpointError as error:
+                    raise CheckpointError(str(error).replace("`config`", f"`{config_name}`")) from error
+            if files.is_whole:
+                folders = {part.name: part for part in (done / TTS_DIR).glob("[!.]*")}
+                assemble(output_dir, done, folders, tokenizer, voices, dtype)
+            else:
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(done / "tts" / "ar")
+                with atomic_directory(output_dir) as folder:
+                    shutil.copytree(done, folder, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            if not any(work.rglob("model.safetensors")):
+                shutil.rmtree(work, ignore_errors=True)
+                with suppress(OSError):  # it holds something
+                    output_dir.rmdir()
+    for place, title in results.items():
+        report(f"{output_dir / place}: {title}.")
 
 
 def assemble(
@@ -279,12 +196,8 @@ def assemble(
         package = Path(__file__).parents[1]
         for name in PIPELINE_FILES:
             shutil.copyfile(package / name, folder / name)
-    _keep_voices(output_dir, model.voices)
-
-
-def _keep_voices(directory: Path, names: Collection[str]) -> None:
-    for file in (directory / "voices").glob("*.safetensors"):
-        if file.stem not in names:
+    for file in (output_dir / "voices").glob("*.safetensors"):
+        if file.stem not in model.voices:
             file.unlink()
 
 
@@ -344,6 +257,7 @@ def push(directory: Path, repo_id: str, private: bool = False, create_pr: bool =
         )
     except Exception as error:  # errors of the HTTP library and of the Hub have no class in common
         raise CheckpointError(
-            f"The upload to {repo_id} failed: {error} Run the command again: nothing will be converted twice."
+            f"The upload to {repo_id} failed: {error} To try again without a conversion: `flexicodec-hf convert "
+            f"--output-dir {directory} --push-to-hub {repo_id}`."
         ) from error
     return commit.pr_url or commit.commit_url

@@ -1,12 +1,10 @@
 """
 A table for each released model: names of tensors, what is done to the tensors, and settings.
 
-The names go from ours to the reference's, because a conversion asks for each of our tensors where
-it comes from.
-
-`WeightRenaming` and `WeightConverter` of transformers are not used: between 5.17 and 5.24 the same
-pattern renames different tensors, inputs that are missing are left out without an error, nothing
-fuses weight norm, and reports have our names, where users need those of their file.
+The names go from ours to the reference's, because a conversion asks for each of our tensors where it
+comes from. `WeightRenaming` and `WeightConverter` of transformers do not serve: between 5.17 and 5.24
+the same pattern renames different tensors, missing inputs are left out without an error, and reports
+have our names, where users need those of their file.
 """
 
 from __future__ import annotations
@@ -30,10 +28,7 @@ from .checkpoint import CheckpointError, SourceCheckpoint
 
 
 Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
-"""Patterns and their replacements for `re.sub`, which are applied in this order."""
-
-Operation = Callable[..., Tensor]
-"""`operation(name, config, *tensors)`: the reference's tensors in our layout."""
+Settings = dict[str, Any]
 
 TTS_CODEC_PREFIXES = ("flexicodec_model.", "dualcodec_model.")
 """Where the text-to-speech files keep the codec that their model was trained with."""
@@ -51,33 +46,32 @@ class Table:
 
     Args:
         model_class: Our class.
-        renames: From the configuration to the rules that turn our name of a tensor into the
-            reference's. A tensor that is made of several gets all of their names, separated by
-            spaces.
-        operations: Pattern of our names, and what is done to the tensors; all that match are
-            applied in this order.
+        renames: Patterns and replacements for `re.sub`, which turn our name of a tensor into the
+            reference's, or into several, separated by spaces. They may depend on the configuration.
+        operations: Pattern of our names, and what makes our tensor of the reference's:
+            `operation(name, config, *tensors)`. All that match are applied in this order.
         settings: The reference's names of settings, and our fields of the configuration, with a dot
             for fields of a configuration inside.
         infer: From the source and the settings given (which it may complete) to the settings that
-            the tensors show, by the reference's names, and to the fields of our configuration for
-            which the reference has no name.
+            the tensors show, by the reference's names, and to fields of our configuration for which
+            the reference has no name.
         fixed: Settings that choose another computation, with the one value that our model has.
         ignored: Further settings, which do not change the model; None ignores all that are unknown.
         unused: Pattern of tensors that are known and not needed.
     """
 
     model_class: type[PreTrainedModel]
-    renames: Callable[[Any], Renames]
+    renames: Renames | Callable[[Any], Renames]
     settings: Mapping[str, str]
-    infer: Callable[[SourceCheckpoint, dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
-    operations: Sequence[tuple[str, Operation]] = ()
+    infer: Callable[[SourceCheckpoint, Settings], tuple[Settings, Settings]]
+    operations: Sequence[tuple[str, Callable[..., Tensor]]] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     ignored: Sequence[str] | None = ()
     unused: str = r"(?!)"
 
     def source_names(self, name: str, config: Any) -> list[str]:
         """The reference's names of the tensors that our tensor `name` is made of."""
-        for pattern, replacement in self.renames(config):
+        for pattern, replacement in self.renames(config) if callable(self.renames) else self.renames:
             name = re.sub(pattern, replacement, name)
         return name.split()
 
@@ -89,7 +83,7 @@ class Table:
             CheckpointError: The source lacks it.
             RuntimeError: Its shape does not allow the operation.
         """
-        tensors = [source.read(theirs) for theirs in self.source_names(name, config)]
+        tensors = [source[theirs] for theirs in self.source_names(name, config)]
         for pattern, operation in self.operations:
             if re.search(pattern, name):
                 tensors = [operation(name, config, *tensors)]
@@ -99,7 +93,7 @@ class Table:
 
 def _count(source: SourceCheckpoint, pattern: str) -> int:
     """Number of layers: one more than the highest number in names that begin with `pattern`."""
-    return 1 + max((int(match[1]) for name in source if (match := re.match(pattern, name))), default=-1)
+    return 1 + max((int(match[1]) for name in source.tensors if (match := re.match(pattern, name))), default=-1)
 
 
 def _shifted(prefix: str, offset: int, suffix: str) -> Callable[[re.Match[str]], str]:
@@ -177,25 +171,13 @@ def _rotary_pairs_to_halves(name: str, config: FlexiCodecConfig, weight: Tensor)
     return weight.view(num_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _flatten(name: str, config: FlexiCodecConfig, embedding: Tensor) -> Tensor:
-    return embedding.flatten()
-
-
-def _squeeze_convolution(name: str, config: FlexiCodecConfig, weight: Tensor) -> Tensor:
-    """The weight of a linear layer, from that of a convolution with kernel size 1."""
-    return weight.squeeze(-1) if weight.ndim == 3 else weight
-
-
-def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _infer_codec(source: SourceCheckpoint, given: Settings) -> tuple[Settings, Settings]:
     if given.get("max_tokens_per_group", 8) is None:
         raise CheckpointError("`config` says `max_tokens_per_group: None`; a limit, such as 8, is needed.")
     fsq = given.get("fsq_config") or {}
     if not isinstance(fsq, Mapping):
         raise CheckpointError(f"`config` says `fsq_config: {fsq}`; it must hold settings, such as `levels`.")
     bounds = [given.get("similarity_threshold_lower"), given.get("similarity_threshold_upper")]
-    fields: dict[str, Any] = {}
-    if None not in bounds:
-        fields["merging_threshold_range"] = [_as_float(bound) for bound in bounds]
 
     num_down = _count(source, r"dac\.encoder\.block\.(\d+)\.block\.4\.")
     num_up = _count(source, r"dac\.decoder\.model\.(\d+)\.block\.1\.")
@@ -215,7 +197,7 @@ def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[
         "n_codebooks": num_acoustic,
         "codebook_size": codebook[0],
         "codebook_dim": codebook[1],
-        "convnext_dim": source.shape("convnext_encoder.0.weight")[0],
+        "convnext_dim": source["convnext_encoder.0.weight"].shape[0],
         "convnext_layers": _count(source, r"convnext_decoder\.(\d+)\.dwconv\."),
         "ssl_dim": fsmn[0],
     }
@@ -227,7 +209,7 @@ def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[
             shown[f"{prefix}_num_layers"] = num_layers
             shown[f"{prefix}_dim"] = source.shape(f"{stack}.0.norm1.weight", 1)[0]
             shown[f"{prefix}_dim_feedforward"] = source.shape(f"{stack}.0.linear1.weight", 2)[0]
-    fields |= {
+    fields = {
         "num_quantizers": num_acoustic + 1,
         "convnext_intermediate_size": source.shape("convnext_encoder.1.pwconv1.weight", 2)[0],
         "semantic_quantization_levels": fsq.get("levels", [8] * num_levels),
@@ -241,12 +223,9 @@ def _infer_codec(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[
             "fsmn_kernel_size": fsmn[2],
         },
     }
+    if None not in bounds:  # a YAML may say 1 where 1.0 is meant
+        fields["merging_threshold_range"] = [bound * 1.0 if isinstance(bound, int) else bound for bound in bounds]
     return shown, fields
-
-
-def _as_float(value: Any) -> Any:
-    """A YAML may say 1 where 1.0 is meant, or `true` for a share of all."""
-    return float(value) if isinstance(value, int) else value
 
 
 CODEC = Table(
@@ -255,8 +234,9 @@ CODEC = Table(
     operations=(
         (r"\.[qkv]_proj\.", _chunk_qkv),
         (r"^(?!semantic_encoder\.).*\.[qk]_proj\.", _rotary_pairs_to_halves),
-        (r"query_embedding$", _flatten),
-        (r"(in_proj|out_proj)\.weight$", _squeeze_convolution),
+        (r"query_embedding$", lambda name, config, embedding: embedding.flatten()),
+        # A convolution with kernel size 1 is a linear layer.
+        (r"(in_proj|out_proj)\.weight$", lambda name, config, weight: weight.flatten(1)),
     ),
     settings={
         "encoder_dim": "encoder_hidden_size",
@@ -322,8 +302,54 @@ CODEC = Table(
 # ------------------------------------------------------------------------------------------------ autoregressive model
 
 
-def _ar_renames(config: FlexiCodecARConfig) -> Renames:
-    return (
+def _control_embedding(name: str, config: FlexiCodecARConfig, control: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One row for each control id; the reference projects a one-hot vector of the threshold."""
+    # flexicodec 0.1.2, ar_tts/modeling_artts.py, line 325
+    table = control.new_zeros(config.text_token_offset - config.speech_vocab_size, control.shape[1])
+    table[config.start_token_id - config.speech_vocab_size] = control[0]
+    table[config.task_token_id - config.speech_vocab_size] = control[1]
+    first = config.no_threshold_token_id + 1 - config.speech_vocab_size
+    table[first:] = (weight.double().T + bias.double()).to(control.dtype)
+    return table
+
+
+def _infer_ar(source: SourceCheckpoint, given: Settings) -> tuple[Settings, Settings]:
+    def shape(name: str) -> tuple[int, ...]:
+        return source.shape(f"transformer_lm.{name}", 2)
+
+    shown = {
+        "text_token_size": shape("text_embedding.weight")[0],
+        "text_encoder_input_size": shape("text_embedding.weight")[1],
+        "speech_token_size": shape("speech_embedding.weight")[0],
+        "llm_input_size": shape("speech_embedding.weight")[1],
+        "duration_classes": shape("duration_decoder.weight")[0],
+    }
+    for stack in ("text_encoder", "llm"):
+        shown |= {
+            f"{stack}_output_size": shown[f"{stack}_input_size"],
+            f"{stack}_linear_units": shape(f"{stack}.encoders.0.feed_forward.w_1.weight")[0],
+            f"{stack}_attention_heads": shape(f"{stack}.encoders.0.self_attn.pos_bias_u")[0],
+            f"{stack}_num_blocks": _count(source, rf"transformer_lm\.{stack}\.encoders\.(\d+)\."),
+        }
+        rate = given.get(f"{stack}_dropout_rate", 0.1)
+        if given.pop(f"{stack}_positional_dropout_rate", rate) != rate:
+            raise CheckpointError(
+                f"`config` says `{stack}_positional_dropout_rate`; only the value of `{stack}_dropout_rate`, "
+                f"{rate}, is supported."
+            )
+    columns = shape("framerate_embed_affine_layer.weight")[1]
+    thresholds = given.setdefault("flex_framerate_options", list(FlexiCodecARConfig.merging_thresholds))
+    if not isinstance(thresholds, (list, tuple)) or len(thresholds) != columns:
+        raise CheckpointError(
+            f"{source.path} has {columns} merging thresholds, `flex_framerate_options` is {thresholds}: list them in "
+            "`config`."
+        )
+    return shown, {}
+
+
+AR = Table(
+    model_class=FlexiCodecARForConditionalGeneration,
+    renames=(
         (r"^model\.text_encoder\.embed_tokens\.", "text_embedding."),
         (r"^model\.text_encoder\.transformer\.norm\.", "text_encoder.after_norm."),
         (r"^model\.text_encoder\.transformer\.layers\.", "text_encoder.encoders."),
@@ -348,71 +374,10 @@ def _ar_renames(config: FlexiCodecARConfig) -> Renames:
             "llm_embedding.weight framerate_embed_affine_layer.weight framerate_embed_affine_layer.bias",
         ),
         (r"(\S+)", r"transformer_lm.\1"),
-    )
-
-
-def _concatenate(name: str, config: FlexiCodecARConfig, *tensors: Tensor) -> Tensor:
-    return torch.cat(tensors)
-
-
-def _attention_bias(name: str, config: FlexiCodecARConfig, bias: Tensor) -> Tensor:
-    return bias[:, None]
-
-
-def _control_embedding(name: str, config: FlexiCodecARConfig, control: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One row for each control id; the reference projects a one-hot vector of the threshold."""
-    # flexicodec 0.1.2, ar_tts/modeling_artts.py, line 325
-    table = control.new_zeros(config.text_token_offset - config.speech_vocab_size, control.shape[1])
-    table[config.start_token_id - config.speech_vocab_size] = control[0]
-    table[config.task_token_id - config.speech_vocab_size] = control[1]
-    first = config.no_threshold_token_id + 1 - config.speech_vocab_size
-    table[first:] = (weight.double().T + bias.double()).to(control.dtype)
-    return table
-
-
-def _infer_ar(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    def shape(name: str) -> tuple[int, ...]:
-        return source.shape(f"transformer_lm.{name}", 2)
-
-    shown = {
-        "text_token_size": shape("text_embedding.weight")[0],
-        "text_encoder_input_size": shape("text_embedding.weight")[1],
-        "speech_token_size": shape("speech_embedding.weight")[0],
-        "llm_input_size": shape("speech_embedding.weight")[1],
-        "duration_classes": shape("duration_decoder.weight")[0],
-    }
-    for stack in ("text_encoder", "llm"):
-        shown |= {
-            f"{stack}_output_size": shown[f"{stack}_input_size"],
-            f"{stack}_linear_units": shape(f"{stack}.encoders.0.feed_forward.w_1.weight")[0],
-            f"{stack}_attention_heads": shape(f"{stack}.encoders.0.self_attn.pos_bias_u")[0],
-            f"{stack}_num_blocks": _count(source, rf"transformer_lm\.{stack}\.encoders\.(\d+)\."),
-        }
-        rate = given.get(f"{stack}_dropout_rate", 0.1)
-        if given.pop(f"{stack}_positional_dropout_rate", rate) != rate:
-            raise CheckpointError(
-                f"`config` says `{stack}_positional_dropout_rate`; only the value of `{stack}_dropout_rate`, "
-                f"{rate}, is supported."
-            )
-    thresholds = given.get("flex_framerate_options", FlexiCodecARConfig.merging_thresholds)
-    if not isinstance(thresholds, (list, tuple)):
-        raise CheckpointError(f"`config` says `flex_framerate_options: {thresholds}`; it must be a list.")
-    thresholds = list(thresholds)
-    if (columns := shape("framerate_embed_affine_layer.weight")[1]) != len(thresholds):
-        raise CheckpointError(
-            f"{source.path} has {columns} merging thresholds, `flex_framerate_options` is {thresholds}: name them in "
-            "`config`."
-        )
-    given["flex_framerate_options"] = thresholds
-    return shown, {}
-
-
-AR = Table(
-    model_class=FlexiCodecARForConditionalGeneration,
-    renames=_ar_renames,
+    ),
     operations=(
-        (r"\.qkv_proj\.", _concatenate),
-        (r"\.self_attn\.(content|position)_bias$", _attention_bias),
+        (r"\.qkv_proj\.", lambda name, config, *tensors: torch.cat(tensors)),
+        (r"\.self_attn\.(content|position)_bias$", lambda name, config, bias: bias[:, None]),
         (r"\.control_embedding\.", _control_embedding),
     ),
     settings={
@@ -469,22 +434,10 @@ AR = Table(
 # ------------------------------------------------------------------------------------------------ Voicebox and vocoder
 
 
-def _voicebox_renames(config: Any) -> Renames:
-    return (
-        (r"^(\w+_mlp|time_embedding\.mlp|repa_projection)\.up_proj\.", r"\1.0."),
-        (r"^(\w+_mlp|time_embedding\.mlp|repa_projection)\.down_proj\.", r"\1.2."),
-        (r"^time_embedding\.mlp\.", "diff_step_mlp."),
-        (r"^condition_mlp\.", "cond_mlp."),
-        (r"^output_mlp\.", "mel_out_mlp."),
-        (r"^code_embedding\.", "voicebox_model.cond_emb."),
-        (r"^(?!voicebox_model|repa_projection)", "voicebox_model.diff_estimator."),
-    )
-
-
-def _infer_voicebox(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _infer_voicebox(source: SourceCheckpoint, given: Settings) -> tuple[Settings, Settings]:
     estimator = "voicebox_model.diff_estimator"
     codebook_size, hidden_size = source.shape("voicebox_model.cond_emb.weight", 2)
-    has_projection = "repa_projection.0.weight" in source
+    has_projection = "repa_projection.0.weight" in source.tensors
     shown: dict[str, Any] = {
         "cond_codebook_size": codebook_size,
         "mel_dim": source.shape(f"{estimator}.mel_out_mlp.2.weight", 2)[0],
@@ -512,7 +465,15 @@ def _infer_voicebox(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[di
 
 VOICEBOX = Table(
     model_class=FlexiCodecVoiceboxModel,
-    renames=_voicebox_renames,
+    renames=(
+        (r"^(\w+_mlp|time_embedding\.mlp|repa_projection)\.up_proj\.", r"\1.0."),
+        (r"^(\w+_mlp|time_embedding\.mlp|repa_projection)\.down_proj\.", r"\1.2."),
+        (r"^time_embedding\.mlp\.", "diff_step_mlp."),
+        (r"^condition_mlp\.", "cond_mlp."),
+        (r"^output_mlp\.", "mel_out_mlp."),
+        (r"^code_embedding\.", "voicebox_model.cond_emb."),
+        (r"^(?!voicebox_model|repa_projection)", "voicebox_model.diff_estimator."),
+    ),
     settings={
         "mel_dim": "num_mel_bins",
         "hidden_size": "hidden_size",
@@ -544,21 +505,7 @@ VOICEBOX = Table(
 )
 
 
-def _vocoder_renames(config: Any) -> Renames:
-    return (
-        (r"^head\.linear\.", "head.out."),
-        (r"^layers\.", "convnext."),
-        (r"(^|\.)input_norm\.", r"\1norm."),
-        (r"^output_norm\.", "final_layer_norm."),
-        (r"\.depthwise_conv\.", ".dwconv."),
-        (r"\.up_proj\.", ".pwconv1."),
-        (r"\.down_proj\.", ".pwconv2."),
-        (r"\.layer_scale$", ".gamma"),
-        (r"^(?!head\.)", "backbone."),
-    )
-
-
-def _infer_vocoder(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _infer_vocoder(source: SourceCheckpoint, given: Settings) -> tuple[Settings, Settings]:
     hidden_size, num_mel_bins, kernel_size = source.shape("backbone.embed.weight", 3)
     n_fft = source.shape("head.out.weight", 2)[0] - 2
     given.setdefault("hop_size", n_fft // 4)
@@ -574,7 +521,17 @@ def _infer_vocoder(source: SourceCheckpoint, given: dict[str, Any]) -> tuple[dic
 
 VOCODER = Table(
     model_class=FlexiCodecVocoderModel,
-    renames=_vocoder_renames,
+    renames=(
+        (r"^head\.linear\.", "head.out."),
+        (r"^layers\.", "convnext."),
+        (r"(^|\.)input_norm\.", r"\1norm."),
+        (r"^output_norm\.", "final_layer_norm."),
+        (r"\.depthwise_conv\.", ".dwconv."),
+        (r"\.up_proj\.", ".pwconv1."),
+        (r"\.down_proj\.", ".pwconv2."),
+        (r"\.layer_scale$", ".gamma"),
+        (r"^(?!head\.)", "backbone."),
+    ),
     settings={
         "input_channels": "num_mel_bins",
         "dim": "hidden_size",

@@ -86,20 +86,12 @@ def build_tokenizer(source: str | Path = DEFAULT_SOURCE) -> PreTrainedTokenizerF
 def _read_bpe(source: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges, as they stand in the files."""
     tokenizer_file = Path(source if Path(source).is_file() else cached_file(str(source), "tokenizer.json"))
-    model = _read_json(tokenizer_file).get("model", {})
-    if model.get("type") != "BPE":
-        raise CheckpointError(
-            f"{tokenizer_file} must be a tokenizer.json that holds a BPE, got {model.get('type')!r}."
-        )
-    # Older files write a merge as "a b", newer ones as ["a", "b"].
-    return model["vocab"], [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-
-
-def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not a JSON file: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
-    return content
+        model = json.loads(tokenizer_file.read_text(encoding="utf-8"))["model"]
+        if model["type"] != "BPE":
+            raise ValueError(f"it holds {model['type']!r}")
+        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        return dict(model["vocab"]), merges
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{tokenizer_file} must be a tokenizer.json that holds a BPE: {error}.") from error

@@ -10,7 +10,6 @@ rows. The executor starts tasks that did not end again; a task goes on after its
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,11 +19,9 @@ from datatrove.data import Document, DocumentsPipeline, Media, MediaType
 from datatrove.pipeline.base import PipelineStep
 
 from .files import DataError
-from .runner import CodecRunner, rate_settings
-from .shards import close_corpus, find_shards, finished_blocks, library_versions, shard_path, write_shard
-from .sources import load_speech, standard_columns
-from .streams import as_stream, num_streams, read_stream
-from .tokenization import Block, encoded_blocks, summary_of, table_of
+from .runner import CodecRunner
+from .sources import UNDECODED, load_speech, standard_columns
+from .tokenization import Block, Tokenization, as_streams
 
 
 class SpeechReader(PipelineStep):
@@ -51,22 +48,15 @@ class SpeechReader(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the documents of a task."""
         yield from data or ()
-        stream = as_stream(standard_columns(load_speech(self.source, **self.options)), self.clips_per_stream)
-        for number in range(rank, num_streams(stream), world_size):
-            position = 0
-            for rows, _ in read_stream(stream, number, (), self.clips_per_stream):
-                for row in rows.to_pylist():
-                    audio, clip, text = row.pop("audio") or {}, row.pop("id"), row.pop("text", None)
-                    clip = f"{number:05d}-{position}" if clip is None else clip
-                    media = Media(
-                        id=clip,
-                        type=MediaType.AUDIO,
-                        url=audio.get("path"),
-                        path=audio.get("path"),
-                        media_bytes=audio.get("bytes"),
-                    )
-                    position += 1
-                    yield Document(text=text or "", id=clip, media=[media], metadata=row)
+        streams = as_streams(standard_columns(load_speech(self.source, **self.options)), self.clips_per_stream)
+        for number in range(rank, len(streams), world_size):
+            for position, table in enumerate(streams[number].iter(batch_size=1)):
+                (row,) = table.to_pylist()
+                audio, clip, text = row.pop("audio") or {}, row.pop("id"), row.pop("text", None)
+                clip = f"{number:05d}-{position}" if clip is None else clip
+                path = audio.get("path")
+                media = Media(clip, MediaType.AUDIO, url=path, path=path, media_bytes=audio.get("bytes"))
+                yield Document(text=text or "", id=clip, media=[media], metadata=row)
 
 
 class FlexiCodecTokenizer(PipelineStep):
@@ -79,11 +69,11 @@ class FlexiCodecTokenizer(PipelineStep):
     Args:
         output_dir: Directory to write to, on a file system that all machines see.
         model: Converted codec, a Hub id or a directory.
-        merging_thresholds, target_frame_rates, num_quantizers, batch_seconds, clips_per_shard, chunk_length_s, \
-num_workers, split: See [`tokenize_corpus`].
+        clips_per_shard, chunk_length_s: See [`tokenize_corpus`].
         metadata_columns: Metadata to keep as columns, with their types: `{"speaker": "string"}`.
-        device: Where to encode; by default CUDA if the task has a GPU, else the CPU.
+        device: Where to encode; by default one of the GPUs that the task sees, in turns, or the CPU if there is none.
         dtype: Type to run in.
+        options: Those of [`Tokenization`], such as `merging_thresholds` and `batch_seconds`.
 
     Raises:
         DataError: A document has not exactly one recording, or `output_dir` holds tokens made with other settings or
@@ -98,71 +88,49 @@ num_workers, split: See [`tokenize_corpus`].
         output_dir: str,
         model: str,
         *,
-        merging_thresholds: Sequence[float] = (),
-        target_frame_rates: Sequence[float] = (),
-        num_quantizers: int | None = None,
-        batch_seconds: float = 120.0,
         clips_per_shard: int = 1000,
         chunk_length_s: float = 30.0,
-        num_workers: int | None = None,
-        split: str = "train",
         metadata_columns: Mapping[str, str] | None = None,
         device: str | None = None,
         dtype: str = "float32",
+        **options: Any,
     ):
         super().__init__()
-        self.output_dir, self.model, self.split = Path(output_dir), model, split
-        self.merging_thresholds, self.target_frame_rates = merging_thresholds, target_frame_rates
-        self.num_quantizers, self.batch_seconds, self.num_workers = num_quantizers, batch_seconds, num_workers
-        self.clips_per_shard, self.chunk_length_s = clips_per_shard, chunk_length_s
+        self.output_dir, self.model, self.device, self.dtype = output_dir, model, device, dtype
+        self.clips_per_shard, self.chunk_length_s, self.options = clips_per_shard, chunk_length_s, options
         self.metadata_columns = dict(metadata_columns or {})
-        self.device, self.dtype = device, dtype
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Encode the documents of a task, and yield those whose audio could be read."""
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        num_gpus = torch.cuda.device_count()
+        device = self.device or (f"cuda:{rank % num_gpus}" if num_gpus else "cpu")
         runner = CodecRunner.from_pretrained(self.model, device, self.dtype, self.chunk_length_s)
-        rates = rate_settings(runner.config, self.merging_thresholds, self.target_frame_rates)
-        num_quantizers = min(self.num_quantizers or runner.config.num_quantizers, runner.config.num_quantizers)
-        settings = {
-            "model": self.model,
-            "dtype": self.dtype,
-            "num_quantizers": num_quantizers,
-            "rates": [str(rate) for rate in rates],
-            "chunk_length_s": self.chunk_length_s,
-            "clips_per_shard": self.clips_per_shard,
-            "source": {"num_tasks": world_size},
-        }
-        (self.output_dir / "data").mkdir(parents=True, exist_ok=True)
-        done = find_shards(self.output_dir, settings)
-        versions = library_versions()
+        source = {"num_tasks": world_size, "clips_per_shard": self.clips_per_shard}
+        work = Tokenization(self.output_dir, runner, source, **self.options)
         documents: dict[int, list[Document]] = {}
 
         def blocks() -> Iterator[Block]:
-            for number, batch, last in _batches(data, self.clips_per_shard):
-                if (rank, number) not in done:
+            for number, last, batch in _batches(data, self.clips_per_shard):
+                if (rank, number) not in work.corpus.summaries:
                     documents[number] = batch
-                    yield Block(rank, number, self._rows(batch), last, len(batch))
+                    yield Block.from_rows(rank, number, last, self._rows(batch))
 
-        for block in encoded_blocks(blocks(), runner, rates, num_quantizers, self.batch_seconds, self.num_workers):
-            summary = summary_of(block, rates, runner.config.sampling_rate)
-            path = shard_path(self.output_dir, self.split, rank, block.number)
-            write_shard(path, table_of(block), settings, summary, versions)
-            self.stat_update("clips", value=len(block.encoded), unit="shard")
-            self.stat_update("broken", value=len(block.broken), unit="shard")
-            for row, document in enumerate(documents.pop(block.number)):
-                if row in block.encoded:
-                    tokens = block.encoded[row].tokens[0]
-                    document.metadata["token_count"] = len(tokens.token_lengths)
-                    self.stat_update("seconds", value=tokens.seconds)
+        for block in work.run(blocks()):
+            for clip, document in zip(block.clips, documents.pop(block.number), strict=True):
+                self.stat_update("clips" if clip.tokens else "broken")
+                if clip.tokens:
+                    document.metadata["token_count"] = len(clip.tokens[0].token_lengths)
+                    self.stat_update("seconds", value=clip.tokens[0].seconds)
                     self.update_doc_stats(document)
                     yield document
-        shards = find_shards(self.output_dir, settings)
-        if all(finished_blocks(shards, task) for task in range(world_size)):
-            close_corpus(self.output_dir, self.split, shards, versions)
+        work.corpus.close(world_size)
 
     def _rows(self, documents: Sequence[Document]) -> pa.Table:
         """The rows of a block, as a dataset of speech has them."""
+        types = Features(
+            {"id": Value("string"), "audio": UNDECODED, "text": Value("string")}
+            | {name: Value(kind) for name, kind in self.metadata_columns.items()}
+        )
         rows = []
         for document in documents:
             recordings = [media for media in document.media if media.type == MediaType.AUDIO]
@@ -171,24 +139,16 @@ num_workers, split: See [`tokenize_corpus`].
             audio = {"bytes": recordings[0].media_bytes, "path": recordings[0].path or recordings[0].url}
             kept = {name: document.metadata.get(name) for name in self.metadata_columns}
             rows.append({"id": document.id, "audio": audio, "text": document.text or None} | kept)
-        features = Features(
-            {
-                "id": Value("string"),
-                "audio": {"bytes": Value("binary"), "path": Value("string")},
-                "text": Value("string"),
-                **{name: Value(kind) for name, kind in self.metadata_columns.items()},
-            }
-        )
-        return pa.Table.from_pylist(rows, schema=features.arrow_schema)
+        return pa.Table.from_pylist(rows, schema=types.arrow_schema)
 
 
-def _batches(documents: DocumentsPipeline, size: int) -> Iterator[tuple[int, list[Document], bool]]:
+def _batches(documents: DocumentsPipeline, size: int) -> Iterator[tuple[int, bool, list[Document]]]:
     """Numbered lists of `size` documents, and whether each is the last; one empty list if there are no documents."""
     number = 0
     batch: list[Document] = []
     for document in documents or ():
         if len(batch) == size:
-            yield number, batch, False
+            yield number, False, batch
             number, batch = number + 1, []
         batch.append(document)
-    yield number, batch, True
+    yield number, True, batch

@@ -78,14 +78,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def only_run(directory: str | Path, main: bool = True) -> Iterator[None]:
     """
-    Keep other runs out of an output directory, which is made if it does not exist.
-
-    The lock is gone when the process ends, however it ends. What killed runs left incomplete in it is
-    removed.
-
-    Args:
-        directory: The output directory.
-        main: Whether this is the main process of the run. Its other processes do nothing here.
+    Keep other runs out of an output directory, which is made if it does not exist, until the process ends, however it
+    ends. What killed runs left incomplete in it is removed. Does nothing if this is not the `main` process of the run.
 
     Raises:
         DataError: Another run works in the directory.
@@ -98,10 +92,7 @@ def only_run(directory: str | Path, main: bool = True) -> Iterator[None]:
     try:
         with FileLock(directory / "_lock", timeout=0):
             for leftover in [*directory.glob(".incomplete-*"), *directory.glob("*/.incomplete-*")]:
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+                _remove(leftover)
             yield
     except Timeout as error:
         raise DataError(
@@ -111,14 +102,10 @@ def only_run(directory: str | Path, main: bool = True) -> Iterator[None]:
 
 def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     """
-    Check that a run continues with the settings it started with.
-
-    Args:
-        path: A JSON file with the settings of the first run; it is written if it does not exist.
-        settings: The settings of this run, in types that JSON has.
+    Check that a run continues with the settings that its first run wrote to a JSON file; write it if it is not there.
 
     Raises:
-        DataError: Some settings differ; the message names them.
+        DataError: The file is damaged, or some settings differ; the message names them.
     """
     path = Path(path)
     if path.exists():
@@ -141,18 +128,7 @@ def check_same_settings(
     settings: Mapping[str, Any],
     remedy: str = "use these settings again, or choose another output",
 ) -> None:
-    """
-    Check settings that were found on disk against those of this run.
-
-    Args:
-        place: What was made with the settings that were found.
-        found: The settings that were found.
-        settings: The settings of this run, in types that JSON has.
-        remedy: What the error advises.
-
-    Raises:
-        DataError: Some settings differ; the message names them.
-    """
+    """Raise [`DataError`] if the settings with which `place` was made differ from those of this run."""
     expected = json.loads(json.dumps(settings))  # lists for tuples, as `found` has them
     differences = [
         f"{name} {found.get(name)!r}, not {expected.get(name)!r}"
@@ -164,17 +140,7 @@ def check_same_settings(
 
 
 def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
-    """
-    Import an optional package.
-
-    Args:
-        module: Name of the module.
-        purpose: What needs it, for the error.
-        extra: The extra of this package that installs it, for the error. By default the package is installed itself.
-
-    Raises:
-        DataError: The module cannot be imported.
-    """
+    """Import an optional package that `purpose` needs, and that `extra` of this package installs; or [`DataError`]."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a library of the package does not fit this build of PyTorch
@@ -199,9 +165,13 @@ def _remove_leftovers(directory: Path) -> None:
         try:
             os.kill(int(process[1]), 0)
         except ProcessLookupError:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(path)
         except (PermissionError, OverflowError):
             continue  # another user's, or no process
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _merge(source: Path, target: Path) -> None:

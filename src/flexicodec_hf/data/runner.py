@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,12 +41,7 @@ class RateSetting:
 def rate_settings(
     config: FlexiCodecConfig, merging_thresholds: Iterable[float] = (), target_frame_rates: Iterable[float] = ()
 ) -> list[RateSetting]:
-    """
-    The settings for these numbers; the model's own threshold if there are none.
-
-    Raises:
-        DataError: A number is out of its range, or there twice.
-    """
+    """The settings for these numbers, each in its range and there once; the model's own threshold for none."""
     lowest = config.frame_rate / config.max_frames_per_token
     settings: list[RateSetting] = []
     for name, values, low, high in (
@@ -61,16 +55,7 @@ def rate_settings(
 
 
 def chunk_length(seconds: float, chunk_length_s: float | None) -> float | None:
-    """
-    How to process a clip: in chunks if it is longer than twice `chunk_length_s`.
-
-    Args:
-        seconds: How long the clip is.
-        chunk_length_s: Seconds of a chunk; 0 or `None` never makes chunks.
-
-    Returns:
-        `chunk_length_s` for the codec, or `None` to process the clip in one piece.
-    """
+    """The `chunk_length_s` for a clip: it is processed in chunks if longer than two of them, with 0 never."""
     return chunk_length_s if chunk_length_s and seconds > 2 * chunk_length_s else None
 
 
@@ -85,19 +70,21 @@ class CodecRunner:
         codec: On the device and in the type to run in.
         feature_extractor: The codec's.
         chunk_length_s: Clips longer than twice this are processed in chunks of so many seconds; 0 never does.
-
-    Attributes:
-        processing_seconds: Time spent in `encode` and `decode`.
+        show_progress: Whether a terminal shows how far such a clip is.
     """
 
     def __init__(
-        self, codec: FlexiCodecModel, feature_extractor: FlexiCodecFeatureExtractor, chunk_length_s: float = 30.0
+        self,
+        codec: FlexiCodecModel,
+        feature_extractor: FlexiCodecFeatureExtractor,
+        chunk_length_s: float = 30.0,
+        show_progress: bool = True,
     ):
         self.codec = codec
         self.feature_extractor = feature_extractor
         self.chunk_length_s = chunk_length_s
+        self.show_progress = show_progress
         self.config = codec.config
-        self.processing_seconds = 0.0
 
     @classmethod
     def from_pretrained(cls, model: str, device: str, dtype: str, chunk_length_s: float = 30.0) -> CodecRunner:
@@ -115,28 +102,15 @@ class CodecRunner:
         self, clips: Sequence[AudioClip | AudioFile], rates: Sequence[RateSetting], num_quantizers: int | None = None
     ) -> list[list[Tokens] | Exception]:
         """
-        Encode clips. The encoders run once for all rates, except for an [`AudioFile`] that is processed in chunks.
-
-        Args:
-            clips: At the sampling rate of the codec. Only an [`AudioFile`] is never in memory as a whole.
-            rates: How to merge frames.
-            num_quantizers: Codebooks to keep; all by default.
-
-        Returns:
-            For each clip the tokens at each rate, or what went wrong.
+        For each clip the tokens at each rate, or what went wrong. The encoders run once for all rates, except for an
+        [`AudioFile`] in chunks, which is never in memory as a whole. Clips are at the sampling rate of the codec.
         """
         return self._run(clips, lambda clip: 0, lambda batch: self._encode_batch(batch, rates, num_quantizers))
 
     def decode(self, tokens: Sequence[Tokens]) -> list[Iterable[np.ndarray] | Exception]:
         """
-        Decode tokens.
-
-        Args:
-            tokens: Of any numbers of codebooks.
-
-        Returns:
-            For each item the parts `(num_samples,)` of a waveform that is as long as the clip was, or what went
-            wrong. Those of an item in chunks are made, and raise their errors, as they are asked for.
+        For each item the parts `(num_samples,)` of a waveform that is as long as the clip was, or what went wrong.
+        Those of an item in chunks are made, and raise their errors, as they are asked for.
         """
         return self._run(tokens, lambda item: len(item.audio_codes), self._decode_batch)
 
@@ -151,11 +125,9 @@ class CodecRunner:
         for i, item in enumerate(items):
             groups.setdefault((key(item), i if self.chunk_of(item) else None), []).append(i)
         results: dict[int, Result | Exception] = {}
-        start = time.perf_counter()
         for group in groups.values():
             found = self._in_halves([items[i] for i in group], process)
             results |= dict(zip(group, found, strict=True))
-        self.processing_seconds += time.perf_counter() - start
         return [results[i] for i in range(len(items))]
 
     @torch.inference_mode()
@@ -174,6 +146,9 @@ class CodecRunner:
             return [failure]
         half = len(batch) // 2
         return self._in_halves(batch[:half], process) + self._in_halves(batch[half:], process)
+
+    def _progress(self, seconds: float) -> tqdm:
+        return tqdm(total=round(seconds), unit="s", leave=False, disable=None if self.show_progress else True)
 
     def _out_of_memory(self) -> DataError:
         return DataError(f"out of memory on {self.codec.device}: pass a smaller `chunk_length_s`.")
@@ -210,7 +185,7 @@ class CodecRunner:
         self, clip: AudioFile, rate: RateSetting, num_quantizers: int | None, chunk_length_s: float
     ) -> Tokens:
         blocks, found = [], 0.0
-        with _progress(clip.seconds) as progress:
+        with self._progress(clip.seconds) as progress:
             for block in encode_blocks(
                 self.codec,
                 self.feature_extractor,
@@ -270,20 +245,13 @@ class CodecRunner:
         block = FlexiCodecEncoderOutput(audio_codes=codes, token_lengths=lengths)
         waveform = decode_blocks(self.codec, [block], chunk_length_s)
         parts = _with_length((part.float().cpu().numpy() for part in waveform), tokens.num_samples)
-        start = time.perf_counter()
         try:
-            with _progress(tokens.seconds) as progress:
+            with self._progress(tokens.seconds) as progress:
                 for part in parts:
-                    self.processing_seconds += time.perf_counter() - start
                     yield part
                     progress.update(round(len(part) / tokens.sampling_rate, 2))
-                    start = time.perf_counter()
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
-
-
-def _progress(seconds: float) -> tqdm:
-    return tqdm(total=round(seconds), unit="s", leave=False, disable=None)
 
 
 def _with_length(waveform: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:

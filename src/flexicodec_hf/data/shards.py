@@ -16,7 +16,6 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,125 +29,122 @@ from .files import DataError, atomic_file, check_same_settings
 from .tokens import METADATA_KEY
 
 
-_SHARD_NAME = re.compile(r"(.+)-(\d{5})-(\d{5})\.parquet")
-
-
-@dataclass(frozen=True)
-class Shard:
+class Corpus:
     """
-    A finished file of tokens.
+    The shards of a corpus. A shard is a block of a stream: a stream is read in one go, and cut into blocks.
 
     Args:
-        path: The file.
-        stream, block: Which part of the dataset it holds: streams are read by one process or by all in turns, and cut
-            into blocks.
-        settings: What decides its rows.
-        summary: `num_clips` that were read, `seconds` of audio and `tokens` for each setting,
-            `resampled` and `downmixed` clips, `last` of its stream or not, and the `broken` clips.
-    """
+        directory: Where they are; made if missing.
+        settings: What decides their rows, with the `split` that they make.
 
-    path: Path
-    stream: int
-    block: int
-    settings: dict[str, Any]
-    summary: dict[str, Any]
-
-
-def shard_path(directory: Path, split: str, stream: int, block: int) -> Path:
-    return directory / "data" / f"{split}-{stream:05d}-{block:05d}.parquet"
-
-
-def write_shard(
-    path: Path, table: pa.Table, settings: Mapping[str, Any], summary: Mapping[str, Any], versions: Mapping[str, str]
-) -> None:
-    """Write a shard, complete or not at all."""
-    metadata = json.dumps({"settings": settings, "summary": summary, "versions": versions})
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: metadata})
-    with (
-        atomic_file(path) as temporary,
-        pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer,
-    ):
-        # `datasets` reads files without row groups, but not files with empty ones.
-        if len(table):
-            writer.write_table(table)
-
-
-def find_shards(directory: Path, settings: Mapping[str, Any]) -> dict[tuple[int, int], Shard]:
-    """
-    The finished shards by stream and block.
+    Attributes:
+        summaries: By stream and block, what each shard says of itself: the `num_clips` that were read, `seconds` of
+            audio and `tokens` for each rate, `resampled` and `downmixed` clips, whether it is the `last` of its
+            stream, and the `broken` clips.
 
     Raises:
-        DataError: One was made with other settings, or is no shard.
+        DataError: A shard was made with other settings, or a file is no shard.
     """
-    shards = {}
-    for path in sorted((directory / "data").glob("[!.]*.parquet")):
-        match = _SHARD_NAME.fullmatch(path.name)
-        try:
-            metadata = json.loads((pq.read_metadata(path).metadata or {})[METADATA_KEY])
-            stream, block = int(match[2]), int(match[3])  # type: ignore[index]
-            shard = Shard(path, stream, block, metadata["settings"], metadata["summary"])
-        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not a shard of tokens: {error!r}. Move it away.") from error
-        check_same_settings(directory, shard.settings, settings)
-        shards[shard.stream, shard.block] = shard
-    return shards
+
+    def __init__(self, directory: str | Path, settings: Mapping[str, Any]):
+        self.directory, self.settings = Path(directory), settings
+        self.summaries: dict[tuple[int, int], dict[str, Any]] = {}
+        (self.directory / "data").mkdir(parents=True, exist_ok=True)
+        self.find()
+
+    def find(self) -> None:
+        """Look for shards, of this process and of others."""
+        for path in sorted((self.directory / "data").glob("[!.]*.parquet")):
+            match = re.fullmatch(r".+-(\d{5})-(\d{5})\.parquet", path.name)
+            try:
+                metadata = json.loads((pq.read_metadata(path).metadata or {})[METADATA_KEY])
+                place = int(match[1]), int(match[2])  # type: ignore[index]
+                settings, self.summaries[place] = metadata["settings"], metadata["summary"]
+            except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+                raise DataError(f"{path}: not a shard of tokens: {error!r}. Move it away.") from error
+            check_same_settings(self.directory, settings, self.settings)
+
+    def write(self, stream: int, block: int, table: pa.Table, summary: dict[str, Any]) -> None:
+        """Write a shard, complete or not at all."""
+        # A manifest is outdated: a shard was deleted to be made again.
+        (self.directory / "manifest.json").unlink(missing_ok=True)
+        metadata = json.dumps({"settings": self.settings, "summary": summary})
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: metadata})
+        with (
+            atomic_file(self._path(stream, block)) as temporary,
+            pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer,
+        ):
+            # `datasets` reads files without row groups, but not files with empty ones.
+            if len(table):
+                writer.write_table(table)
+        self.summaries[stream, block] = summary
+
+    def is_complete(self, stream: int) -> bool:
+        """Whether all blocks of a stream are there."""
+        block = 0
+        while (stream, block) in self.summaries:
+            if self.summaries[stream, block]["last"]:
+                return True
+            block += 1
+        return False
+
+    def close(self, num_streams: int) -> dict[str, Any] | None:
+        """
+        Write the manifest, the list of broken clips and the dataset card, once all shards are there.
+
+        Returns:
+            The manifest; `None` while shards are missing, which other processes write.
+        """
+        self.find()
+        if not all(self.is_complete(stream) for stream in range(num_streams)):
+            return None
+        places = sorted(self.summaries)
+        summaries = [self.summaries[place] for place in places]
+        broken = [entry for summary in summaries for entry in summary["broken"]]
+        with ThreadPoolExecutor() as pool:
+            shards = list(pool.map(self._entry, places))
+        manifest = {
+            **_versions(),
+            "settings": self.settings,
+            "num_clips": sum(summary["num_clips"] for summary in summaries) - len(broken),
+            "num_broken": len(broken),
+            "num_resampled": sum(summary["resampled"] for summary in summaries),
+            "num_downmixed": sum(summary["downmixed"] for summary in summaries),
+            "hours": sum(summary["seconds"] for summary in summaries) / 3600,
+            "num_tokens": {
+                rate: sum(summary["tokens"][rate] for summary in summaries) for rate in self.settings["rates"]
+            },
+            "shards": shards,
+        }
+        for name, text in (
+            ("broken.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in broken)),
+            ("README.md", _card(manifest)),
+            ("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"),
+        ):
+            with atomic_file(self.directory / name) as path:
+                path.write_text(text, encoding="utf-8")
+        return manifest
+
+    def _path(self, stream: int, block: int) -> Path:
+        return self.directory / "data" / f"{self.settings['split']}-{stream:05d}-{block:05d}.parquet"
+
+    def _entry(self, place: tuple[int, int]) -> dict[str, Any]:
+        """A shard in the manifest."""
+        path, summary = self._path(*place), self.summaries[place]
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return {
+            "file": path.relative_to(self.directory).as_posix(),
+            "sha256": digest.hexdigest(),
+            "num_bytes": path.stat().st_size,
+            "num_clips": summary["num_clips"] - len(summary["broken"]),
+            "seconds": summary["seconds"],
+        }
 
 
-def finished_blocks(shards: Mapping[tuple[int, int], Shard], stream: int) -> int | None:
-    """How many blocks a stream has, if all of them are finished."""
-    block = 0
-    while (stream, block) in shards:
-        if shards[stream, block].summary["last"]:
-            return block + 1
-        block += 1
-    return None
-
-
-def close_corpus(
-    directory: Path, split: str, shards: Mapping[tuple[int, int], Shard], versions: Mapping[str, str]
-) -> dict[str, Any]:
-    """Write the manifest, the list of broken files and the dataset card of a corpus all of whose shards are there."""
-    ordered = [shards[key] for key in sorted(shards)]
-    with ThreadPoolExecutor() as pool:
-        checksums = list(pool.map(_sha256, (shard.path for shard in ordered)))
-    broken = [entry for shard in ordered for entry in shard.summary["broken"]]
-    manifest = {
-        **versions,
-        "settings": ordered[0].settings,
-        "split": split,
-        "num_clips": sum(shard.summary["num_clips"] for shard in ordered) - len(broken),
-        "num_broken": len(broken),
-        "num_resampled": sum(shard.summary["resampled"] for shard in ordered),
-        "num_downmixed": sum(shard.summary["downmixed"] for shard in ordered),
-        "hours": sum(shard.summary["seconds"] for shard in ordered) / 3600,
-        "num_tokens": {
-            name: sum(shard.summary["tokens"][name] for shard in ordered) for name in ordered[0].summary["tokens"]
-        },
-        "shards": [
-            {
-                "file": shard.path.relative_to(directory).as_posix(),
-                "sha256": checksum,
-                "num_bytes": shard.path.stat().st_size,
-                "num_clips": shard.summary["num_clips"] - len(shard.summary["broken"]),
-                "seconds": shard.summary["seconds"],
-            }
-            for shard, checksum in zip(ordered, checksums, strict=True)
-        ],
-    }
-    for name, text in (
-        ("broken.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in broken)),
-        ("README.md", _card(manifest)),
-        ("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"),
-    ):
-        with atomic_file(directory / name) as path:
-            path.write_text(text, encoding="utf-8")
-    # What killed processes had begun to write; nobody writes now.
-    for leftover in (directory / "data").glob(".*.parquet"):
-        leftover.unlink(missing_ok=True)
-    return manifest
-
-
-def library_versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     from .. import __version__
 
     return {
@@ -157,14 +153,6 @@ def library_versions() -> dict[str, str]:
         "torch_version": torch.__version__,
         "datasets_version": datasets.__version__,
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _card(manifest: Mapping[str, Any]) -> str:
@@ -180,7 +168,7 @@ tags:
 configs:
 - config_name: default
   data_files:
-  - split: {manifest["split"]}
+  - split: {settings["split"]}
     path: data/*.parquet
 ---
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import fsspec
 import numpy as np
@@ -33,9 +33,9 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
-from datasets.table import cast_table_to_features
+from datasets.table import InMemoryTable, Table, cast_table_to_features, concat_tables
 
-from ..audio_flexicodec import AudioError, audio_seconds, read_audio
+from ..audio_flexicodec import AudioClip, AudioError, AudioFile, audio_seconds, open_audio, read_audio
 from .files import DataError
 
 
@@ -119,7 +119,8 @@ def load_speech(
         splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     else:
         name = (split or default_split or "").split("[")[0]
-        files = _load_files(path, name, audio_column, text_column, id_column, on_bad_row or _refuse)
+        given = _Columns(audio_column, text_column, id_column)
+        files = _load_files(path, name, given, on_bad_row or _refuse)
         splits = files or _load_dataset(str(source), config_name, revision, streaming)
     dataset = _select(source, splits, split, default_split)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -146,41 +147,41 @@ def decode_audio(audio: Mapping[str, Any] | None, sampling_rate: int) -> np.ndar
         AudioError: There is no audio, or it is damaged, empty, or has NaN or infinite samples.
         OSError: A URL cannot be fetched.
     """
-    path, file = audio_file(fetch_audio(audio))
-    return read_audio(path, sampling_rate, file).waveform
+    return np.concatenate(list(read_clip(audio, sampling_rate)))
+
+
+def read_clip(audio: Mapping[str, Any] | None, sampling_rate: int, in_blocks: bool = False) -> AudioClip | AudioFile:
+    """The waveform of `decode_audio`, with the format of its file. With `in_blocks`, a file on disk is not held."""
+    path, file = _audio_file(audio)
+    if file is None and _is_url(path):
+        try:
+            with fsspec.open(path, "rb") as remote:
+                file = io.BytesIO(remote.read())
+        except FileNotFoundError as error:
+            raise AudioError(f"{path}: there is no such file.") from error
+    if in_blocks and file is None:
+        return open_audio(path, sampling_rate)
+    return read_audio(path, sampling_rate, file)
 
 
 def audio_duration(audio: Mapping[str, Any] | None) -> float:
     """Seconds that an entry of the column `audio` lasts, from its header. Raises the errors of `decode_audio`."""
-    if audio is not None and audio.get("bytes") is None and "://" in str(audio.get("path")):
-        with fsspec.open(audio["path"], "rb") as file:  # reads no more than it needs
-            return audio_seconds(audio["path"], file)
-    return audio_seconds(*audio_file(audio))
+    path, file = _audio_file(audio)
+    if file is None and _is_url(path):
+        with fsspec.open(path, "rb") as remote:  # reads no more than it needs
+            return audio_seconds(path, remote)
+    return audio_seconds(path, file)
 
 
-def fetch_audio(audio: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """An entry of the column `audio`, with the bytes of its file if it has only a URL. Raises `OSError`."""
-    if audio is None or audio.get("bytes") is not None or "://" not in str(audio.get("path")):
-        return audio
-    try:
-        with fsspec.open(audio["path"], "rb") as file:
-            return {"path": audio["path"], "bytes": file.read()}
-    except FileNotFoundError as error:
-        raise AudioError(f"{audio['path']}: there is no such file.") from error
-
-
-def audio_file(audio: Mapping[str, Any] | None, name: str = "the audio") -> tuple[str, BinaryIO | None]:
-    """
-    The arguments `path` and `file` of [`read_audio`] for an entry of the column `audio`.
-
-    Args:
-        audio: The entry, fetched if it was a URL.
-        name: What to call it in errors if it has no path.
-    """
+def _audio_file(audio: Mapping[str, Any] | None) -> tuple[str, BinaryIO | None]:
     path, contents = (None, None) if audio is None else (audio.get("path"), audio.get("bytes"))
     if path is None and contents is None:
-        raise AudioError(f"{name}: the row has no audio.")
-    return path or name, None if contents is None else io.BytesIO(contents)
+        raise AudioError("the row has no audio.")
+    return path or "the audio", None if contents is None else io.BytesIO(contents)
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
 
 
 # Columns
@@ -202,25 +203,49 @@ def standard_columns(
     Raises:
         DataError: There is no such column, or no column of audio or text.
     """
-    dataset = _undecoded(_with_features(dataset))
-    features = dataset.features
+    dataset = _with_features(dataset)
+    features = Features({n: UNDECODED if isinstance(kind, Audio) else kind for n, kind in dataset.features.items()})
     for name in (audio_column, text_column, id_column):
         if name is not None and not _has(features, name):
             raise DataError(f"there is no column {name!r} among {list(features)}.")
-    audio = audio_column or _find_audio(features)
-    text = text_column or next((name for name in TEXT_NAMES if _has(features, name)), None)
-    id = id_column or next((name for name in ID_NAMES if name in features), None)
-    if audio is None and text is None:
+    roles = {
+        "audio": audio_column or _find_audio(features),
+        "text": text_column or next((name for name in TEXT_NAMES if _has(features, name)), None),
+        "id": id_column or _first(ID_NAMES, features),
+    }
+    if roles["audio"] is None and roles["text"] is None:
         raise DataError(_nothing_in(features))
-    # A field of a column is copied, a column renamed. What has the name already makes room.
-    field = text if text is not None and text not in features else None
-    for role, name in (("audio", audio), ("text", text), ("id", id)):
-        if name is not None and name != role:
-            if role in features:
-                dataset = dataset.rename_column(role, f"source_{role}")
-            if name != field:
-                dataset = dataset.rename_column(name, role)
-    return _with_computed_columns(dataset, field)
+    # The new columns, and what each is made of. One whose name is taken makes room.
+    columns: dict[str, str | None] = {}
+    for name in features:
+        role = next((role for role, column in roles.items() if column == name), name)
+        columns[f"source_{name}" if role == name and roles.get(name) not in (None, name) else role] = name
+    columns |= {name: column for name, column in roles.items() if name not in columns and (column or name != "text")}
+    types = Features({name: _type(name, features.get(column)) for name, column in columns.items()})
+    if types == dataset.features and all(name == column for name, column in columns.items()):
+        return dataset
+    options = {"columns": columns, "features": features, "types": types}
+    if isinstance(dataset, IterableDataset):
+        for name, kind in dataset.features.items():
+            if isinstance(kind, Audio):
+                dataset = dataset.cast_column(name, UNDECODED)
+        dataset = dataset.with_format("arrow")
+        dataset = dataset.map(partial(_converted_row, **options), batched=True, batch_size=1, features=types)
+        return dataset.with_format(None)
+    dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+    return Dataset(_converted(dataset.data, **options), info=DatasetInfo(features=types), split=dataset.split)
+
+
+class _Columns(NamedTuple):
+    """The names of columns that a user gave."""
+
+    audio: str | None
+    text: str | None
+    id: str | None
+
+
+def _first(names: Iterable[str], columns: Iterable[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
 
 
 def _nothing_in(columns: Iterable[str]) -> str:
@@ -237,28 +262,11 @@ def _with_features(dataset: Dataset | IterableDataset) -> Dataset | IterableData
     return dataset.cast(Features.from_arrow_schema(first.schema))
 
 
-def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same dataset with plain structs for audio."""
-    features = dataset.features
-    audio = [name for name, kind in features.items() if isinstance(kind, Audio)]
-    if isinstance(dataset, IterableDataset):
-        for name in audio:
-            dataset = dataset.cast_column(name, UNDECODED)
-        return dataset
-    if not audio:
-        return dataset
-    # The stored type is the same. `cast_column` would copy all audio.
-    plain = Features({name: UNDECODED if name in audio else kind for name, kind in features.items()})
-    dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
-    return Dataset(dataset.data.cast(plain.arrow_schema), info=DatasetInfo(features=plain), split=dataset.split)
-
-
 def _find_audio(features: Features) -> str | None:
     structs = [name for name in features if is_audio(features[name]) and name != "reference_audio"]
     if len(structs) > 1 and "audio" not in structs:
         raise DataError(f"which column holds the audio? Pass one of {structs} as `audio_column`.")
-    names = structs if len(structs) == 1 else [name for name in AUDIO_NAMES if name in features]
-    return names[0] if names else None
+    return structs[0] if len(structs) == 1 else _first(AUDIO_NAMES, features)
 
 
 def is_audio(feature: Any) -> bool:
@@ -273,55 +281,34 @@ def _has(features: Features, name: str) -> bool:
     return name in features or (isinstance(kind, dict) and field in kind)
 
 
-def _with_computed_columns(dataset: Dataset | IterableDataset, field: str | None) -> Dataset | IterableDataset:
-    """Paths become entries of audio, texts and ids strings, and ids that are missing are made of the paths."""
-    features = dataset.features
-    types: dict[str, Any] = {
-        name: UNDECODED
-        for name in ("audio", "reference_audio")
-        if (not is_audio(features[name]) if name in features else name == "audio")
-    }
-    for name in ("text", "id"):
-        if features[name] != Value("string") if name in features else name == "id" or field:
-            types[name] = Value("string")
-    if not types:
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        append = partial(_append, features=features, names=tuple(types), field=field)
-        dataset = dataset.with_format("arrow")
-        dataset = dataset.map(append, batched=True, batch_size=1, features=Features({**features, **types}))
-        return dataset.with_format(None)
-    columns = _computed(dataset.with_format("arrow")[:], tuple(types), field)
-    dataset = dataset.remove_columns([name for name in types if name in features])
+def _type(name: str, feature: Any) -> Any:
+    if name in ("audio", "reference_audio"):
+        return feature if is_audio(feature) else UNDECODED
+    return Value("string") if name in ("text", "id") else feature
+
+
+def _converted(table: Table, columns: Mapping[str, str | None], features: Features, types: Features) -> Table:
+    """A table with the new columns. Audio that it holds is not copied."""
+    made: dict[str, Any] = {}
     for name, column in columns.items():
-        dataset = dataset.add_column(name, column, feature=types[name])
-    return dataset
+        if is_audio(types[name]) and not is_audio(features.get(column)):
+            made[name] = _audio_entries([None] * len(table) if column is None else table[column].to_pylist())
+        elif column is None:
+            audio = made["audio"] if "audio" in made else table[columns["audio"]]
+            made[name] = pa.array(map(_name_of, pc.struct_field(audio, ["path"]).to_pylist()), pa.string())
+        elif column not in features:
+            outer, _, field = column.partition(".")
+            made[name] = pc.struct_field(table[outer].combine_chunks(), [field])
+    sources = [f"new {name}" if name in made else column for name, column in columns.items()]
+    if made:
+        new = InMemoryTable.from_pydict({f"new {name}": column for name, column in made.items()})
+        table = concat_tables([table, new], axis=1)
+    return table.select(sources).rename_columns(list(columns)).cast(types.arrow_schema)
 
 
-def _append(table: pa.Table, features: Features, names: tuple[str, ...], field: str | None) -> pa.Table:
+def _converted_row(row: pa.Table, features: Features, **options: Any) -> pa.Table:
     # The columns of WebDatasets change their places.
-    table = cast_table_to_features(table, features)
-    for name, column in _computed(table, names, field).items():
-        table = table.drop_columns([name]) if name in table.column_names else table
-        table = table.append_column(name, column)
-    return table
-
-
-def _computed(table: pa.Table, names: tuple[str, ...], field: str | None) -> dict[str, pa.Array]:
-    columns: dict[str, Any] = {}
-    for name in names:
-        if name.endswith("audio"):
-            paths = table[name].to_pylist() if name in table.column_names else [None] * len(table)
-            columns[name] = _audio_entries(paths)
-        elif name == "text" and field is not None:
-            column, _, entry = field.partition(".")
-            columns[name] = pc.struct_field(table[column].combine_chunks(), [entry]).cast(pa.string())
-        elif name in table.column_names:
-            columns[name] = table[name].cast(pa.string()).combine_chunks()
-        else:
-            audio = columns["audio"] if "audio" in columns else table["audio"]
-            columns[name] = pa.array(map(_name_of, _paths(audio)), pa.string())
-    return columns
+    return _converted(InMemoryTable(cast_table_to_features(row, features)), features=features, **options).table
 
 
 def _audio_entries(audio: Iterable[Any]) -> pa.StructArray:
@@ -329,12 +316,8 @@ def _audio_entries(audio: Iterable[Any]) -> pa.StructArray:
     return pa.array([{"bytes": None, "path": one} if isinstance(one, str) else one for one in audio], _AUDIO_TYPE)
 
 
-def _paths(audio: pa.ChunkedArray) -> list[str | None]:
-    return pc.struct_field(audio, ["path"]).to_pylist()
-
-
 def _name_of(path: str | None) -> str | None:
-    return None if path is None else PurePosixPath(path).name if "://" in path or os.path.isabs(path) else path
+    return None if path is None else PurePosixPath(path).name if _is_url(path) or os.path.isabs(path) else path
 
 
 # Files and tables
@@ -345,38 +328,25 @@ def _refuse(message: str) -> None:
 
 
 def _load_files(
-    path: Path,
-    split: str,
-    audio_column: str | None,
-    text_column: str | None,
-    id_column: str | None,
-    on_bad_row: Callable[[str], None],
+    path: Path, split: str, given: _Columns, on_bad_row: Callable[[str], None]
 ) -> dict[str, Dataset] | None:
     """
-    Audio files, and what tables and text files tell about them, as the only split.
-
-    Returns:
-        The files, or `None` if the path leads to something else.
+    Audio files, and what tables and text files tell about them, as the only split; `None` if the path leads to
+    something else.
     """
     name, folder = "train", path.parent
-    # Names in the folder: of tables, of audio files, and of text files.
-    metadata, files, texts = [], [], {path.with_suffix(".txt").name}
+    # Names in the folder.
+    tables: list[str] = []
+    files: list[str] = []
     if path.is_dir():
         if split and (path / split).is_dir():
             name, path = split, path / split
         folder, found = path, _names(path)
         files = [file for file in found if PurePath(file).suffix.lower() in AUDIO_SUFFIXES]
-        for file in [file for file in files if not _is_unicode(file)]:
-            files.remove(file)
-            on_bad_row(f"{os.path.join(path, file)!a}: the name of the file is not UTF-8: rename it.")
-        texts = {file for file in found if file.endswith(".txt")}
-        by_folder: dict[str, str] = {}
-        for kind in METADATA_NAMES:
-            for file in found:
-                if PurePath(file).name == kind:
-                    by_folder.setdefault(posixpath.dirname(file), file)
-        metadata = [by_folder[inside] for inside in sorted(by_folder)]
-        if not files and not metadata:
+        # One for each folder.
+        described = [file for kind in reversed(METADATA_NAMES) for file in found if PurePath(file).name == kind]
+        tables = [file for _, file in sorted({posixpath.dirname(file): file for file in described}.items())]
+        if not files and not tables:
             if any(file.endswith((".parquet", ".arrow", ".tar")) for file in found):
                 return None
             raise DataError(
@@ -385,28 +355,34 @@ def _load_files(
     elif path.suffix.lower() in {*AUDIO_SUFFIXES, *TABLE_SUFFIXES}:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file.")
-        (metadata if path.suffix.lower() in TABLE_SUFFIXES else files).append(path.name)
+        (tables if path.suffix.lower() in TABLE_SUFFIXES else files).append(path.name)
     else:
         return None
 
-    tables = [_described(folder, file, audio_column, text_column, id_column, on_bad_row) for file in metadata]
-    audio = audio_column or "audio"
-    pairs = [(table, column) for table in tables for column in (audio, "reference_audio")]
-    named = {entry for table, column in pairs if column in table.column_names for entry in _paths(table[column])}
-    paths = {file: os.path.join(folder, file) for file in files}
-    others = {file: path for file, path in paths.items() if path not in named}
-    if others:
-        id = id_column or next((name for name in ID_NAMES for table in tables if name in table.column_names), "id")
-        tables.append(pa.table({id: list(others), audio: _audio_entries(others.values())}))
+    rows = [row for file in tables for row in _described(folder, file, given, on_bad_row)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    audio = given.audio or "audio"
+    id = given.id or _first(ID_NAMES, columns) or "id"
+    text = given.text or _first(TEXT_NAMES, columns) or "text"
+    named = {row.get(column) for row in rows for column in (audio, "reference_audio")}
+    for file in files:
+        place = os.path.join(folder, file)
+        if not _is_unicode(file):
+            on_bad_row(f"{place!a}: the name of the file is not UTF-8: rename it.")
+        elif place not in named:
+            rows.append({id: file, audio: place})
+    for row in rows:
+        beside = os.path.splitext(row.get(audio) or "")[0] + ".txt"
+        if row.get(text) is None and os.path.isfile(beside):
+            try:
+                row[text] = Path(beside).read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError as error:
+                on_bad_row(f"{beside}: a text in UTF-8 was expected: {error}")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: the metadata of its subfolders do not fit together: {error}") from error
-    if texts and audio in table.column_names:
-        text = text_column or next((name for name in TEXT_NAMES if name in table.column_names), "text")
-        beside = {os.path.join(folder, file) for file in texts}
-        table = _with_texts_beside(table, beside, audio, text, on_bad_row)
-    return {name: Dataset(table, info=DatasetInfo(features=Features.from_arrow_schema(table.schema)))}
+        return {name: Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})}
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"{path}: the rows of its tables do not fit together: {error}") from error
 
 
 def _names(folder: Path) -> list[str]:
@@ -419,70 +395,42 @@ def _names(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _described(
-    folder: Path,
-    file: str,
-    audio_column: str | None,
-    text_column: str | None,
-    id_column: str | None,
-    on_bad_row: Callable[[str], None],
-) -> pa.Table:
-    """A table with entries of audio instead of paths, and with ids."""
-    table = read_table(folder / file, on_bad_row)
-    columns = table.column_names
-    audio = audio_column or next((name for name in AUDIO_NAMES if name in columns), None)
-    if audio is not None and audio not in columns:
-        raise DataError(f"{folder / file}: there is no column {audio!r} among {columns}.")
-    if audio is None and len(table) and not {text_column, *TEXT_NAMES} & {*columns}:
+def _described(folder: Path, file: str, given: _Columns, on_bad_row: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows of a table, with full paths of audio, and with ids."""
+    rows = read_rows(folder / file, on_bad_row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    audio = given.audio or _first(AUDIO_NAMES, columns)
+    if rows and given.audio is not None and given.audio not in columns:
+        raise DataError(f"{folder / file}: there is no column {given.audio!r} among {columns}.")
+    if rows and audio is None and not {given.text, *TEXT_NAMES} & {*columns}:
         raise DataError(f"{folder / file}: {_nothing_in(columns)}")
-
-    def inside(name: str | None) -> str | None:
-        if name is None or "://" in name:
-            return name
-        return posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
-
-    for column in {audio, "reference_audio"} & {*columns}:
-        try:
-            names = [inside(name or None) for name in table[column].cast(pa.string()).to_pylist()]
-        except pa.ArrowException as error:
-            raise DataError(f"{folder / file}: the column {column!r} does not hold paths: {error}") from error
-        paths = [name if name is None or "://" in name else os.path.join(folder, name) for name in names]
-        new = column if column in (audio_column, "reference_audio") else "audio"
-        table = table.set_column(columns.index(column), new, _audio_entries(paths))
-        if column == audio and id_column is None and not {*ID_NAMES} & {*columns}:
-            table = table.append_column("id", pa.array(map(_name_of, names), pa.string()))
-    return table
+    for row in rows:
+        for column in [name for name in row if name in (audio, "reference_audio")]:
+            path = row.pop(column) or None
+            if not isinstance(path, str | None):
+                raise DataError(f"{folder / file}: the column {column!r} does not hold paths, but {str(path)[:40]!a}.")
+            if path is not None and not _is_url(path):
+                path = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
+            if column == audio and (given.id or _first(ID_NAMES, columns)) is None:
+                row["id"] = _name_of(path)
+            if path is not None and not _is_url(path):
+                path = os.path.join(folder, path)
+            row[column if column in (given.audio, "reference_audio") else "audio"] = path
+    return rows
 
 
-def _with_texts_beside(
-    table: pa.Table, files: set[str], audio: str, text: str, on_bad_row: Callable[[str], None]
-) -> pa.Table:
-    """Rows without a text get the text in the file beside their audio file, if there is one."""
-    texts = table[text].to_pylist() if text in table.column_names else [None] * len(table)
-    for row, path in enumerate(_paths(table[audio])):
-        beside = os.path.splitext(path or "")[0] + ".txt"
-        if texts[row] is None and beside in files and os.path.isfile(beside):
-            try:
-                texts[row] = Path(beside).read_text(encoding="utf-8").strip()
-            except UnicodeDecodeError as error:
-                on_bad_row(f"{beside}: a text in UTF-8 was expected: {error}")
-    if text in table.column_names:
-        return table.set_column(table.column_names.index(text), text, pa.array(texts))
-    return table.append_column(text, pa.array(texts)) if any(texts) else table
-
-
-def read_table(path: Path, on_bad_row: Callable[[str], None] = _refuse) -> pa.Table:
+def read_rows(path: Path, on_bad_row: Callable[[str], None] = _refuse) -> list[dict[str, Any]]:
     """
-    A JSON Lines, JSON, CSV, TSV or Parquet file. Fields of CSV and TSV are strings, empty ones missing values.
+    The rows of a JSON Lines, JSON, CSV, TSV or Parquet file. Fields of CSV and TSV are strings, empty ones `None`.
 
     `on_bad_row` is called with a message for each row that cannot be used, which is left out.
     """
     if path.suffix == ".parquet":
         try:
-            return pq.read_table(path)
+            return pq.read_table(path).to_pylist()
         except pa.ArrowException as error:
             raise DataError(f"{path}: not a Parquet file: {error}") from error
-    rows: dict[int, Any] = {}
+    rows: dict[int, dict[str, Any]] = {}
 
     def bad(line: int, reason: object) -> None:
         rows.pop(line, None)
@@ -490,66 +438,67 @@ def read_table(path: Path, on_bad_row: Callable[[str], None] = _refuse) -> pa.Ta
 
     # What is not UTF-8 becomes surrogates, which are found row by row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if path.suffix.lower() in (".jsonl", ".json"):
-            try:
-                lines = json.load(file) if path.suffix.lower() == ".json" else file
-                lines = list(lines)
-            except (ValueError, TypeError, RecursionError) as error:
-                raise DataError(f"{path}: not a table of rows: {error}") from error
-            for number, line in enumerate(lines, start=1):
-                try:
-                    if not isinstance(line, str) or line.strip():
-                        rows[number] = json.loads(line) if path.suffix.lower() == ".jsonl" else line
-                except (ValueError, RecursionError) as error:
-                    bad(number, error)
-        else:
-            for number, row, problem in _csv_rows(path, file):
-                rows[number] = row
-                if problem is not None:
-                    bad(number, problem)
-    for number, row in list(rows.items()):
-        if not isinstance(row, dict):
-            bad(number, f"expected an object with columns, got {str(row)[:40]!a}")
-        elif not _is_unicode(json.dumps(row, ensure_ascii=False)):
-            bad(number, "it has characters that are not UTF-8.")
-    columns: dict[str, pa.Array] = {}
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    for name in names:
+        for line, row in (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(path, file):
+            if isinstance(row, Exception):
+                bad(line, row)
+            elif not isinstance(row, dict):
+                bad(line, f"expected an object with columns, got {str(row)[:40]!a}")
+            elif not _is_unicode(json.dumps(row, ensure_ascii=False)):
+                bad(line, "it has characters that are not UTF-8.")
+            else:
+                rows[line] = row
+    for name in dict.fromkeys(name for row in rows.values() for name in row):
         kinds = Counter(_kind(row[name]) for row in rows.values() if row.get(name) is not None)
-        for number, row in list(rows.items()) if len(kinds) > 1 else ():
+        for line, row in list(rows.items()) if len(kinds) > 1 else ():
             if row.get(name) is not None and _kind(row[name]) != kinds.most_common(1)[0][0]:
-                bad(number, f"{name!r} is {str(row[name])[:40]!a}, of another type than in most rows.")
+                bad(line, f"{name!r} is {str(row[name])[:40]!a}, of another type than in most rows.")
+    return list(rows.values())
+
+
+def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line of JSON Lines, or element of a JSON list; or the error of it."""
+    lines = path.suffix.lower() == ".jsonl"
     try:
-        columns = {name: pa.array([row.get(name) for row in rows.values()]) for name in names}
-        return pa.table(columns)
-    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        values = file if lines else list(json.load(file))
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a table of rows: {error}") from error
+    for number, value in enumerate(values, start=1):
+        if not lines:
+            yield number, value
+        elif value.strip():
+            try:
+                row = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                row = error
+            yield number, row
 
 
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, str | None], str | None]]:
-    """Line, row and what is wrong with it."""
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+    """Number and row of each line; or the error of it."""
     # Transcripts in TSV files have quotation marks that quote nothing.
     tabs = path.suffix.lower() == ".tsv"
     delimiter, quoting = ("\t", csv.QUOTE_NONE) if tabs else (",", csv.QUOTE_MINIMAL)
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
-    header: list[str] | None = None
+    table = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[call-overload]
+    try:
+        header = [name for name in table.fieldnames or [] if name]
+        if len(set(header)) < len(header):
+            raise csv.Error(f"columns of one name: {header}")
+    except csv.Error as error:
+        raise DataError(f"{path}: not a table of rows: line 1: {error}") from error
     while True:
-        row, error = [], None
+        row: Any = None
         try:
-            row = next(reader)
+            row = next(table)
+            surplus = row.pop(None, [])
+            if any(surplus):
+                row = ValueError(f"{len(row) + len(surplus)} fields, but {len(row)} columns.")
+            else:
+                row = {name: value or None for name, value in row.items() if name}
         except StopIteration:
             return
-        except csv.Error as wrong:
-            error = str(wrong)
-        if header is None:
-            if error or any(count > 1 for name, count in Counter(row).items() if name):
-                raise DataError(f"{path}: not a table of rows: line 1: {error or f'columns of one name: {row}'}")
-            header = row
-        elif row or error:
-            if any(row[len(header) :]):
-                error = f"{len(row)} fields, but {len(header)} columns."
-            values = dict(zip(header, [*row, *[""] * (len(header) - len(row))], strict=False))
-            yield reader.line_num, {name: value or None for name, value in values.items() if name}, error
+        except csv.Error as error:
+            row = error
+        yield table.reader.line_num, row
 
 
 def _kind(value: Any) -> type:

@@ -1,4 +1,4 @@
-"""A corpus of speech to a corpus of tokens: read, encode, write, by any number of processes."""
+"""A corpus of speech to a corpus of tokens: read, encode, write."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from tqdm import tqdm
 
-from ..audio_flexicodec import AudioClip, audio_seconds, read_audio
+from ..audio_flexicodec import AudioClip, AudioFile
 from ..feature_extraction_flexicodec import FlexiCodecFeatureExtractor
 from ..modeling_flexicodec import FlexiCodecModel
-from .runner import CodecRunner, RateSetting, chunk_length, rate_settings
-from .shards import Shard, close_corpus, find_shards, finished_blocks, library_versions, shard_path, write_shard
-from .sources import audio_file, fetch_audio, is_audio, standard_columns
-from .streams import ProcessShard, as_stream, num_streams, read_stream
+from .files import DataError
+from .runner import CodecRunner, chunk_length, rate_settings
+from .shards import Corpus
+from .sources import audio_duration, is_audio, read_clip, standard_columns
 from .tokens import Tokens
 
 
@@ -34,6 +33,12 @@ T = TypeVar("T")
 
 # Batches whose audio is read while the model is busy with another.
 _PREFETCHED_BATCHES = 4
+# Recordings on disk that last longer are not in memory as a whole. The encoders run once for each rate.
+_MAX_HELD_S = 600.0
+# Bytes of audio that a dataset holds in a block: two blocks are in memory.
+_MAX_BLOCK_BYTES = 1 << 29
+# A folder on the Hub has a stream for each of its files: they are joined until there are no more than this.
+_MAX_STREAMS = 1024
 
 # Columns of a shard, before those of the dataset.
 TOKEN_FEATURES = Features(
@@ -54,45 +59,45 @@ TOKEN_FEATURES = Features(
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """A clip to encode: its row in a block, its name, and its entry of the column `audio`."""
+@dataclass
+class Clip:
+    """A clip to encode: its entry of the column `audio`, and what became of it: tokens at each rate, or an error."""
 
-    row: int
-    name: str
+    id: str
     audio: Mapping[str, Any] | None
+    tokens: list[Tokens] = field(default_factory=list)
+    file_sampling_rate: int = 0
+    file_channels: int = 0
+    error: str | None = None
+
+    def fail(self, error: object) -> None:
+        self.error = " ".join(str(error).split())
 
 
-@dataclass(frozen=True)
-class EncodedClip:
-    """A clip's name, what its file was, and its tokens at each rate."""
-
-    name: str
-    file_sampling_rate: int
-    file_channels: int
-    tokens: list[Tokens]
+# Clips of a batch, and their audio as soon as it is read.
+Batch = list[tuple[Clip, "Future[AudioClip | AudioFile]"]]
 
 
 @dataclass
 class Block:
-    """Rows of the dataset that become a shard, and by row what became of them so far."""
+    """Rows of the dataset that become a shard: their clips, and their other columns."""
 
     stream: int
     number: int
-    rows: pa.Table
     last: bool
-    num_clips: int
+    clips: list[Clip]
+    columns: pa.Table
     unfinished_batches: int = 0
-    encoded: dict[int, EncodedClip] = field(default_factory=dict)
-    broken: dict[int, dict[str, str | None]] = field(default_factory=dict)
 
-    def fail(self, source: Source, reason: object) -> None:
-        path = None if source.audio is None else source.audio.get("path")
-        self.broken[source.row] = {"id": source.name, "path": path, "reason": " ".join(str(reason).split())}
-
-
-# Clips of a batch, and their audio as soon as it is read.
-Loading = list[tuple[Source, "Future[AudioClip]"]]
+    @classmethod
+    def from_rows(cls, stream: int, number: int, last: bool, rows: pa.Table) -> Block:
+        """The rows must have the columns `id` and `audio`."""
+        ids, entries = (rows[name].to_pylist() for name in ("id", "audio"))
+        clips = [
+            Clip(f"{stream:05d}-{number:05d}-{row}" if id is None else id, audio)
+            for row, (id, audio) in enumerate(zip(ids, entries, strict=True))
+        ]
+        return cls(stream, number, last, clips, rows.drop_columns(["id", "audio"]))
 
 
 def tokenize_corpus(
@@ -101,18 +106,11 @@ def tokenize_corpus(
     codec: FlexiCodecModel,
     feature_extractor: FlexiCodecFeatureExtractor,
     *,
-    merging_thresholds: Sequence[float] = (),
-    target_frame_rates: Sequence[float] = (),
-    num_quantizers: int | None = None,
     source: Mapping[str, Any] | None = None,
-    split: str = "train",
-    batch_seconds: float = 120.0,
     clips_per_shard: int = 1000,
     chunk_length_s: float = 30.0,
-    num_workers: int | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
-) -> dict[str, Any] | None:
+    **options: Any,
+) -> dict[str, Any]:
     """
     Turn a dataset of speech into a dataset of tokens: Parquet files with a row for each clip and rate.
 
@@ -120,8 +118,7 @@ def tokenize_corpus(
     columns `file_sampling_rate` and `file_channels` keep what it was, and the manifest counts such clips. Clips that
     cannot be read are listed in `broken.jsonl` and left out.
 
-    A run that ended, however it ended, goes on where it stopped when it is started again with the same arguments,
-    with any number of processes. Each of them calls this function with the same `output_dir`.
+    A run that ended, however it ended, goes on where it stopped when it is started again with the same arguments.
 
     Args:
         dataset: From [`load_speech`], or any other with columns of the usual names. Rename others with
@@ -129,109 +126,192 @@ def tokenize_corpus(
         output_dir: Directory to write to; made if missing.
         codec: On the device and in the type to run in.
         feature_extractor: The codec's.
-        merging_thresholds: Encode at each of these; the encoders run once for all. By default, if there are no
-            `target_frame_rates` either, at the threshold in the codec's configuration.
-        target_frame_rates: Encode at each of these tokens per second, too.
-        num_quantizers: Codebooks to keep; all by default.
         source: What to record about the origin of the dataset.
-        split: Name of the split of the tokens.
-        batch_seconds: Seconds of audio, with padding, in a batch of the model.
-        clips_per_shard: Clips in a Parquet file. An interruption costs each process one such file at most.
+        clips_per_shard: Clips in a Parquet file. An interruption costs one such file at most.
         chunk_length_s: Clips longer than twice this are encoded alone and in chunks of so many seconds; 0 never.
-        num_workers: Threads that read audio; by default one for each processor, eight at most.
-        rank, world_size: The number of this process, and of all processes; by default from the environment variables
-            `RANK` and `WORLD_SIZE`, as `accelerate launch` and `torchrun` set them.
+        options: Those of [`Tokenization`]: `merging_thresholds`, `target_frame_rates`, `num_quantizers`,
+            `batch_seconds`, `num_workers` and `split`.
 
     Returns:
-        The manifest, once all shards of all processes exist; `None` while others are still at work.
+        The manifest.
 
     Raises:
         DataError: `output_dir` holds tokens made with other settings, a column is missing, or a rate is out of range.
         ValueError: Another argument is out of range.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    if not 0 <= rank < world_size:
-        raise ValueError(f"`rank` must be between 0 and `world_size` - 1, got {rank} of {world_size}.")
-    for name, number in (
-        ("clips_per_shard", clips_per_shard),
-        ("batch_seconds", batch_seconds),
-        ("num_quantizers", num_quantizers),
-    ):
-        if number is not None and number <= 0:
-            raise ValueError(f"`{name}` must be positive, got {number}.")
-    output_dir = Path(output_dir)
+    _check_positive(clips_per_shard=clips_per_shard)
     dataset = standard_columns(dataset)
     num_clips = len(dataset) if isinstance(dataset, Dataset) else None
-    stream = as_stream(dataset, clips_per_shard)
-    rates = rate_settings(codec.config, merging_thresholds, target_frame_rates)
-    num_quantizers = min(num_quantizers or codec.config.num_quantizers, codec.config.num_quantizers)
-    settings = {
-        "model": codec.config.name_or_path,
-        "revision": getattr(codec.config, "_commit_hash", None),
-        "dtype": str(codec.dtype).removeprefix("torch."),
-        "num_quantizers": num_quantizers,
-        "rates": [str(rate) for rate in rates],
-        "chunk_length_s": chunk_length_s,
-        "clips_per_shard": clips_per_shard,
-        "source": {
-            **(source or {}),
-            "num_streams": num_streams(stream),
-            "num_clips": num_clips,
-            "ids_sha256": _digest(dataset) if isinstance(dataset, Dataset) else None,
-        },
-    }
-    shards = find_shards(output_dir, settings)
-    (output_dir / "data").mkdir(parents=True, exist_ok=True)
-    share = ProcessShard(rank, world_size, num_streams(stream))
-    if not _complete(shards, share):
-        # It is outdated: a shard was deleted to be made again.
-        (output_dir / "manifest.json").unlink(missing_ok=True)
+    source = {**(source or {}), "num_clips": num_clips, "clips_per_shard": clips_per_shard}
+    if isinstance(dataset, Dataset):
+        if dataset.with_format("arrow")[:]["audio"].null_count == num_clips:
+            raise DataError("there is no audio in the dataset.")
+        source["ids_sha256"] = _digest(dataset)
     runner = CodecRunner(codec, feature_extractor, chunk_length_s)
-    versions = library_versions()
+    work = Tokenization(output_dir, runner, source, **options)
+    streams = as_streams(dataset, clips_per_shard)
+    blocks = (
+        Block.from_rows(number, *block)
+        for number, stream in enumerate(streams)
+        if not work.corpus.is_complete(number)
+        for block in read_blocks(stream, clips_per_shard)
+        if (number, block[0]) not in work.corpus.summaries
+    )
+    done = sum(summary["num_clips"] for summary in work.corpus.summaries.values())
+    started, seconds = time.perf_counter(), 0.0
+    # In a log file, a line a minute.
+    interval = 0.1 if sys.stderr.isatty() else 60
+    with tqdm(total=num_clips, initial=done, unit="clip", mininterval=interval) as bar:
 
-    done = sum(shard.summary["num_clips"] for key, shard in shards.items() if share.has(*key))
-    progress = _Progress(share, num_clips, done)
-    with closing(progress):
-        blocks = _blocks(stream, clips_per_shard, shards, share)
-        for block in encoded_blocks(blocks, runner, rates, num_quantizers, batch_seconds, num_workers, progress.add):
-            path = shard_path(output_dir, split, block.stream, block.number)
-            summary = summary_of(block, rates, codec.config.sampling_rate)
-            write_shard(path, table_of(block), settings, summary, versions)
-            progress.add([], summary["broken"])
+        def count(clips: list[Clip]) -> None:
+            nonlocal seconds
+            seconds += sum(clip.tokens[0].seconds for clip in clips if clip.tokens)
+            hours = seconds / 3600
+            speed = f"{hours:.4f} h of audio, {hours / (time.perf_counter() - started):.5f} h of audio per second"
+            bar.set_postfix_str(speed, refresh=False)
+            bar.update(len(clips))
 
-    shards = find_shards(output_dir, settings)
-    return close_corpus(output_dir, split, shards, versions) if _complete(shards, share) else None
+        for block in work.run(blocks, count):
+            for clip in block.clips:
+                if clip.error is not None:
+                    tqdm.write(f"skipped {clip.id}: {clip.error}", file=sys.stderr)
+    manifest = work.corpus.close(len(streams))
+    assert manifest is not None  # all streams are read
+    return manifest
 
 
-def encoded_blocks(
-    blocks: Iterator[Block],
-    runner: CodecRunner,
-    rates: Sequence[RateSetting],
-    num_quantizers: int,
-    batch_seconds: float,
-    num_workers: int | None = None,
-    on_batch: Callable[[list[float]], None] = lambda seconds: None,
-) -> Iterator[Block]:
+class Tokenization:
     """
-    Encode blocks: the core of `tokenize_corpus`, and of the step for clusters (cluster.py).
+    Blocks of clips to shards of a corpus: what `tokenize_corpus` and the step for clusters (cluster.py) share.
 
     Args:
-        blocks: They are read in a thread, up to `_PREFETCHED_BATCHES` batches ahead.
+        output_dir: Directory of the corpus.
         runner: The codec.
-        rates, num_quantizers, batch_seconds, num_workers: See `tokenize_corpus`.
-        on_batch: Called with the seconds of the clips of each batch.
+        source: What decides which clips there are, and how they are cut into blocks.
+        merging_thresholds: Encode at each of these; the encoders run once for all. By default, if there are no
+            `target_frame_rates` either, at the threshold in the codec's configuration.
+        target_frame_rates: Encode at each of these tokens per second, too.
+        num_quantizers: Codebooks to keep; all by default.
+        batch_seconds: Seconds of audio, with padding, in a batch of the model.
+        num_workers: Threads that read audio; by default one for each processor, eight at most.
+        split: Name of the split of the tokens.
 
-    Yields:
-        The blocks, each complete: every row is encoded or broken.
+    Raises:
+        DataError: `output_dir` holds tokens made with other settings, or a rate is out of range.
+        ValueError: Another argument is out of range.
     """
-    with ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8)) as pool:
-        batches = _batches(blocks, pool, runner.config.sampling_rate, batch_seconds, runner.chunk_length_s)
-        for block, loading in prefetch(batches, _PREFETCHED_BATCHES):
-            on_batch(_encode(runner, block, loading, rates, num_quantizers))
-            block.unfinished_batches -= 1
-            if block.unfinished_batches == 0:
-                yield block
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        runner: CodecRunner,
+        source: Mapping[str, Any],
+        *,
+        merging_thresholds: Sequence[float] = (),
+        target_frame_rates: Sequence[float] = (),
+        num_quantizers: int | None = None,
+        batch_seconds: float = 120.0,
+        num_workers: int | None = None,
+        split: str = "train",
+    ):
+        _check_positive(batch_seconds=batch_seconds, num_quantizers=num_quantizers)
+        config = runner.config
+        self.runner, self.batch_seconds = runner, batch_seconds
+        self.num_workers = num_workers or min(os.cpu_count() or 1, 8)
+        self.rates = rate_settings(config, merging_thresholds, target_frame_rates)
+        self.num_quantizers = min(num_quantizers or config.num_quantizers, config.num_quantizers)
+        settings = {
+            "model": config.name_or_path,
+            "revision": getattr(config, "_commit_hash", None),
+            "dtype": str(runner.codec.dtype).removeprefix("torch."),
+            "num_quantizers": self.num_quantizers,
+            "rates": [str(rate) for rate in self.rates],
+            "chunk_length_s": runner.chunk_length_s,
+            "split": split,
+            "source": dict(source),
+        }
+        self.corpus = Corpus(output_dir, settings)
+
+    def run(
+        self, blocks: Iterator[Block], on_batch: Callable[[list[Clip]], None] = lambda clips: None
+    ) -> Iterator[Block]:
+        """
+        Encode blocks, and write their shards.
+
+        Args:
+            blocks: They are read in a thread, up to `_PREFETCHED_BATCHES` batches ahead.
+            on_batch: Called with the clips of each batch when they are done.
+
+        Yields:
+            Each block, when its shard is written.
+        """
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            for block, batch in prefetch(self._batches(blocks, pool), _PREFETCHED_BATCHES):
+                self._encode(batch)
+                on_batch([clip for clip, _ in batch])
+                block.unfinished_batches -= 1
+                if block.unfinished_batches == 0:
+                    self.corpus.write(block.stream, block.number, table_of(block), self._summary(block))
+                    yield block
+
+    def _batches(self, blocks: Iterator[Block], pool: ThreadPoolExecutor) -> Iterator[tuple[Block, Batch]]:
+        """Clips of similar length, the longest first, whose audio is being read. An empty block has an empty batch."""
+        rate = self.runner.config.sampling_rate
+        for block in blocks:
+            lengths = list(pool.map(_seconds, block.clips))
+            batches: list[list[tuple[Clip, float]]] = [[]]
+            longest = 0.0
+            for clip, seconds in sorted(zip(block.clips, lengths, strict=True), key=lambda item: -item[1]):
+                if batches[-1] and (len(batches[-1]) + 1) * longest > self.batch_seconds:
+                    batches.append([])
+                if not batches[-1]:
+                    # A clip that is processed in chunks is alone.
+                    longest = math.inf if chunk_length(seconds, self.runner.chunk_length_s) else seconds
+                batches[-1].append((clip, seconds))
+            block.unfinished_batches = len(batches)
+            for batch in batches:
+                reading = [pool.submit(read_clip, clip.audio, rate, seconds > _MAX_HELD_S) for clip, seconds in batch]
+                yield block, list(zip((clip for clip, _ in batch), reading, strict=True))
+
+    def _encode(self, batch: Batch) -> None:
+        recordings: list[tuple[Clip, AudioClip | AudioFile]] = []
+        for clip, reading in batch:
+            try:
+                recordings.append((clip, reading.result()))
+            except ValueError as error:  # one of the network is not the clip's, and ends the run
+                clip.fail(error)
+        results = self.runner.encode([recording for _, recording in recordings], self.rates, self.num_quantizers)
+        for (clip, recording), result in zip(recordings, results, strict=True):
+            if isinstance(result, Exception):
+                clip.fail(result)
+            else:
+                clip.tokens = result
+                clip.file_sampling_rate, clip.file_channels = recording.file_sampling_rate, recording.num_channels
+
+    def _summary(self, block: Block) -> dict[str, Any]:
+        """What a shard says of itself."""
+        done = [clip for clip in block.clips if clip.tokens]
+        return {
+            "num_clips": len(block.clips),
+            "last": block.last,
+            "seconds": sum(clip.tokens[0].seconds for clip in done),
+            "tokens": {
+                str(rate): sum(len(clip.tokens[i].token_lengths) for clip in done) for i, rate in enumerate(self.rates)
+            },
+            "resampled": sum(clip.file_sampling_rate != self.runner.config.sampling_rate for clip in done),
+            "downmixed": sum(clip.file_channels > 1 for clip in done),
+            "broken": [
+                {"id": clip.id, "path": clip.audio and clip.audio.get("path"), "reason": clip.error}
+                for clip in block.clips
+                if clip.error is not None
+            ],
+        }
+
+
+def _check_positive(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number <= 0:
+            raise ValueError(f"`{name}` must be positive, got {number}.")
 
 
 def _digest(dataset: Dataset) -> str:
@@ -242,107 +322,32 @@ def _digest(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _complete(shards: Mapping[tuple[int, int], Shard], share: ProcessShard) -> bool:
-    return all(finished_blocks(shards, stream) for stream in range(share.num_streams))
+def as_streams(dataset: Dataset | IterableDataset, clips_per_shard: int) -> list[IterableDataset]:
+    """The dataset in parts that are read one after another: its files, or runs of `clips_per_shard` clips."""
+    if isinstance(dataset, Dataset):
+        dataset = dataset.to_iterable_dataset(num_shards=-(-len(dataset) // clips_per_shard))
+    dataset = dataset.with_format("arrow")
+    number = min(dataset.num_shards, _MAX_STREAMS)
+    return [dataset.shard(number, i) for i in range(number)]
 
 
-class _Progress:
-    """A progress bar of the first process, and a line of each at its end."""
+def read_blocks(stream: IterableDataset, clips: int) -> Iterator[tuple[int, bool, pa.Table]]:
+    """
+    Cut a stream into blocks of so many clips, or fewer if their audio is large.
 
-    def __init__(self, share: ProcessShard, num_clips: int | None, done: int):
-        self.rank, self.done = share.rank, done
-        self.clips = self.broken = 0
-        self.seconds = 0.0
-        self.started = time.perf_counter()
-        total = None
-        if num_clips is not None and share.num_streams >= share.world_size:
-            each, more = divmod(num_clips, share.num_streams)
-            total = sum(each + (stream < more) for stream in share.streams())
-        # In a log file, a line a minute.
-        interval = 0.1 if sys.stderr.isatty() else 60
-        self.bar = tqdm(total=total, initial=done, unit="clip", disable=self.rank > 0, mininterval=interval)
-
-    def add(self, seconds: Sequence[float], broken: Sequence[Mapping[str, str]] = ()) -> None:
-        """Count clips that were encoded, by their durations, and clips that cannot be."""
-        self.clips += len(seconds)
-        self.seconds += sum(seconds)
-        self.broken += len(broken)
-        for entry in broken:
-            tqdm.write(f"skipped {entry['id']}: {entry['reason']}", file=sys.stderr)
-        self.bar.set_postfix_str(self._speed(), refresh=False)
-        self.bar.update(len(seconds) + len(broken))
-
-    def _speed(self) -> str:
-        hours = self.seconds / 3600
-        return f"{hours:.4f} h of audio, {hours / (time.perf_counter() - self.started):.5f} h of audio per second"
-
-    def close(self) -> None:
-        self.bar.close()
-        counts = ((self.broken, "broken"), (self.done, "done before"))
-        parts = [f"{self.clips} clips", self._speed(), *(f"{count} {name}" for count, name in counts if count)]
-        tqdm.write(f"process {self.rank}: {', '.join(parts)}", file=sys.stderr)
-
-
-def _blocks(
-    dataset: IterableDataset, clips_per_shard: int, shards: Mapping[tuple[int, int], Shard], share: ProcessShard
-) -> Iterator[Block]:
-    """The blocks that a process has to encode."""
-    for stream in share.streams():
-        if finished_blocks(shards, stream):
-            continue
-        sizes: list[int] = []
-        while (stream, len(sizes)) in shards:
-            sizes.append(shards[stream, len(sizes)].summary["num_clips"])
-        for number, (rows, last) in enumerate(read_stream(dataset, stream, sizes, clips_per_shard)):
-            if share.has(stream, number) and (stream, number) not in shards:
-                yield Block(stream, number, rows, last, len(rows))
-
-
-def _batches(
-    blocks: Iterator[Block],
-    pool: ThreadPoolExecutor,
-    sampling_rate: int,
-    batch_seconds: float,
-    chunk_length_s: float,
-) -> Iterator[tuple[Block, Loading]]:
-    """Clips of similar length, the longest first, whose audio is being read. An empty block has one empty batch."""
-    for block in blocks:
-        ids, entries = (block.rows[name].to_pylist() for name in ("id", "audio"))
-        sources = [
-            Source(row, f"{block.stream:05d}-{block.number:05d}-{row}" if id is None else id, audio)
-            for row, (id, audio) in enumerate(zip(ids, entries, strict=True))
-        ]
-        measured = []
-        for source, future in [(source, pool.submit(_measure, source)) for source in sources]:
-            try:
-                measured.append(future.result())
-            except ValueError as error:
-                block.fail(source, error)
-        block.rows = block.rows.drop_columns(["audio"])
-        measured.sort(key=lambda item: -item[1])
-        batches: list[list[Source]] = [[]]
-        longest = 0.0
-        for source, seconds in measured:
-            if batches[-1] and (len(batches[-1]) + 1) * longest > batch_seconds:
-                batches.append([])
-            if not batches[-1]:
-                # A clip that is processed in chunks is alone.
-                longest = seconds if chunk_length(seconds, chunk_length_s) is None else math.inf
-            batches[-1].append(source)
-        block.unfinished_batches = len(batches)
-        for batch in batches:
-            yield block, [(source, pool.submit(_load, source, sampling_rate)) for source in batch]
-
-
-def _measure(source: Source) -> tuple[Source, float]:
-    # An error of the network is not the file's: it ends the run.
-    source = Source(source.row, source.name, fetch_audio(source.audio))
-    return source, audio_seconds(*audio_file(source.audio, source.name))
-
-
-def _load(source: Source, sampling_rate: int) -> AudioClip:
-    path, file = audio_file(source.audio, source.name)
-    return read_audio(path, sampling_rate, file)
+    Yields:
+        The number of a block, whether it is the last, and its rows. An empty stream has one empty block.
+    """
+    number = size = 0
+    rows: list[pa.Table] = []
+    for row in stream.iter(batch_size=1):
+        num_bytes = pc.sum(pc.binary_length(pc.struct_field(row["audio"], ["bytes"]))).as_py() or 0
+        if rows and (len(rows) == clips or size + num_bytes > _MAX_BLOCK_BYTES):
+            yield number, False, pa.concat_tables(rows)
+            number, size, rows = number + 1, 0, []
+        rows.append(row)
+        size += num_bytes
+    yield number, True, pa.concat_tables(rows) if rows else stream.features.arrow_schema.empty_table()
 
 
 def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
@@ -355,82 +360,33 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
             yield item
 
 
-def _encode(
-    runner: CodecRunner, block: Block, loading: Loading, rates: Sequence[RateSetting], num_quantizers: int
-) -> list[float]:
-    """Add what becomes of a batch to its block. Returns the seconds of its clips."""
-    clips: list[tuple[Source, AudioClip]] = []
-    for source, future in loading:
-        try:
-            clips.append((source, future.result()))
-        except (ValueError, OSError) as error:
-            block.fail(source, error)
-    results = runner.encode([clip for _, clip in clips], rates, num_quantizers)
-    seconds = []
-    for (source, clip), result in zip(clips, results, strict=True):
-        if isinstance(result, Exception):
-            block.fail(source, result)
-        else:
-            block.encoded[source.row] = EncodedClip(source.name, clip.file_sampling_rate, clip.num_channels, result)
-            seconds.append(clip.seconds)
-    return seconds
-
-
-def summary_of(block: Block, rates: Sequence[RateSetting], sampling_rate: int) -> dict[str, Any]:
-    """What the metadata of a shard tell about its rows."""
-    clips = block.encoded.values()
-    return {
-        "num_clips": block.num_clips,
-        "last": block.last,
-        "seconds": sum(clip.tokens[0].seconds for clip in clips),
-        "tokens": {
-            str(rate): sum(len(clip.tokens[i].token_lengths) for clip in clips) for i, rate in enumerate(rates)
-        },
-        "resampled": sum(clip.file_sampling_rate != sampling_rate for clip in clips),
-        "downmixed": sum(clip.file_channels > 1 for clip in clips),
-        "broken": [block.broken[row] for row in sorted(block.broken)],
-    }
+def _seconds(clip: Clip) -> float:
+    try:
+        return audio_duration(clip.audio)
+    except ValueError:
+        return 0.0  # reading it will say why
 
 
 def table_of(block: Block) -> pa.Table:
     """The rows of a shard: a row for each clip and rate, in the order of the dataset."""
-    pairs = [(row, tokens) for row in sorted(block.encoded) for tokens in block.encoded[row].tokens]
-    rows = pa.array([row for row, _ in pairs], pa.int64())
-    clips, tokens = [block.encoded[row] for row, _ in pairs], [tokens for _, tokens in pairs]
-
-    features, columns = Features(TOKEN_FEATURES), {}
-    for name, feature in Features.from_arrow_schema(block.rows.schema).items():
-        if name in ("id", "text") or is_audio(feature):
+    pairs = [(row, clip, tokens) for row, clip in enumerate(block.clips) for tokens in clip.tokens]
+    given = block.columns.take(pa.array([row for row, _, _ in pairs], pa.int64()))
+    features, columns = Features(TOKEN_FEATURES), {"text": pa.nulls(len(pairs), pa.string())}
+    for name, feature in Features.from_arrow_schema(given.schema).items():
+        if is_audio(feature):
             continue
         free = name
-        while free in features:
+        while free in features and name != "text":
             free = f"source_{free}"
-        features[free], columns[free] = feature, block.rows[name].take(rows)
-    schema = features.arrow_schema
-    if not pairs:
-        return schema.empty_table()
-    texts = block.rows["text"].take(rows) if "text" in block.rows.column_names else pa.nulls(len(rows), pa.string())
-    values: dict[str, Any] = {
-        "id": [clip.name for clip in clips],
-        "audio_codes": _lists([item.audio_codes.numpy() for item in tokens]),
-        "token_lengths": _lists([item.token_lengths.numpy() for item in tokens]),
-        "text": texts,
-        "duration": [item.seconds for item in tokens],
-        "file_sampling_rate": [clip.file_sampling_rate for clip in clips],
-        "file_channels": [clip.file_channels for clip in clips],
+        features[free], columns[free] = feature, given[name]
+    columns |= {
+        "id": [clip.id for _, clip, _ in pairs],
+        "audio_codes": [tokens.audio_codes.tolist() for _, _, tokens in pairs],
+        "token_lengths": [tokens.token_lengths.tolist() for _, _, tokens in pairs],
+        "duration": [tokens.seconds for _, _, tokens in pairs],
+        "file_sampling_rate": [clip.file_sampling_rate for _, clip, _ in pairs],
+        "file_channels": [clip.file_channels for _, clip, _ in pairs],
     }
     for name in ("merging_threshold", "target_frame_rate", "frame_rate", "sampling_rate", "num_samples"):
-        values[name] = [getattr(item, name) for item in tokens]
-    return pa.table({name: (values | columns)[name] for name in schema.names}, schema=schema)
-
-
-def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
-    """Each array `(length,)` as a list, or `(num_rows, length)` as a list of lists."""
-    lists = pa.array(np.concatenate([array.ravel() for array in arrays]))
-    lengths = [[array.shape[-1]] * (array.size // array.shape[-1]) for array in arrays]
-    lists = _cut(lists, np.concatenate(lengths))
-    return lists if arrays[0].ndim == 1 else _cut(lists, [len(array) for array in arrays])
-
-
-def _cut(values: pa.Array, lengths: Sequence[int] | np.ndarray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
+        columns[name] = [getattr(tokens, name) for _, _, tokens in pairs]
+    return pa.table({name: columns[name] for name in features}, schema=features.arrow_schema)

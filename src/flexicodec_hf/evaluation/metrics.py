@@ -22,7 +22,6 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 # `evaluate.load` copies this file out of the package.
@@ -118,26 +117,31 @@ def mel_cepstral_distortion(reference: np.ndarray, degraded: np.ndarray) -> floa
         reference, degraded: `(num_samples,)` at 16 kHz.
     """
     _check_pair(reference, degraded)
-    expected, actual = (_log_mel(waveform, window=400, hop=160, num_bands=40) for waveform in (reference, degraded))
-    num_bands = expected.shape[1]
+    num_bands, window = 40, 400
+    filters = mel_filter_bank(
+        num_frequency_bins=257,
+        num_mel_filters=num_bands,
+        min_frequency=0.0,
+        max_frequency=SAMPLING_RATE / 2,
+        sampling_rate=SAMPLING_RATE,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    spectra = torch.stft(
+        torch.from_numpy(np.stack([reference, degraded]).astype(np.float64)),
+        n_fft=512,
+        hop_length=160,
+        win_length=window,
+        window=torch.hann_window(window, dtype=torch.float64),
+        pad_mode="constant",
+        return_complex=True,
+    )
+    expected, actual = (spectra.abs().mT @ torch.from_numpy(filters)).clamp(min=_FLOOR).log()
     orders = torch.arange(1, _NUM_CEPSTRA + 1, dtype=torch.float64)
     bands = torch.arange(num_bands, dtype=torch.float64) + 0.5
     cosines = torch.cos(torch.outer(bands, orders) * (math.pi / num_bands)) * (2 / num_bands)
     difference = (expected - actual) @ cosines
-    distortion = 10 / math.log(10) * (2 * difference.square().sum(dim=1)).sqrt()
-    return distortion.mean().item()
-
-
-def log_mel_distance(reference: np.ndarray, degraded: np.ndarray) -> float:
-    """
-    Mean absolute difference of log10 mel magnitudes (80 bands, 64 ms windows every 16 ms), in decades (20 dB).
-
-    Args:
-        reference, degraded: `(num_samples,)` at 16 kHz.
-    """
-    _check_pair(reference, degraded)
-    expected, actual = (_log_mel(waveform, window=1024, hop=256, num_bands=80) for waveform in (reference, degraded))
-    return (expected - actual).abs().mean().item() / math.log(10)
+    return (10 / math.log(10) * (2 * difference.square().sum(dim=1)).sqrt()).mean().item()
 
 
 def speaker_similarity(first: np.ndarray, second: np.ndarray, model: SpeakerEncoder) -> float | None:
@@ -146,22 +150,6 @@ def speaker_similarity(first: np.ndarray, second: np.ndarray, model: SpeakerEnco
         return None
     a, b = model(first), model(second)
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-
-def dnsmos(waveform: np.ndarray) -> Values:
-    """
-    Predicted opinion scores from 1 to 5 without a reference (DNSMOS P.835, arXiv:2110.01763), from `speechmos`.
-
-    Args:
-        waveform: `(num_samples,)` at 16 kHz. Clips shorter than 9 s are repeated, because the models need 9 s.
-
-    Returns:
-        `dnsmos_signal`, `dnsmos_background`, `dnsmos_overall` and `dnsmos_p808`.
-    """
-    package = require("speechmos.dnsmos", "DNSMOS")
-    scores = package.run(np.clip(waveform, -1, 1), SAMPLING_RATE, return_df=False)
-    names = {"signal": "sig_mos", "background": "bak_mos", "overall": "ovrl_mos", "p808": "p808_mos"}
-    return {f"dnsmos_{name}": float(scores[key]) for name, key in names.items()}
 
 
 def token_rate(num_tokens: int, seconds: float, bits_per_token: float | None = None) -> Values:
@@ -208,7 +196,7 @@ def ds_wed(
     of one text by one voice differs. A text-to-speech system that varies its prosody has a high mean over pairs.
 
     Args:
-        prediction, reference: Discrete units of the utterances, see [`load_unit_tokenizer`].
+        prediction, reference: Discrete units of the utterances.
         weights: Costs of an insertion, a deletion and a substitution, whole numbers. The default is that of the
             authors' package (`dswed` 1.0.0, `ds_wed.py`).
     """
@@ -234,10 +222,8 @@ MEASURES: dict[str, _Measure] = {
     "pesq": _Measure(_PAIR, lambda p, r: {f"pesq_{band}": pesq(r, p, band) for band in ("nb", "wb")}, "pesq"),
     "stoi": _Measure(_PAIR, lambda p, r: {"stoi": stoi(r, p)}, "pystoi"),
     "mcd": _Measure(_PAIR, lambda p, r: {"mcd": mel_cepstral_distortion(r, p)}),
-    "mel": _Measure(_PAIR, lambda p, r: {"mel_distance": log_mel_distance(r, p)}),
     "speaker": _Measure(_PAIR, lambda p, r, model: {"speaker_similarity": speaker_similarity(r, p, model)}),
     "mos": _Measure((_WAVEFORM,), lambda p, model: {"mos": model(p)}, "distillmos"),
-    "dnsmos": _Measure((_WAVEFORM,), dnsmos, "speechmos.dnsmos"),
     "rate": _Measure((_NUMBER, _SECONDS), token_rate),
     "stability": _Measure((_WAVEFORM,), token_changes, "rapidfuzz"),
     "ds_wed": _Measure((_TOKENS, _TOKENS), lambda *pair, **weights: {"ds_wed": ds_wed(*pair, **weights)}, "rapidfuzz"),
@@ -252,10 +238,9 @@ class SpeechMetric(evaluate.Metric):
     | --- | --- | --- | --- |
     | `wer` | normalized texts | normalized texts | `wer`, `cer`: all errors over all words and characters |
     | `pesq` | waveforms | waveforms | `pesq_nb`, `pesq_wb` |
-    | `stoi`, `mcd`, `mel` | waveforms | waveforms | `stoi`, `mcd` (dB), `mel_distance` |
+    | `stoi`, `mcd` | waveforms | waveforms | `stoi`, `mcd` (dB) |
     | `speaker` | waveforms | waveforms | `speaker_similarity` |
     | `mos` | waveforms | | `mos`: an opinion score from 1 to 5, predicted by Distill-MOS (arXiv:2502.05356) |
-    | `dnsmos` | waveforms | | `dnsmos_overall` and its parts |
     | `rate` | numbers of tokens | seconds | `tokens_per_second`, and with `bits_per_token=...` `bits_per_second` |
     | `stability` | waveforms | | `changed_by_noise`, `..._gain`, `..._resampling`, `..._shift`: shares of the tokens |
     | `ds_wed` | discrete units | discrete units | `ds_wed`; `weights=...` are those of [`ds_wed`] |
@@ -287,8 +272,7 @@ class SpeechMetric(evaluate.Metric):
         super().__init__(config_name=config_name, **kwargs)
         measure = MEASURES[config_name]
         if measure.package is not None:
-            extra = None if config_name in ("mos", "dnsmos") else "eval"
-            require(measure.package, f"the measure {config_name}", extra)
+            require(measure.package, f"the measure {config_name}", None if config_name == "mos" else "eval")
         if config_name in ("speaker", "stability") and model is None:
             kind = "speaker encoder" if config_name == "speaker" else "function that makes tokens"
             raise ValueError(f"the measure {config_name} needs a `model`: a {kind}.")
@@ -324,8 +308,7 @@ _RATIOS = (
     *((f"changed_by_{way}", f"{way}_changes", "compared_tokens") for way in ("noise", "gain", "resampling", "shift")),
 )
 # Means over the items that have a value.
-_DNSMOS = ("dnsmos_signal", "dnsmos_background", "dnsmos_overall", "dnsmos_p808")
-_MEANS = ("pesq_nb", "pesq_wb", "stoi", "mcd", "mel_distance", "speaker_similarity", "mos", *_DNSMOS, "ds_wed")
+_MEANS = ("pesq_nb", "pesq_wb", "stoi", "mcd", "speaker_similarity", "mos", "ds_wed")
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> Values:
@@ -353,27 +336,3 @@ def _check_pair(reference: np.ndarray, degraded: np.ndarray) -> None:
             "the waveforms to compare must have the same shape (num_samples,), got "
             f"{reference.shape} and {degraded.shape}: cut both to the shorter one."
         )
-
-
-def _log_mel(waveform: np.ndarray, window: int, hop: int, num_bands: int) -> Tensor:
-    """Natural logarithm of mel magnitudes, `(num_frames, num_bands)` in float64."""
-    fft_length = 1 << (window - 1).bit_length()
-    spectrum = torch.stft(
-        torch.from_numpy(np.asarray(waveform, dtype=np.float64)),
-        n_fft=fft_length,
-        hop_length=hop,
-        win_length=window,
-        window=torch.hann_window(window, dtype=torch.float64),
-        pad_mode="constant",
-        return_complex=True,
-    )
-    filters = mel_filter_bank(
-        num_frequency_bins=fft_length // 2 + 1,
-        num_mel_filters=num_bands,
-        min_frequency=0.0,
-        max_frequency=SAMPLING_RATE / 2,
-        sampling_rate=SAMPLING_RATE,
-        norm="slaney",
-        mel_scale="slaney",
-    )
-    return (spectrum.abs().T @ torch.from_numpy(filters)).clamp(min=_FLOOR).log()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioXVector, pipeline
+from transformers import AutoFeatureExtractor, AutoModelForAudioXVector, pipeline
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from ..audio_flexicodec import resample
@@ -132,45 +132,6 @@ def load_mos_predictor(device: str = "cpu") -> Callable[[np.ndarray], float]:
         return network(torch.from_numpy(waveform).float()[None].to(device)).item()
 
     return predict
-
-
-def load_unit_tokenizer(
-    model: str, centroids: np.ndarray, layer: int = 8, device: str = "cpu"
-) -> Callable[[np.ndarray], list[int]]:
-    """
-    Load what makes the discrete units of DS-WED (arXiv:2509.19928), as a function from a waveform (`(num_samples,)`
-    at 16 kHz) to its units, as the authors' package does (`dswed` 1.0.0, `ds_wed.py`): silence around the speech is
-    cut off (Silero VAD), and each frame of a layer of HuBERT or WavLM becomes the nearest centroid of k-means.
-
-    Args:
-        model: A Hub id (`facebook/hubert-base-ls960`, `microsoft/wavlm-base`) or a directory.
-        centroids: `(num_units, hidden_size)`: `cluster_centers_` of the authors' k-means (the default of their package
-            has 50 units), which they publish as a pickle: load it only if you trust it.
-        layer: Number of the layer, from 1.
-        device: Where to run.
-
-    Raises:
-        DataError: The package `silero-vad` is missing, or the model cannot be loaded.
-    """
-    vad = require("silero_vad", "DS-WED")
-    advice = "Pass a HuBERT or WavLM, such as `facebook/hubert-base-ls960`."
-    with _loading(f"the speech encoder {model}", advice):
-        extractor = AutoFeatureExtractor.from_pretrained(model)
-        network = AutoModel.from_pretrained(model).to(device).eval()
-    # The base models, which normalize groups, were trained on audio as it is, whatever their repository says.
-    extractor.do_normalize = network.config.feat_extract_norm == "layer"
-    detector, centers = vad.load_silero_vad(), torch.from_numpy(centroids).to(device).float()
-
-    @torch.inference_mode()
-    def tokenize(waveform: np.ndarray) -> list[int]:
-        spoken = vad.get_speech_timestamps(torch.from_numpy(waveform).float(), detector)
-        if spoken:
-            waveform = waveform[spoken[0]["start"] : spoken[-1]["end"]]
-        inputs = extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(device)
-        states = network(**inputs, output_hidden_states=True).hidden_states[layer][0]
-        return torch.cdist(states, centers).argmin(dim=1).tolist()
-
-    return tokenize
 
 
 @contextmanager

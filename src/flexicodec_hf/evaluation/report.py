@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,8 @@ _COLUMNS = (
     ("PESQ wb", "pesq_wb", "{:.2f}"),
     ("STOI", "stoi", "{:.3f}"),
     ("MCD dB", "mcd", "{:.2f}"),
-    ("mel distance", "mel_distance", "{:.3f}"),
     ("speaker", "speaker_similarity", "{:.3f}"),
     ("MOS", "mos", "{:.2f}"),
-    ("DNSMOS", "dnsmos_overall", "{:.2f}"),
-    ("DNSMOS P.808", "dnsmos_p808", "{:.2f}"),
     ("tokens/s", "tokens_per_second", "{:.2f}"),
     ("spread", "tokens_per_second_std", "{:.2f}"),
     ("bits/s", "bits_per_second", "{:.0f}"),
@@ -37,11 +34,12 @@ _COLUMNS = (
     ("resampling %", "changed_by_resampling", "{:.1%}"),
     ("shift %", "changed_by_shift", "{:.1%}"),
 )
-# Panels of the plot: label of the y axis, factor, and the curves by name.
-_PANELS: tuple[tuple[str, float, dict[str, str]], ...] = (
-    ("word error rate (%)", 100.0, {"": "wer"}),
-    ("PESQ", 1.0, {"narrow band": "pesq_nb", "wide band": "pesq_wb"}),
-)
+# What the plot shows: its panel, its name in it, and the factor of its values.
+_PLOTTED = {
+    "wer": ("word error rate (%)", "", 100.0),
+    "pesq_nb": ("PESQ", "narrow band", 1.0),
+    "pesq_wb": ("PESQ", "wide band", 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,22 @@ class Report:
         rows = {label: [row for row in self.rows if row["method"] == label] for label in self.methods}
         return {label: _total(own) for label, own in rows.items() if own}
 
-    def table(self) -> str:
-        """The totals as a Markdown table, one line per method."""
-        return _markdown(("method", "clips"), [(label, str(t["clips"]), t) for label, t in self.totals().items()])
-
-    def table_of_clips(self) -> str:
-        """The results as a Markdown table, one line per clip and method."""
-        return _markdown(("clip", "method"), [(row["clip"], row["method"], _total([row])) for row in self.rows])
+    def table(self, per_clip: bool = False) -> str:
+        """The results as a Markdown table: a line for each method or, if asked for, for each clip and method."""
+        lines = [((label, str(total["clips"])), total) for label, total in self.totals().items()]
+        if per_clip:
+            lines = [((row["clip"], row["method"]), _total([row])) for row in self.rows]
+        columns = [column for column in _COLUMNS if any(column[1] in values for _, values in lines)]
+        names = ("clip", "method") if per_clip else ("method", "clips")
+        cells = [[*names, *(header for header, *_ in columns)]]
+        for names, values in lines:
+            shown = [form.format(values[key]).rstrip("%") if key in values else "" for _, key, form in columns]
+            cells.append([*names, *shown])
+        # Padded, so that it is readable as text.
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["-" * width for width in widths])
+        rows = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+        return "\n".join(f"| {row} |" for row in rows)
 
     def save(self, path: str | Path) -> None:
         """Write everything to a JSON file: `settings`, `methods`, `totals`, `failed`, and the rows as `clips`."""
@@ -102,56 +109,32 @@ class Report:
         from matplotlib.figure import Figure
 
         totals = self.totals()
-        panels = [
-            (title, scale, keys, curves) for title, scale, keys in _PANELS if (curves := self._curves(totals, keys))
-        ]
+        # The points of each curve of each panel.
+        panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for label, total in totals.items():
+            merging = "fixed" if "fixed_frame_rate" in self.methods[label] else "merged by similarity"
+            number = self.methods[label].get("num_quantizers")
+            codebooks = "" if number is None else f"{number} codebook{'s' if number > 1 else ''}"
+            for key in _PLOTTED.keys() & total.keys() if "tokens_per_second" in total else ():
+                title, measure, scale = _PLOTTED[key]
+                name = ", ".join(filter(None, (merging, codebooks, measure)))
+                points = panels.setdefault(title, {}).setdefault(name, [])
+                points.append((total["tokens_per_second"], total[key] * scale))
         if not panels:
             raise DataError("there is nothing to draw: measure wer or pesq of the codec.")
         figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, scale, keys, curves) in zip(all_axes, panels, strict=True):
-            for name, points in curves.items():
-                rates, values = zip(*sorted(points), strict=True)
-                axes.plot(rates, [value * scale for value in values], marker="o", label=name)
-            for key in keys.values():
-                if key in totals.get("original", {}):
+        for axes, (panel, curves) in zip(all_axes, sorted(panels.items(), reverse=True), strict=True):
+            for name, points in sorted(curves.items()):
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+            for key, (title, _, scale) in _PLOTTED.items():
+                if title == panel and key in totals.get("original", {}):
                     axes.axhline(totals["original"][key] * scale, color="gray", linestyle="--", label="original")
-            axes.set(xlabel="tokens per second", ylabel=title)
+            axes.set(xlabel="tokens per second", ylabel=panel)
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         figure.savefig(path, dpi=150)
 
-    def _curves(self, totals: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, list[tuple[float, float]]]:
-        """Points (token rate, value) by the name of their curve."""
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for label, total in totals.items():
-            settings = self.methods[label]
-            merging = "fixed" if "fixed_frame_rate" in settings else "merged by similarity"
-            for measure, key in keys.items():
-                if "tokens_per_second" in total and key in total:
-                    name = ", ".join(filter(None, (merging, _codebooks(settings.get("num_quantizers")), measure)))
-                    curves.setdefault(name, []).append((total["tokens_per_second"], total[key]))
-        return curves
-
-
-def _codebooks(number: int | None) -> str:
-    return "" if number is None else f"{number} codebook{'s' if number > 1 else ''}"
-
 
 def _total(rows: list[Row]) -> dict[str, Any]:
     return {"clips": len(rows), "seconds": sum(row["seconds"] for row in rows), **totals(rows)}
-
-
-def _markdown(names: tuple[str, str], lines: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str:
-    """A table whose columns are padded, so that it is readable as text."""
-    lines = list(lines)
-    columns = [column for column in _COLUMNS if any(column[1] in values for *_, values in lines)]
-    cells = [[*names, *(header for header, *_ in columns)]]
-    for first, second, values in lines:
-        cells.append([first, second])
-        cells[-1] += [form.format(values[key]).rstrip("%") if key in values else "" for _, key, form in columns]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in cells
-    )

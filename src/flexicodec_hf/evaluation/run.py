@@ -23,7 +23,7 @@ from .report import Report, Row
 
 
 # Of single clips.
-MEASURES = ("wer", "pesq", "stoi", "mcd", "mel", "speaker", "mos", "dnsmos", "stability")
+MEASURES = ("wer", "pesq", "stoi", "mcd", "speaker", "mos", "stability")
 
 
 class Evaluator:
@@ -78,30 +78,24 @@ class Evaluator:
             Values by name. What cannot be measured (no text, no recording, too short, silent) is missing or `None`.
         """
         values: dict[str, Any] = {}
-        if "wer" in self.measures and clip.text:
-            values |= self._errors(speech.waveform, clip.text)
-        if clip.waveform is not None and speech.aligned:
-            length = min(len(clip.waveform), len(speech.waveform))
-            for name in self.measures:
-                if name in ("pesq", "stoi", "mcd", "mel"):
-                    values |= self._measure[name](speech.waveform[:length], clip.waveform[:length])
-        voice = clip.waveform if clip.reference_waveform is None else clip.reference_waveform
-        if "speaker" in self.measures and voice is not None:
-            values |= self._measure["speaker"](speech.waveform, voice)
-        for name in ("mos", "dnsmos"):
-            if name in self.measures and len(speech.waveform):
-                values |= self._measure[name](speech.waveform)
-        if "stability" in self.measures and clip.waveform is not None and tokenize is not None:
-            values |= token_changes(clip.waveform, tokenize)
+        audio, recording = speech.waveform, clip.waveform
+        voice = recording if clip.reference_waveform is None else clip.reference_waveform
+        for name, measure in self._measure.items():
+            if name == "wer":
+                assert self._recognizer is not None and self._normalizer is not None
+                if expected := self._normalizer(clip.text or ""):
+                    recognized = self._recognizer(audio) if len(audio) else ""
+                    values |= {"recognized": recognized, **measure(self._normalizer(recognized), expected)}
+            elif name == "speaker":
+                values |= {} if voice is None else measure(audio, voice)
+            elif name == "mos":
+                values |= measure(audio) if len(audio) else {}
+            elif recording is not None and speech.aligned:
+                length = min(len(recording), len(audio))
+                values |= measure(audio[:length], recording[:length])
+        if "stability" in self.measures and recording is not None and tokenize is not None:
+            values |= token_changes(recording, tokenize)
         return values
-
-    def _errors(self, waveform: np.ndarray, text: str) -> dict[str, Any]:
-        assert self._recognizer is not None and self._normalizer is not None
-        expected = self._normalizer(text)
-        if not expected:
-            return {}
-        recognized = self._recognizer(waveform) if len(waveform) else ""
-        return {"recognized": recognized, **self._measure["wer"](self._normalizer(recognized), expected)}
 
 
 def evaluate(

@@ -39,6 +39,7 @@ from .voices import VoiceError, Voices
 logger = logging.getLogger(__name__)
 
 Format = Literal["mp3", "opus", "flac", "wav", "pcm"]
+StreamFormat = Literal["audio", "sse"]
 _MAX_CHANNELS = 8
 
 
@@ -77,7 +78,7 @@ class SpeechRequest(BaseModel):
     voice: str | VoiceId = "default"
     response_format: Format = "mp3"
     speed: float = 1.0
-    stream_format: Literal["audio", "sse"] = "audio"
+    stream_format: StreamFormat = "audio"
     instructions: str | None = None
 
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -229,7 +230,10 @@ def create_app(
 
     @app.post("/v1/audio/speech")
     async def speech(request: Request, body: SpeechRequest) -> Response:
-        start = time.monotonic()
+        """
+        Text to audio, sent while it is spoken. FLAC is sent when it is complete, since its length is at its beginning;
+        with `stream_format` sse it is sent at once, and says no length.
+        """
         check_model(body.model)
         check_language(body.language)
         assert engine.speaker is not None
@@ -250,19 +254,30 @@ def create_app(
             voice = voices.find(body.voice.id if isinstance(body.voice, VoiceId) else body.voice)
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
         text = Speech(body.input, voice, body.language or engine.speaker.processor.language, seed)
-        job = submit(Job("speak", text, body.settings()))
-        watcher = asyncio.create_task(_cancel_when_client_leaves(request, job, engine))
+        job = Job("speak", text, body.settings())
+        return await audio(request, job, body.response_format, body.stream_format, {"X-Seed": str(seed)})
+
+    async def audio(
+        request: Request,
+        job: Job,
+        response_format: Format,
+        stream_format: StreamFormat,
+        headers: dict[str, str] | None = None,
+    ) -> Response:
+        """A file of what the model makes for a job, sent while it is made."""
+        start, kind = time.monotonic(), job.kind
+        watcher = asyncio.create_task(_cancel_when_client_leaves(request, submit(job), engine))
         try:
             chunk = await first_audio(job)
         except BaseException:
             job.cancel()
             watcher.cancel()
             raise
-        engine.metrics.first_audio.observe(time.monotonic() - start)
+        engine.metrics.first_audio.labels(kind).observe(time.monotonic() - start)
         rate = chunk["sampling_rate"]
-        sound = encoder(body.response_format, rate)
+        sound = encoder(response_format, rate, is_file=stream_format == "audio")
 
-        async def audio() -> AsyncIterator[bytes]:
+        async def parts() -> AsyncIterator[bytes]:
             current, seconds = chunk, 0.0
             try:
                 while current is not None:
@@ -273,16 +288,16 @@ def create_app(
                     current = await job.next(limits.timeout_s)
                 if data := await run_in_threadpool(sound.close):
                     yield data
-                engine.metrics.audio_seconds.inc(seconds)
-                engine.metrics.real_time_factor.observe((time.monotonic() - start) / seconds)
+                engine.metrics.audio_seconds.labels(kind).inc(seconds)
+                engine.metrics.real_time_factor.labels(kind).observe((time.monotonic() - start) / seconds)
             finally:
                 job.cancel()
                 watcher.cancel()
 
-        headers = {"X-Seed": str(seed), "X-Sampling-Rate": str(rate)}
-        if body.stream_format == "sse":
-            return _Stream(_events(audio()), limits.timeout_s, headers=headers, media_type="text/event-stream")
-        return _Stream(audio(), limits.timeout_s, headers=headers, media_type=MEDIA_TYPES[body.response_format])
+        headers = {**(headers or {}), "X-Sampling-Rate": str(rate)}
+        if stream_format == "sse":
+            return _Stream(_events(parts()), limits.timeout_s, headers=headers, media_type="text/event-stream")
+        return _Stream(parts(), limits.timeout_s, headers=headers, media_type=MEDIA_TYPES[response_format])
 
     async def first_audio(job: Job) -> Any:
         """The first chunk that has samples."""
@@ -361,27 +376,17 @@ def create_app(
         return Response(body.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/audio/tokens/decode")
-    async def decode(request: Request, response_format: Format = "wav") -> Response:
+    async def decode(
+        request: Request, response_format: Format = "wav", stream_format: StreamFormat = "audio"
+    ) -> Response:
         """Tokens to audio. The body is what `/v1/audio/tokens` answers, in JSON or safetensors."""
         data = await request.body()
         is_json = request.headers.get("content-type", "").split(";")[0].strip() == "application/json"
         with _client_errors():
             tokens = await run_in_threadpool(_tokens_of_json if is_json else _tokens_of_safetensors, data)
-            if tokens.seconds > limits.audio_s:
-                raise ApiError(
-                    400, f"The tokens hold {tokens.seconds:.0f} s of audio, and may hold {limits.audio_s:g}."
-                )
-            waveform = await only_result(request, Job("decode", tokens))
-        sound = encoder(response_format, config.sampling_rate)
-
-        async def audio() -> AsyncIterator[bytes]:
-            for start in range(0, len(waveform), config.sampling_rate):
-                if data := await run_in_threadpool(sound.write, waveform[start : start + config.sampling_rate]):
-                    yield data
-            if data := await run_in_threadpool(sound.close):
-                yield data
-
-        return _Stream(audio(), limits.timeout_s, media_type=MEDIA_TYPES[response_format])
+        if tokens.seconds > limits.audio_s:
+            raise ApiError(400, f"The tokens hold {tokens.seconds:.0f} s of audio, and may hold {limits.audio_s:g}.")
+        return await audio(request, Job("decode", tokens), response_format, stream_format)
 
     return app
 

@@ -65,10 +65,10 @@ class _Pipe(io.RawIOBase):
         return new
 
 
-class _Opus:
-    """Opus in Ogg, by libsndfile."""
+class _Sent:
+    """A format that libsndfile writes from front to back."""
 
-    settings: dict[str, Any] = {"format": "OGG", "subtype": "OPUS"}
+    settings: dict[str, Any]
 
     def __init__(self, sampling_rate: int):
         self._pipe = _Pipe()
@@ -83,7 +83,17 @@ class _Opus:
         return self._pipe.take()
 
 
-class _Mp3(_Opus):
+class _Opus(_Sent):
+    settings = {"format": "OGG", "subtype": "OPUS"}
+
+
+class _Flac(_Sent):
+    """FLAC of unknown length, which some programs refuse, libsndfile among them."""
+
+    settings = {"format": "FLAC", "subtype": "PCM_16"}
+
+
+class _Mp3(_Sent):
     """MP3 of a constant bit rate, from which players learn the length."""
 
     settings = {"format": "MP3", "subtype": "MPEG_LAYER_III", "compression_level": 0.5, "bitrate_mode": "CONSTANT"}
@@ -110,8 +120,8 @@ class _Mp3(_Opus):
         return data
 
 
-class _Flac:
-    """FLAC, whole: many programs do not read one that does not begin with its length."""
+class _WholeFlac:
+    """FLAC with its length, which is at its beginning."""
 
     def __init__(self, sampling_rate: int):
         self._sampling_rate = sampling_rate
@@ -137,8 +147,10 @@ MEDIA_TYPES = {
 }
 
 
-def encoder(format: str, sampling_rate: int) -> Encoder:
-    """An encoder of one of `MEDIA_TYPES`. All but FLAC is sent as it comes."""
+def encoder(format: str, sampling_rate: int, is_file: bool = True) -> Encoder:
+    """
+    An encoder of one of `MEDIA_TYPES`. All is sent as it comes, but FLAC that is to be a file comes at the end.
+    """
     if format == "pcm":
         return _Pcm()
     if format == "wav":
@@ -147,5 +159,6 @@ def encoder(format: str, sampling_rate: int) -> Encoder:
             struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", unknown, b"WAVE", b"fmt ", 16, 1, 1, sampling_rate,
                         2 * sampling_rate, 2, 16, b"data", unknown)
         )  # fmt: skip
-    encoders: dict[str, Callable[[int], Encoder]] = {"mp3": _Mp3, "opus": _Opus, "flac": _Flac}
+    flac = _WholeFlac if is_file else _Flac
+    encoders: dict[str, Callable[[int], Encoder]] = {"mp3": _Mp3, "opus": _Opus, "flac": flac}
     return encoders[format](sampling_rate)

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,8 +26,10 @@ from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# A job whose client reads more slowly than it is spoken waits with so many pieces unread.
+# A job whose client reads more slowly than audio is made waits with so many parts unread.
 MAX_UNREAD = 4
+# Tokens of more than twice as much audio are decoded in chunks, which are sent as they are made.
+DECODED_CHUNK_S = 10.0
 
 # Of requests for speech: keyword arguments of `generate`.
 Settings = tuple[tuple[str, Any], ...]
@@ -116,8 +118,8 @@ class Job:
             self.engine.wake()
 
     def put(self, result: Any) -> None:
-        """Hand a result over, from the thread of the model. A text has several, and `None` after the last."""
-        self.ended = self.kind != "speak" or result is None or isinstance(result, Exception)
+        """Hand a result over, from the thread of the model. Audio comes in parts, with `None` after the last."""
+        self.ended = self.kind in ("voice", "encode") or result is None or isinstance(result, Exception)
         self.unread += 1
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.results.put_nowait, result)
@@ -130,6 +132,7 @@ class Engine:
     Jobs of one kind and with the same settings share a batch, in which a text takes part with its
     next piece; then it goes to the end of the queue, so that a long text does not hold up the others.
     A batch never changes an item: each text sounds as the pipeline speaks it alone with its seed.
+    The tokens of long audio are decoded alone, a chunk each time it is their turn.
 
     Args:
         runner: The codec.
@@ -151,6 +154,7 @@ class Engine:
         max_piece_length: int = 200,
     ):
         self.runner = runner
+        self.decoder = CodecRunner(runner.codec, runner.feature_extractor, DECODED_CHUNK_S, show_progress=False)
         self.speaker = speaker
         self.metrics = metrics
         self.batch_size = batch_size
@@ -161,6 +165,7 @@ class Engine:
             "voice": self._encode_voices,
             "encode": self._encode,
             "decode": self._decode,
+            "decode_long": self._decode_long,
         }
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -180,6 +185,8 @@ class Engine:
         """
         if job.kind == "speak":
             job.work = SpokenText(job.work, self.max_piece_length)
+        if job.kind == "decode" and self.decoder.chunk_of(job.work) is not None:
+            job.kind, job.work = "decode_long", self._decoded_parts(job.work)
         job.engine, job.loop, job.results = self, asyncio.get_running_loop(), asyncio.Queue()
         with self._changed:
             if self._closed:
@@ -219,6 +226,8 @@ class Engine:
         return alike[: self.batch_size]
 
     def _group(self, job: Job) -> Hashable:
+        if job.kind == "decode_long":
+            return job
         has_voice = job.kind == "speak" and job.work.voice is not None
         return job.kind, job.settings, has_voice
 
@@ -321,9 +330,26 @@ class Engine:
             job.put(encoded if isinstance(encoded, Exception) else encoded[0])
 
     def _decode(self, jobs: list[Job]) -> None:
-        tokens: list[Tokens] = [job.work for job in jobs]
-        for job, decoded in zip(jobs, self.runner.decode(tokens), strict=True):
-            job.put(decoded if isinstance(decoded, Exception) else np.concatenate(list(decoded)))
+        for job, decoded in zip(jobs, self.decoder.decode([job.work for job in jobs]), strict=True):
+            if isinstance(decoded, Exception):
+                job.put(decoded)
+                continue
+            for part in decoded:
+                job.put(self._decoded(part))
+            job.put(None)
+
+    def _decode_long(self, jobs: list[Job]) -> None:
+        (job,) = jobs
+        job.put(next(job.work, None))
+
+    def _decoded_parts(self, tokens: Tokens) -> Iterator[SpeechChunk]:
+        (decoded,) = self.decoder.decode([tokens])
+        if isinstance(decoded, Exception):
+            raise decoded
+        yield from map(self._decoded, decoded)
+
+    def _decoded(self, audio: np.ndarray) -> SpeechChunk:
+        return SpeechChunk(audio=audio, sampling_rate=self.runner.config.sampling_rate, text="", elapsed_s=0.0)
 
     def _speaker(self) -> FlexiCodecTTSPipeline:
         if self.speaker is None:

@@ -22,18 +22,20 @@ class Metrics:
         )
         self.first_audio = Histogram(
             "flexicodec_first_audio_seconds",
-            "From a request for speech to its first audio.",
+            "From a request (to speak, or to decode tokens) to its first audio.",
+            ("kind",),
             buckets=_SECONDS,
             registry=registry,
         )
         self.real_time_factor = Histogram(
             "flexicodec_real_time_factor",
-            "Seconds that a request for speech took, for each second of its audio.",
+            "Seconds that a request took, for each second of its audio.",
+            ("kind",),
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10),
             registry=registry,
         )
         self.audio_seconds = Counter(
-            "flexicodec_audio_seconds", "Seconds of speech that were sent.", registry=registry
+            "flexicodec_audio_seconds", "Seconds of audio that were sent.", ("kind",), registry=registry
         )
         self.canceled = Counter("flexicodec_canceled", "Requests whose client left.", registry=registry)
 

@@ -13,10 +13,12 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 
-from ..audio_flexicodec import AudioClip, audio_seconds, read_audio
+from ..audio_flexicodec import AudioClip, audio_seconds, read_audio, resample
 from ..data.runner import CodecRunner, RateSetting
 from ..pipeline_flexicodec_tts import FlexiCodecTTSPipeline
 from ..training.samples import draw_spectrogram
+from .words import SAMPLING_RATE as ALIGNER_RATE
+from .words import Aligner, Word
 
 
 MAX_SECONDS = 60.0
@@ -24,11 +26,17 @@ MAX_TEXT_LENGTH = 1000
 RECORDING = "the recording below"
 INVENTED = "one that the model invents"
 
+# On a narrow screen, the picture is moved sideways: its words stay readable.
+STYLE = "<style>#tokens { overflow-x: auto } #tokens img { min-width: 44rem; max-width: none }</style>"
+
 Sound = tuple[int, np.ndarray]
 
 
 def build_page(
-    runner: CodecRunner, speaker: FlexiCodecTTSPipeline | None, clips: list[Path] | None = None
+    runner: CodecRunner,
+    speaker: FlexiCodecTTSPipeline | None,
+    clips: list[Path] | None = None,
+    aligner: Aligner | None = None,
 ) -> gr.Blocks:
     """
     The page, to `launch`.
@@ -37,6 +45,7 @@ def build_page(
         runner: The codec.
         speaker: The pipeline of a model that speaks; `None` for a codec alone.
         clips: Recordings to try, each with a `.txt` file beside it that says its words.
+        aligner: Finds the words of a text in a recording, to show them in the picture.
 
     Returns:
         The page.
@@ -48,7 +57,7 @@ def build_page(
             "how many tokens there are."
         )
         with gr.Tab("Codec"):
-            _codec_tab(runner, clips)
+            _codec_tab(runner, clips, aligner)
         if speaker is not None:
             with gr.Tab("Speak"):
                 _speak_tab(speaker, clips)
@@ -60,23 +69,18 @@ def build_page(
     return page
 
 
-def _codec_tab(runner: CodecRunner, clips: list[Path]) -> None:
+def _codec_tab(runner: CodecRunner, clips: list[Path], aligner: Aligner | None) -> None:
     config = runner.config
 
-    def reconstruct(path: str | None, rate: float, number: int) -> tuple[Sound, Sound, Figure, str]:
+    def reconstruct(path: str | None, text: str, rate: float, number: int) -> tuple[Sound, Sound, Figure, str]:
         clip = _read(path, config.sampling_rate)
+        words = []
+        if aligner is not None and text.strip():
+            words = aligner(resample(clip.waveform, config.sampling_rate, ALIGNER_RATE), text)
         ((tokens,),) = _ok(runner.encode([clip], [RateSetting(target_frame_rate=rate)], int(number)))
         (parts,) = _ok(runner.decode([tokens]))
         waveform = np.concatenate(list(parts))
         lengths = tokens.token_lengths
-        starts = (lengths.cumsum(0) - lengths) / config.frame_rate
-        figure = Figure(figsize=(10, 4.5), layout="constrained")
-        above, below = figure.subplots(2, sharex=True, sharey=True)
-        for axis, sound, title in ((above, clip.waveform, "original"), (below, waveform, "from its tokens")):
-            draw_spectrogram(axis, sound, config.sampling_rate)
-            axis.set_title(title)
-        below.vlines(starts, 0, config.sampling_rate / 2000, colors="white", linewidth=0.5)
-        below.set_xlabel("seconds")
         per_second = len(lengths) / clip.seconds
         said = (
             f"**{len(lengths)} tokens** for {clip.seconds:.1f} s: {per_second:.1f} a second, "
@@ -85,7 +89,9 @@ def _codec_tab(runner: CodecRunner, clips: list[Path]) -> None:
         )
         if clip.changes:
             said += f" ({'; '.join(clip.changes)}.)"
-        return _sound(clip.waveform, config.sampling_rate), _sound(waveform, config.sampling_rate), figure, said
+        starts = (lengths.cumsum(0) - lengths) / config.frame_rate
+        picture = _picture(clip.waveform, waveform, config.sampling_rate, starts.numpy(), words)
+        return _sound(clip.waveform, config.sampling_rate), _sound(waveform, config.sampling_rate), picture, said
 
     with gr.Row():
         with gr.Column():
@@ -95,7 +101,15 @@ def _codec_tab(runner: CodecRunner, clips: list[Path]) -> None:
                 label="A recording of speech",
                 elem_id="codec-source",
             )
-            _clips_to_try([source], [[str(clip)] for clip in clips])
+            text = gr.Textbox(
+                label="What it says, to see the words in the picture",
+                visible=aligner is not None,
+                elem_id="codec-text",
+            )
+            if aligner is None:
+                _clips_to_try([source], [[str(clip)] for clip in clips])
+            else:
+                _clips_to_try([source, text], _with_words(clips))
             lowest = config.frame_rate / config.max_frames_per_token
             rate = gr.Slider(
                 max(lowest, 3.0), config.frame_rate, value=8.3, step=0.1, label="Tokens a second", elem_id="rate"
@@ -108,8 +122,29 @@ def _codec_tab(runner: CodecRunner, clips: list[Path]) -> None:
             said = gr.Markdown(elem_id="codec-said")
             original = gr.Audio(label="Original", interactive=False)
             reconstruction = gr.Audio(label="From its tokens", interactive=False, elem_id="reconstruction")
+    gr.HTML(STYLE, padding=False)
     picture = gr.Plot(show_label=False, elem_id="tokens")
-    _on_click(button, reconstruct, [source, rate, number], [original, reconstruction, picture, said])
+    _on_click(button, reconstruct, [source, text, rate, number], [original, reconstruction, picture, said])
+
+
+def _picture(
+    original: np.ndarray, reconstruction: np.ndarray, sampling_rate: int, starts: np.ndarray, words: list[Word]
+) -> Figure:
+    """Spectrograms of both, with a line where each token begins, and each word where it is spoken."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, sharey=True)
+    for axis, sound, title in ((above, original, "original"), (below, reconstruction, "from its tokens")):
+        draw_spectrogram(axis, sound, sampling_rate)
+        axis.set_title(title)
+    top = sampling_rate / 2000
+    below.vlines(starts, 0, top, colors="white", linewidth=0.5)
+    below.set_xlabel("seconds")
+    if words:
+        above.vlines([word.start_s for word in words], 0, top, colors="white", linewidth=0.5, linestyles="dotted")
+        labels = above.secondary_xaxis("top")
+        labels.set_xticks([(word.start_s + word.end_s) / 2 for word in words], [word.text for word in words])
+        labels.tick_params(length=0, rotation=45 if len(words) > 12 else 0)
+    return figure
 
 
 def _speak_tab(speaker: FlexiCodecTTSPipeline, clips: list[Path]) -> None:
@@ -186,9 +221,12 @@ def _voice_inputs(speaker: FlexiCodecTTSPipeline, clips: list[Path]) -> tuple[gr
         gr.Markdown("3 to 15 seconds of one speaker, and the exact words. Ask the speaker first.")
         reference = gr.Audio(type="filepath", sources=["upload", "microphone"], label="Recording")
         words = gr.Textbox(label="Its words")
-        pairs = [[str(clip), clip.with_suffix(".txt").read_text(encoding="utf-8").strip()] for clip in clips]
-        _clips_to_try([reference, words], pairs)
+        _clips_to_try([reference, words], _with_words(clips))
     return voice, reference, words
+
+
+def _with_words(clips: list[Path]) -> list[list[str]]:
+    return [[str(clip), clip.with_suffix(".txt").read_text(encoding="utf-8").strip()] for clip in clips]
 
 
 def _clips_to_try(inputs: list[Any], values: list[list[str]]) -> None:

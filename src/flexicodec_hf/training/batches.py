@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import Sampler
+from transformers.hf_argparser import HfArg
 
 from ..audio_flexicodec import resample
 from ..data.sources import audio_duration, load_speech
@@ -18,6 +21,8 @@ from ..data.sources import audio_duration, load_speech
 
 # Examples that a streamed dataset holds back to shuffle them.
 _SHUFFLE_BUFFER = 1000
+# Clips whose new columns are kept together: an interruption loses no more than these.
+CLIPS_PER_FILE = 500
 
 
 @dataclass
@@ -26,30 +31,22 @@ class SpeechDataArguments:
     What to train and evaluate on. Sources are those of `flexicodec_hf.data.sources.load_speech`.
     """
 
-    dataset: str = field(
-        metadata={"help": "A folder of audio, a metadata file, or a dataset on the Hub or on disk."},
+    dataset: str = HfArg(help="A folder of audio, a metadata file, or a dataset on the Hub or on disk.")
+    dataset_config: str | None = HfArg(default=None, help="The configuration of a dataset.")
+    train_split: str = HfArg(default="train", help="The split to train on.")
+    eval_dataset: str | None = HfArg(default=None, help="What to evaluate on, if it is not a split of `dataset`.")
+    eval_split: str | None = HfArg(
+        default=None, help="The split to evaluate on. Without it and `eval_dataset`, see `num_eval_examples`."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of a dataset."})
-    train_split: str = field(default="train", metadata={"help": "The split to train on."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "What to evaluate on, if it is not a split of `dataset`."}
+    num_eval_examples: int = HfArg(
+        default=64, help="Examples to evaluate on at most; held out from the training data if no split is named."
     )
-    eval_split: str | None = field(
-        default=None,
-        metadata={"help": "The split to evaluate on. Without it and `eval_dataset`, see `num_eval_examples`."},
-    )
-    num_eval_examples: int = field(
-        default=64,
-        metadata={"help": "Examples to evaluate on at most; held out from the training data if no split is named."},
-    )
-    max_train_examples: int | None = field(default=None, metadata={"help": "Examples to train on at most."})
-    streaming: bool = field(default=False, metadata={"help": "Read the training data while training."})
-    audio_column: str | None = field(default=None, metadata={"help": "The column of the audio, if not a usual one."})
-    text_column: str | None = field(default=None, metadata={"help": "The column of the text, if not a usual one."})
-    min_duration_s: float = field(default=0.0, metadata={"help": "Leave out clips shorter than this, in seconds."})
-    max_duration_s: float = field(
-        default=float("inf"), metadata={"help": "Leave out clips longer than this, in seconds."}
-    )
+    max_train_examples: int | None = HfArg(default=None, help="Examples to train on at most.")
+    streaming: bool = HfArg(default=False, help="Read the training data while training.")
+    audio_column: str | None = HfArg(default=None, help="The column of the audio, if not a usual one.")
+    text_column: str | None = HfArg(default=None, help="The column of the text, if not a usual one.")
+    min_duration_s: float = HfArg(default=0.0, help="Leave out clips shorter than this, in seconds.")
+    max_duration_s: float = HfArg(default=float("inf"), help="Leave out clips longer than this, in seconds.")
 
 
 def load_splits(
@@ -217,13 +214,43 @@ def vary_voice(waveform: np.ndarray, sampling_rate: int, random: np.random.Gener
     return waveform * np.float32(10 ** (random.uniform(-12, 4) / 20))
 
 
-__all__ = [
-    "EpochSampler",
-    "SeededExamples",
-    "SeededStream",
-    "SpeechDataArguments",
-    "load_splits",
-    "random_crop",
-    "vary_voice",
-    "with_seeds",
-]
+def cached_map(
+    dataset: Dataset,
+    function: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    folder: str | Path,
+    settings: Any,
+    features: dict[str, Any],
+    batch_size: int,
+    share: slice = slice(None),
+) -> Dataset:
+    """
+    A dataset with new columns, which are computed once and kept in a folder. They are kept in parts:
+    an interrupted run goes on, and processes can share the parts.
+
+    Args:
+        dataset: Speech, as `load_splits` gives it.
+        function: From the columns of some examples to the new ones, as `Dataset.map` takes it.
+        folder: Where to keep them.
+        settings: What decides the new columns, beside the audio.
+        features: Types of the new columns.
+        batch_size: Examples for the function at once.
+        share: Which of the parts to compute and return.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    parts = []
+    for start in range(0, len(dataset), CLIPS_PER_FILE)[share]:
+        part = dataset.select(range(start, min(start + CLIPS_PER_FILE, len(dataset))))
+        key = Hasher.hash((part["audio"][:], settings))
+        new = part.map(
+            function,
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=part.column_names,
+            features=Features(features),
+            cache_file_name=str(Path(folder) / f"{key}.arrow"),
+            new_fingerprint=key,
+            load_from_cache_file=True,
+            desc=f"{Path(folder).name}, from clip {start + 1} of {len(dataset)}",
+        )
+        parts.append(concatenate_datasets([part, new], axis=1))
+    return concatenate_datasets(parts) if parts else dataset.select([])

@@ -117,6 +117,3 @@ class Discriminators(nn.Module):
         """
         outputs = [discriminator(waveforms) for discriminator in self.discriminators]
         return [output[-1] for output in outputs], [output[:-1] for output in outputs]
-
-
-__all__ = ["Discriminators", "MultiBandSTFTDiscriminator", "PeriodDiscriminator"]

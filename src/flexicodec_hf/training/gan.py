@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.hf_argparser import HfArg
 
 from ..data.files import atomic_directory
 from .discriminators import Discriminators
@@ -26,23 +27,23 @@ from .trainer import SpeechTrainer, SpeechTrainingArguments
 class GANTrainingArguments(SpeechTrainingArguments):
     """The training arguments, with the defaults of models that make waveforms."""
 
-    max_steps: int = field(default=1_000_000, metadata={"help": "Steps of the whole training."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Clips in a batch of each process."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "The learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "The schedule of the rate."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "The second beta of AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "The weight decay of AdamW."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate; there is one at the end."})
-    eval_steps: float | None = field(default=1000, metadata={"help": "Steps between evaluations."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Must be true: batches have one size."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=True, metadata={"help": "Must be true: a batch may leave out quantizers."}
+    max_steps: int = HfArg(default=1_000_000, help="Steps of the whole training.")
+    per_device_train_batch_size: int = HfArg(default=16, help="Clips in a batch of each process.")
+    learning_rate: float = HfArg(default=1e-4, help="The learning rate of AdamW.")
+    lr_scheduler_type: str = HfArg(default="constant_with_warmup", help="The schedule of the rate.")
+    adam_beta2: float = HfArg(default=0.99, help="The second beta of AdamW.")
+    weight_decay: float = HfArg(default=0.01, help="The weight decay of AdamW.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate; there is one at the end.")
+    eval_steps: float | None = HfArg(default=1000, help="Steps between evaluations.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints to keep.")
+    dataloader_drop_last: bool = HfArg(default=True, help="Must be true: batches have one size.")
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=True, help="Must be true: a batch may leave out quantizers."
     )
-    crop_s: float = field(default=5.0, metadata={"help": "Seconds of a clip to train on."})
-    ema_decay: float = field(default=0.999, metadata={"help": "Share of the averaged weights that a step keeps."})
-    discriminator_start: int = field(default=0, metadata={"help": "Without discriminators before this step."})
-    discriminator_size: int = field(default=32, metadata={"help": "Channels of their first layers."})
+    crop_s: float = HfArg(default=5.0, help="Seconds of a clip to train on.")
+    ema_decay: float = HfArg(default=0.999, help="Share of the averaged weights that a step keeps.")
+    discriminator_start: int = HfArg(default=0, help="Without discriminators before this step.")
+    discriminator_size: int = HfArg(default=32, help="Channels of their first layers.")
 
 
 class Generated(NamedTuple):
@@ -143,25 +144,19 @@ class GANTrainer(SpeechTrainer, ABC):
         losses, metrics = {"mel": self.mel_loss(fake, real), **losses}, dict(metrics)
         adversarial = self.state.global_step >= self.args.discriminator_start
         if adversarial:
-            losses["adversarial"], losses["feature"] = self._judge(real, fake)
+            # Without gradients for the discriminators.
+            self.model.discriminators.requires_grad_(False)
+            scores, features = self.model(waveforms=torch.cat([real, fake]))
+            self.model.discriminators.requires_grad_(True)
+            losses["adversarial"], losses["feature"] = adversarial_loss(scores), feature_matching_loss(features)
         loss = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         if adversarial:
             scores, _ = model(waveforms=torch.cat([real, fake.detach()]))
-            metrics["discriminator"] = discriminator_loss(*zip(*(score.chunk(2) for score in scores), strict=True))
+            metrics["discriminator"] = discriminator_loss(scores)
             self.accelerator.backward(metrics["discriminator"] / self.current_gradient_accumulation_steps)
         self.keep_means(losses | metrics, training=True)
         return loss.detach() / self.current_gradient_accumulation_steps
-
-    def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The adversarial and the feature matching loss of `fake`, without gradients for the discriminators."""
-        self.model.discriminators.requires_grad_(False)
-        scores, features = self.model(waveforms=torch.cat([real, fake]))
-        self.model.discriminators.requires_grad_(True)
-        reals, fakes = zip(
-            *(zip(*(layer.chunk(2) for layer in layers), strict=True) for layers in features), strict=True
-        )
-        return adversarial_loss([score.chunk(2)[1] for score in scores]), feature_matching_loss(reals, fakes)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self.accelerator.clip_grad_norm_(self.model.generator.parameters(), self.args.max_grad_norm)
@@ -213,6 +208,3 @@ class MovingAverage(TrainerCallback):
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         with torch.no_grad():
             torch._foreach_lerp_(list(model.averaged.parameters()), list(model.generator.parameters()), 1 - decay)
-
-
-__all__ = ["GAN", "GANTrainer", "GANTrainingArguments", "Generated", "MovingAverage"]

@@ -64,27 +64,30 @@ def magnitudes(waveforms: Tensor, window: Tensor) -> Tensor:
     return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-12).sqrt().transpose(1, 2)
 
 
-def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+def discriminator_loss(scores: Sequence[Tensor]) -> Tensor:
     """
     What the discriminators minimise: their scores should be 1 for recorded and 0 for made audio
     (arXiv:1611.04076).
+
+    Args:
+        scores: Of each discriminator; the first half of the batch is recorded, the second made.
     """
-    loss = [(1 - r).square().mean() + f.square().mean() for r, f in zip(real, fake, strict=True)]
-    return torch.stack(loss).sum()
+    pairs = [score.chunk(2) for score in scores]
+    return torch.stack([(1 - real).square().mean() + fake.square().mean() for real, fake in pairs]).sum()
 
 
-def adversarial_loss(fake: Sequence[Tensor]) -> Tensor:
-    """What the generator minimises: the scores of made audio should be 1."""
-    return torch.stack([(1 - f).square().mean() for f in fake]).sum()
+def adversarial_loss(scores: Sequence[Tensor]) -> Tensor:
+    """What the generator minimises: the scores of made audio, the second half, should be 1."""
+    return torch.stack([(1 - score.chunk(2)[1]).square().mean() for score in scores]).sum()
 
 
-def feature_matching_loss(real: Sequence[Sequence[Tensor]], fake: Sequence[Sequence[Tensor]]) -> Tensor:
+def feature_matching_loss(features: Sequence[Sequence[Tensor]]) -> Tensor:
     """
-    L1 distance of what the layers of the discriminators see, summed over all of them
-    (arXiv:1910.06711).
+    L1 distance of what the layers of the discriminators see in made audio, the second half of the
+    batch, and in recorded audio, summed over all of them (arXiv:1910.06711).
     """
-    pairs = [(r, f) for reals, fakes in zip(real, fake, strict=True) for r, f in zip(reals, fakes, strict=True)]
-    return torch.stack([F.l1_loss(f, r.detach()) for r, f in pairs]).sum()
+    pairs = [layer.chunk(2) for layers in features for layer in layers]
+    return torch.stack([F.l1_loss(fake, real.detach()) for real, fake in pairs]).sum()
 
 
 def _mel_filters(window_length: int, num_mels: int, sampling_rate: int) -> Tensor:
@@ -102,6 +105,3 @@ def _mel_filters(window_length: int, num_mels: int, sampling_rate: int) -> Tenso
         mel_scale="slaney",
     )
     return torch.from_numpy(filters).float()
-
-
-__all__ = ["MultiScaleMelLoss", "adversarial_loss", "discriminator_loss", "feature_matching_loss", "magnitudes"]

@@ -60,6 +60,3 @@ def draw_spectrogram(axis: Axes, waveform: np.ndarray, sampling_rate: int) -> No
     decibels = 20 * spectrum.clamp(min=1e-4).log10().T.numpy()
     axis.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=40)
     axis.set_ylabel("kHz")
-
-
-__all__ = ["draw_spectrogram", "plot_spectrograms", "write_samples"]

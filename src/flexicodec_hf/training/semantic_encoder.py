@@ -226,15 +226,3 @@ def decode_ctc(tokenizer: PreTrainedTokenizerFast, paths: Tensor) -> list[str]:
         pieces = path.unique_consecutive()
         texts.append(tokenizer.decode(pieces[(pieces >= 0) & (pieces != tokenizer.pad_token_id)]))
     return texts
-
-
-__all__ = [
-    "SemanticEncoderForCTC",
-    "SemanticEncoderOutput",
-    "best_paths",
-    "calibrate_similarities",
-    "decode_ctc",
-    "similarity_spread_loss",
-    "teacher_loss",
-    "train_tokenizer",
-]

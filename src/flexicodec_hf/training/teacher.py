@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, Features, Value, concatenate_datasets
-from datasets.fingerprint import Hasher
+from datasets import Dataset, Value
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from ..data.files import require
 from ..data.sources import decode_audio
+from .batches import cached_map
 
 
 SAMPLING_RATE = 16_000
@@ -25,8 +25,6 @@ SAMPLES_PER_STATE = 960
 STATES_PER_WINDOW = 500
 # Silence between clips that share a window of 30 s, in states.
 GAP = 8
-# Clips whose states are kept together: an interruption loses no more than these.
-CLIPS_PER_FILE = 500
 
 
 class WhisperTeacher:
@@ -88,24 +86,8 @@ def with_teacher_states(dataset: Dataset, teacher: str, folder: str | Path) -> D
         states = load()([decode_audio(audio, SAMPLING_RATE) for audio in examples["audio"]])
         return {"teacher_states": [state.tobytes() for state in states], "length": [len(state) for state in states]}
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    parts = []
-    for start in range(0, len(dataset), CLIPS_PER_FILE):
-        part = dataset.select(range(start, min(start + CLIPS_PER_FILE, len(dataset))))
-        key = Hasher.hash((part["audio"][:], str(teacher)))
-        states = part.map(
-            hear,
-            batched=True,
-            batch_size=50,
-            remove_columns=part.column_names,
-            features=Features({"teacher_states": Value("binary"), "length": Value("int32")}),
-            cache_file_name=str(Path(folder) / f"{key}.arrow"),
-            new_fingerprint=key,
-            load_from_cache_file=True,
-            desc=f"Teacher, from clip {start + 1} of {len(dataset)}",
-        )
-        parts.append(concatenate_datasets([part, states], axis=1))
-    return concatenate_datasets(parts)
+    features = {"teacher_states": Value("binary"), "length": Value("int32")}
+    return cached_map(dataset, hear, folder, str(teacher), features, batch_size=50)
 
 
 class TeacherProjection(NamedTuple):
@@ -138,6 +120,3 @@ class TeacherProjection(NamedTuple):
         states = F.interpolate(states.T[None], length, mode="linear")[0].T
         targets = (states - self.mean) @ self.basis
         return F.rms_norm(targets, targets.shape[-1:])
-
-
-__all__ = ["TeacherProjection", "WhisperTeacher", "with_teacher_states"]

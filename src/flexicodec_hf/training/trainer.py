@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -41,12 +42,10 @@ def parse_arguments(*classes: type, argv: Sequence[str] | None = None) -> tuple[
     Returns:
         An instance of each class.
     """
-    parser = HfArgumentParser(classes)
     argv = sys.argv[1:] if argv is None else list(argv)
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        arguments = parser.parse_json_file(argv[0])
-    else:
-        arguments = parser.parse_args_into_dataclasses(argv)
+    from_file = len(argv) == 1 and argv[0].endswith(".json")
+    parser = HfArgumentParser(classes)
+    arguments = parser.parse_json_file(argv[0]) if from_file else parser.parse_args_into_dataclasses(argv)
     set_seed(arguments[-1].seed)
     logging.enable_explicit_format()
     return arguments
@@ -65,27 +64,22 @@ def override_config(config: PreTrainedConfig, overrides: str | None, **values: A
         ValueError: `overrides` is no JSON object, or has a key that the configuration does not
             have.
     """
-    merged = _merge(config.to_dict(), values)
-    if overrides is not None:
-        text = overrides if overrides.lstrip().startswith("{") else Path(overrides).read_text(encoding="utf-8")
-        try:
-            merged = _merge(merged, json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`--config_overrides` must be a JSON object, or a file with one: {error}.") from error
-    return type(config).from_dict(merged)
+    given = (overrides or "{}").lstrip()
+    try:
+        changes = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--config_overrides` must be a JSON object, or a file with one: {error}.") from error
+    return type(config).from_dict(_merge(_merge(config.to_dict(), values), changes))
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any], where: str = "") -> dict[str, Any]:
-    merged = dict(values)
-    for key, new in changes.items():
-        if key not in values:
-            raise ValueError(
-                f"`--config_overrides` names {where}{key}, which the configuration does not have. It has: "
-                f"{', '.join(sorted(values))}."
-            )
-        nested = isinstance(values[key], dict) and isinstance(new, dict)
-        merged[key] = _merge(values[key], new, f"{where}{key}.") if nested else new
-    return merged
+    if unknown := changes.keys() - values.keys():
+        raise ValueError(
+            f"`--config_overrides` names {where}{min(unknown)}, which the configuration does not have. It has: "
+            f"{', '.join(sorted(values))}."
+        )
+    nested = {name for name, new in changes.items() if isinstance(values[name], dict) and isinstance(new, dict)}
+    return values | changes | {name: _merge(values[name], changes[name], f"{where}{name}.") for name in nested}
 
 
 @dataclass
@@ -94,14 +88,14 @@ class SpeechTrainingArguments(TrainingArguments):
     `TrainingArguments` with a time limit, and with the defaults that recipes of raw audio need.
     """
 
-    time_limit: float | None = field(
-        default=None, metadata={"help": "Save and stop after so many minutes; the same command goes on."}
+    time_limit: float | None = HfArg(
+        default=None, help="Save and stop after so many minutes; the same command goes on."
     )
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: collators read the columns."})
+    do_train: bool = HfArg(default=True, help="Whether to train.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must be false: collators read the columns.")
     # `Trainer` writes it into the model's configuration: false would make what is trained slow to
     # generate.
-    use_cache: bool = field(default=True, metadata={"help": "Whether the trained model generates with a cache."})
+    use_cache: bool = HfArg(default=True, help="Whether the trained model generates with a cache.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,8 +200,7 @@ class TimeLimit(TrainerCallback):
 class SpeechSamples(TrainerCallback):
     """
     Lets the model speak at regular steps and at the end, into `output_dir/samples` and TensorBoard.
-    Training goes on as
-    if it had not: random states are put back.
+    Training goes on as if it had not: random states are put back.
 
     Args:
         speak: Called with the model, yields names and waveforms `(num_samples,)`.
@@ -219,18 +212,14 @@ class SpeechSamples(TrainerCallback):
         self.speak, self.sampling_rate, self.every = speak, sampling_rate, every
         self._last_step = -1
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._write(args, state, model)
+            self.on_train_end(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step != self._last_step:
-            self._write(args, state, model)
-
-    def _write(self, args: Any, state: Any, model: Any) -> None:
-        self._last_step = state.global_step
-        if not state.is_world_process_zero:
+        if state.global_step == self._last_step or not state.is_world_process_zero:
             return
+        self._last_step = state.global_step
         folder = Path(args.output_dir) / "samples"
         training = model.training
         model.eval()
@@ -298,15 +287,3 @@ def _write_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> N
         folder = Path(trainer.args.output_dir)
         with atomic_file(folder / f"{split}_results.json") as path:
             path.write_text(json.dumps(metrics, indent=4, sort_keys=True))
-
-
-__all__ = [
-    "SafeTrainer",
-    "SpeechSamples",
-    "SpeechTrainer",
-    "SpeechTrainingArguments",
-    "last_checkpoint",
-    "override_config",
-    "parse_arguments",
-    "run_training",
-]

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
 
 from ..audio_flexicodec import resample
 from ..data.sources import decode_audio
@@ -27,7 +28,7 @@ from ..modeling_flexicodec import FlexiCodecModel
 from ..modeling_flexicodec_ar import IGNORE_INDEX, FlexiCodecARForConditionalGeneration
 from ..modeling_flexicodec_voicebox import FlexiCodecVoiceboxModel
 from ..text_flexicodec import encode_text
-from .batches import SpeechDataArguments, with_seeds
+from .batches import SpeechDataArguments, cached_map, with_seeds
 from .trainer import SpeechTrainer
 
 
@@ -41,16 +42,14 @@ class TTSDataArguments(SpeechDataArguments):
     the data.
     """
 
-    min_duration_s: float = field(default=0.5, metadata={"help": "Leave out clips shorter than this, in seconds."})
-    max_duration_s: float = field(default=30.0, metadata={"help": "Leave out clips longer than this, in seconds."})
-    token_cache: str | None = field(
+    min_duration_s: float = HfArg(default=0.5, help="Leave out clips shorter than this, in seconds.")
+    max_duration_s: float = HfArg(default=30.0, help="Leave out clips longer than this, in seconds.")
+    token_cache: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "A folder. The codec's tokens of the data are computed once, by all processes, and kept there; "
-            "without it, they are computed anew for every batch."
-        },
+        help="A folder. The codec's tokens of the data are computed once, by all processes, and kept there; "
+        "without it, they are computed anew for every batch.",
     )
-    token_cache_batch_size: int = field(default=16, metadata={"help": "Clips that the codec reads at once for it."})
+    token_cache_batch_size: int = HfArg(default=16, help="Clips that the codec reads at once for it.")
 
 
 def train_text_tokenizer(texts: Iterator[str], vocab_size: int, languages: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -128,97 +127,73 @@ class SpeechEncoder:
             codes, lengths = batch["codes"][rows, choice], batch["token_lengths"][rows, choice]
             frames = {name: batch[name].float() for name in ("semantic_frames", "latents") if name in batch}
         else:
-            inputs = {name: batch[name] for name in CODEC_INPUTS}
             threshold = torch.tensor(self.thresholds, device=choice.device)[choice]
-            encoded = self.codec.encode(**inputs, num_quantizers=1, merging_threshold=threshold)
-            codes, lengths, frames = encoded.audio_codes[:, 0], encoded.token_lengths, self._frames(inputs)
+            (encoded,), frames = self._encode(batch, [threshold])
+            codes, lengths = encoded.audio_codes[:, 0], encoded.token_lengths
         used = int((lengths > 0).sum(dim=1).max())
         return {"codes": codes[:, :used], "token_lengths": lengths[:, :used], **frames}
 
-    def _frames(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        frames = {}
+    def _encode(
+        self, batch: Mapping[str, Tensor], thresholds: Sequence[float | Tensor]
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """Semantic tokens at each of the thresholds, and the frames that are asked for."""
+        inputs = {name: batch[name] for name in CODEC_INPUTS}
+        frames = self.codec.encode_frames(**inputs, num_quantizers=None if self.latents else 1)
+        encoded = [self.codec.quantize_frames(frames, 1, threshold) for threshold in thresholds]
+        wanted: dict[str, Any] = {}
         if self.semantic_frames:
-            features = inputs["input_features"], inputs["input_features_mask"]
-            frames["semantic_frames"] = self.codec.get_semantic_frames(*features)
+            positions = torch.arange(frames.semantic_frames.shape[1], device=frames.num_frames.device)
+            wanted["semantic_frames"] = frames.semantic_frames * (positions < frames.num_frames[:, None])[..., None]
         if self.latents:
-            frames["latents"] = self.codec.encode(**inputs, merging_threshold=1.0).latents.transpose(1, 2).float()
-        return frames
+            unmerged: Any = self.codec.quantize_frames(frames, merging_threshold=1.0)
+            wanted["latents"] = unmerged.latents.mT.float()
+        return encoded, wanted
 
     @torch.no_grad()
-    def cache(
-        self, dataset: Dataset, folder: str | Path, batch_size: int, process_index: int, num_processes: int
-    ) -> Callable[[], Dataset]:
+    def cache(self, dataset: Dataset, folder: str | Path, batch_size: int, share: slice = slice(None)) -> Dataset:
         """
-        Compute the tokens of a share of a dataset at all thresholds, unless they are in `folder`,
-        and keep them there.
-
-        Returns:
-            A function that opens the whole dataset, to be called when all processes are done:
-            `codes` and `token_lengths` (for each threshold), `length` (frames) and, if asked for,
-            `semantic_frames` and `latents` (bytes of `(num_frames, size)` in float16), beside the
-            columns of `dataset`.
+        A dataset with its tokens at all thresholds, which are kept in `folder`: `codes` and
+        `token_lengths` (for each threshold), `length` (frames) and, if asked for, `semantic_frames`
+        and `latents` (bytes of `(num_frames, size)` in float16). `share` is of [`cached_map`].
         """
-        settings = (self.thresholds, self.semantic_frames, self.latents)
         configs = (self.codec.config.to_json_string(), self.feature_extractor.to_json_string())
         weights = {name: tensor.cpu() for name, tensor in self.codec.state_dict().items()}
-        key = Hasher.hash((dataset._fingerprint, weights, *configs, *settings))
-        features = dataset.features | {
-            "codes": List(List(Value("int32"))),
-            "token_lengths": List(List(Value("int32"))),
-            "length": Value("int32"),
-        }
+        settings = Hasher.hash((weights, *configs, self.thresholds, self.semantic_frames, self.latents))
+        rows = List(List(Value("int32")))
         names = [name for name in ("semantic_frames", "latents") if getattr(self, name)]
+        features = {"codes": rows, "token_lengths": rows, "length": Value("int32")}
         features |= dict.fromkeys(names, Value("binary"))
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        files = [Path(folder) / f"{key}-{i + 1:05d}-of-{num_processes:05d}.arrow" for i in range(num_processes)]
-        dataset.shard(num_processes, process_index, contiguous=True).map(
-            self._encode_examples,
-            batched=True,
-            batch_size=batch_size,
-            features=Features(features),
-            cache_file_name=str(files[process_index]),
-            new_fingerprint=f"{key}{process_index}",
-            load_from_cache_file=True,
-            desc="Tokens of the codec",
-        )
-        return lambda: concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+        return cached_map(dataset, self._encode_examples, folder, settings, features, batch_size, share)
 
     def _encode_examples(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rate = self.feature_extractor.sampling_rate
         waveforms = [decode_audio(audio, rate) for audio in examples["audio"]]
-        inputs = dict(self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt").to(self.codec.device))
-        new: dict[str, list[Any]] = {"codes": [[] for _ in waveforms], "token_lengths": [[] for _ in waveforms]}
-        frames = self.codec.encode_frames(**inputs, num_quantizers=1)
-        for threshold in self.thresholds:
-            encoded = self.codec.quantize_frames(frames, num_quantizers=1, merging_threshold=threshold)
-            rows = zip(encoded.audio_codes[:, 0], encoded.token_lengths, encoded.audio_codes_mask, strict=True)
-            for item, (codes, lengths, mask) in enumerate(rows):
-                new["codes"][item].append(codes[mask].tolist())
-                new["token_lengths"][item].append(lengths[mask].tolist())
+        inputs = self.feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt").to(self.codec.device)
+        encoded, frames = self._encode(inputs, self.thresholds)
+        new: dict[str, list[Any]] = {"codes": [], "token_lengths": []}
+        for item in range(len(waveforms)):
+            masks = [(output, output.audio_codes_mask[item]) for output in encoded]
+            new["codes"].append([output.audio_codes[item, 0, mask].tolist() for output, mask in masks])
+            new["token_lengths"].append([output.token_lengths[item, mask].tolist() for output, mask in masks])
         new["length"] = [sum(lengths[0]) for lengths in new["token_lengths"]]
-        for name, frames in self._frames(inputs).items():
-            frames = frames.half().cpu()
-            new[name] = [item[:length].numpy().tobytes() for item, length in zip(frames, new["length"], strict=True)]
+        for name, values in frames.items():
+            items = zip(values.half().cpu(), new["length"], strict=True)
+            new[name] = [item[:length].numpy().tobytes() for item, length in items]
         return new
 
+    @torch.no_grad()
     def latent_statistics(self, dataset: Dataset | IterableDataset, num_examples: int = 256) -> dict[str, list[float]]:
         """
         `latent_mean` and `latent_std` for the configuration of a Voicebox, over some examples of a
         dataset.
         """
-        total = squares = torch.zeros((), dtype=torch.float64)
-        count = 0
+        collate, latents = SpeechCollator(self.feature_extractor), []
         for example in dataset.take(num_examples):
-            inputs = SpeechCollator(self.feature_extractor)([example])
-            inputs = {name: value.to(self.codec.device) for name, value in inputs.items()}
-            with torch.no_grad():
-                frames = self.codec.encode(**{k: inputs[k] for k in CODEC_INPUTS}, merging_threshold=1.0).latents[0]
-            frames = frames.cpu().double()
-            total, squares = total + frames.sum(dim=1), squares + frames.square().sum(dim=1)
-            count += frames.shape[1]
-        mean = total / count
-        std = (squares / count - mean.square()).clamp(min=1e-8).sqrt()
-        return {"latent_mean": mean.tolist(), "latent_std": std.tolist()}
+            batch = collate([example])
+            inputs = {name: batch[name].to(self.codec.device) for name in CODEC_INPUTS}
+            latents.append(self.codec.encode(**inputs, merging_threshold=1.0).latents[0].cpu().double())
+        std, mean = torch.std_mean(torch.cat(latents, dim=1), dim=1, correction=0)
+        return {"latent_mean": mean.tolist(), "latent_std": std.clamp(min=1e-4).tolist()}
 
 
 @dataclass
@@ -411,11 +386,7 @@ class TTSTrainer(SpeechTrainer):
 
 
 def cache_splits(
-    encoder: SpeechEncoder,
-    train: Dataset | IterableDataset,
-    evaluation: Dataset | None,
-    data: TTSDataArguments,
-    training: TrainingArguments,
+    encoder: SpeechEncoder, train: Dataset | IterableDataset, evaluation: Dataset | None, data: TTSDataArguments
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """
     Both splits with the codec's tokens, computed once by all processes, if `data.token_cache` names
@@ -425,21 +396,11 @@ def cache_splits(
         return train, evaluation
     if isinstance(train, IterableDataset):
         raise ValueError("`--token_cache` keeps what is read, `--streaming` does not: choose one of them.")
-    folder, size, share = data.token_cache, data.token_cache_batch_size, (training.process_index, training.world_size)
-    open_train = encoder.cache(train, folder, size, *share)
-    open_evaluation = None if evaluation is None else encoder.cache(evaluation, folder, size, *share)
-    PartialState().wait_for_everyone()
-    return open_train(), None if open_evaluation is None else open_evaluation()
-
-
-__all__ = [
-    "CODEC_INPUTS",
-    "ARBatches",
-    "SpeechCollator",
-    "SpeechEncoder",
-    "TTSDataArguments",
-    "TTSTrainer",
-    "VoiceboxBatches",
-    "cache_splits",
-    "train_text_tokenizer",
-]
+    state = PartialState()
+    for share in (slice(state.process_index, None, state.num_processes), slice(None)):
+        train_tokens, evaluation_tokens = (
+            split and encoder.cache(split, data.token_cache, data.token_cache_batch_size, share)
+            for split in (train, evaluation)
+        )
+        state.wait_for_everyone()
+    return train_tokens, evaluation_tokens
