@@ -493,14 +493,15 @@ class Chunks:
     """Stands in for the decoder of a codec: counts the chunks, and runs `before(number)` before each."""
 
     def __init__(self, server, monkeypatch, before=lambda number: None):
-        decode, self.number = server.engine.runner.codec._decode_frames, 0
+        decoder, self.number = server.engine.runner.codec.acoustic_decoder, 0
+        decode = decoder.forward
 
         def counting(*args, **options):
             self.number += 1
             before(self.number)
             return decode(*args, **options)
 
-        monkeypatch.setattr(server.engine.runner.codec, "_decode_frames", counting)
+        monkeypatch.setattr(decoder, "forward", counting)
 
 
 @pytest.fixture(scope="module")
