@@ -49,7 +49,7 @@ class CheckedConfigMixin:
 
 def check_entries(config: Any) -> None:
     """Refuse a `dtype` that is none (a dictionary has one for each part), and switches of outputs that are none."""
-    dtypes = config.dtype.values() if isinstance(config.dtype, dict) else [config.dtype]
+    dtypes = config.dtype.values() if config.dtype and isinstance(config.dtype, dict) else [config.dtype]
     if not all(dtype is None or isinstance(getattr(torch, str(dtype), dtype), torch.dtype) for dtype in dtypes):
         raise ValueError(f"`dtype` must be a type of PyTorch, such as 'float32', got {config.dtype!r}.")
     for name in ("output_attentions", "output_hidden_states", "return_dict"):
