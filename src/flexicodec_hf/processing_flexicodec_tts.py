@@ -435,6 +435,8 @@ class FlexiCodecTTSProcessor(FlexiCodecReleaseMixin, ProcessorMixin):
         if isinstance(clip, str) and clip.startswith(("http://", "https://")):
             try:
                 return load_audio(clip, sampling_rate=rate)
+            except ImportError:  # it says which package is missing
+                raise
             except Exception as error:  # whatever downloads or reads it raises
                 raise AudioError(f"{clip}: cannot be downloaded, or is no audio file: {error}") from error
         if isinstance(clip, (str, Path)):
