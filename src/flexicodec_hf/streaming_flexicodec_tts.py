@@ -320,8 +320,10 @@ class SpeechStream(DurationStreamer):
     def _prompt(self) -> dict[str, Tensor]:
         """What the Voicebox continues: the end of the voice, and what was spoken last."""
         threshold, factor = self.settings.merging_threshold, self.model.voicebox.config.upsample_factor
-        spoken = _frame_codes(*self.tokens(0, self._spoken))
-        mel = torch.zeros(0, self.model.voicebox.config.num_mel_bins) if self._mel is None else self._mel.cpu()
+        spoken = _frame_codes(*self.tokens(0, self._spoken))[-self._num_prompt :]
+        mel = torch.zeros(0, self.model.voicebox.config.num_mel_bins)
+        if self._mel is not None:
+            mel = self._mel[-self._num_prompt * factor :].cpu()
         voice, voice_mel = spoken[:0], mel[:0]
         if self.voice is not None and self.voice.mel is not None:
             voice, voice_mel = _frame_codes(*self.voice.tokens_at(threshold)), self.voice.mel

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.dac.modeling_dac import Snake1d
+
+from ..modeling_flexicodec import FlexiCodecSnake1d
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -85,7 +86,7 @@ class _SnakeFunction(torch.autograd.Function):
         return grad_input, slopes / alpha + waves / (2 * alpha.square())
 
 
-class _Snake1d(Snake1d):
+class _Snake1d(FlexiCodecSnake1d):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return _SnakeFunction.apply(hidden_states, self.alpha + 1e-9)
 
@@ -93,5 +94,5 @@ class _Snake1d(Snake1d):
 _FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: _Conv1d,
     nn.ConvTranspose1d: _ConvTranspose1d,
-    Snake1d: _Snake1d,
+    FlexiCodecSnake1d: _Snake1d,
 }
